@@ -1,0 +1,3 @@
+"""Train image classifiers from WebDataset shards with DALI and DeepSpeed."""
+
+__version__ = "0.1.0"

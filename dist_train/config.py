@@ -1,0 +1,160 @@
+"""The recipe: every setting of an experiment, one dataclass per section of the YAML file.
+
+A recipe is a YAML file with the sections below; `parse_recipe` (in `cli.py`) reads it together with overrides
+from the command line (`--section.key value`). This module only says which keys there are, what they mean and
+which values they take; it imports nothing of the project but its errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class DataConfig:
+    """Where samples come from and how an image becomes a tensor."""
+
+    shards: str = "data/demo"
+    """Folder of the shard set, the one that holds manifest.json."""
+    digest: str | None = None
+    """Expected digest of the shard set's manifest; a different set is refused. None accepts any."""
+    image_size: int = 128
+    """Side of the square image that the model sees, pixels."""
+    crop_margin: int = 32
+    """Training images are resized to (image_size + crop_margin) square and randomly cropped to image_size."""
+    flip: bool = True
+    """Flip training images left-right with probability one half."""
+    brightness: float = 0.1
+    """Brightness factor of training images is uniform in [1 - b, 1 + b]."""
+    contrast: float = 0.1
+    """Contrast factor of training images is uniform in [1 - c, 1 + c]."""
+    saturation: float = 0.1
+    """Saturation factor of training images is uniform in [1 - s, 1 + s]."""
+    hue: float = 0.1
+    """Hue shift of training images is uniform in [-h, h], in turns of the colour circle (0.1 = 36 degrees)."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Subtracted from RGB in [0, 1]."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Divides RGB after the mean is subtracted."""
+    tokenizer: str = "bert-base-uncased"
+    """WordPiece tokenizer for tags: a name on the hub, or a vocab.txt file. Read only if model.text_tokens > 0."""
+    streams: int = 0
+    """Contiguous ranges an epoch is read in at once; must divide train.batch_size. 0: the largest such <= 64."""
+    shuffle_window: int = 4096
+    """Samples of a stream are shuffled within windows of this many."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where DALI decodes and augments; auto: the GPU if there is one."""
+    threads: int = 0
+    """DALI's decode threads per rank. 0: the cores of this machine divided by its ranks."""
+    prefetch: int = 2
+    """Batches prepared ahead of the model."""
+    max_bad_samples: int = 16
+    """Undecodable samples a run may meet (and leave out, with a record) before it ends with an error."""
+
+
+@dataclass
+class ModelConfig:
+    """Backbone, head, text, and the weights it starts from."""
+
+    backbone: str = "vit_base_patch16"
+    """One of resnet18, resnet50, efficientnet_b0, or vit_{tiny,small,base,large}_patch{N}."""
+    head: Literal["cls", "ifa"] = "cls"
+    """cls: a linear layer on the last [CLS] token (pooled features for a CNN); ifa: on the [CLS] of every block."""
+    head_init: Literal["reference", "zero", "default"] = "reference"
+    """Start of the classifier: zero, PyTorch's default, or as in the reference (zero for cls, default for ifa)."""
+    text_tokens: int = 0
+    """Tokens of tags the model reads beside the image (a ViLT); 0 is vision only. The paper has 16, 32, 64."""
+    mask_padding: bool = True
+    """Keep padding tokens out of attention; false reproduces the reference, where they take part."""
+    weights: str = "none"
+    """Starting weights: none, hub (timm's, the paper's tag), hub:TAG, or a file (.safetensors, .pth/.bin, .npz)."""
+    pos_resize: Literal["timm", "reference"] = "timm"
+    """Resampling of pretrained position embeddings: timm's (bicubic, antialiased) or the reference's (bilinear,
+    aligned corners)."""
+    dropout: float = 0.0
+    """Dropout inside the transformer blocks; the reference trains with 0.1."""
+    norm_eps: float = 1e-6
+    """Epsilon of the layer norms; the reference has 1e-12, which underflows in fp16."""
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer, learning-rate schedule and loss."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum (the paper's), or AdamW."""
+    lr: float = 0.001
+    """Learning rate at its highest."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    weight_decay: float = 0.0
+    """Decoupled for AdamW, added to the gradient for SGD."""
+    schedule: Literal["constant", "constant_epoch", "cosine"] = "cosine"
+    """constant_epoch: divided by decay_factor after every decay_epochs; cosine: half a cosine to 0, per step."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0, for every schedule."""
+    decay_epochs: int = 20
+    """For constant_epoch: epochs between two decays."""
+    decay_factor: float = 3.0
+    """For constant_epoch: what the rate is divided by."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """Multiply lr by train.batch_size / lr_reference_batch, or by its square root; the paper does neither."""
+    lr_reference_batch: int = 64
+    """Batch size at which lr_scaling changes nothing."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes."""
+    clip_norm: float = 0.0
+    """Gradients are scaled down to this global L2 norm; 0 does not clip."""
+
+
+@dataclass
+class TrainConfig:
+    """The run: how long, how many samples per step, what is written where."""
+
+    run: str = "runs/demo"
+    """Run folder."""
+    seed: int = 0
+    """The one seed of order, augmentation and initial weights."""
+    epochs: int = 50
+    """Passes over the train split."""
+    batch_size: int = 64
+    """Global batch: samples per optimizer step, over all ranks (the paper's mini-batch)."""
+    micro_batch_size: int = 0
+    """Samples of one forward pass on one rank; accumulation follows. 0: the whole share of the rank."""
+    eval_batch_size: int = 64
+    """Samples of one evaluation pass on one rank."""
+    eval_every: int = 1
+    """Epochs between two evaluations on val (the last epoch is always evaluated)."""
+    log_every: int = 10
+    """Steps between two logged steps."""
+    stop_after_steps: int = 0
+    """Save and end after this many optimizer steps of the whole run, as if by SIGTERM; 0: run to the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, beside the best."""
+
+
+@dataclass
+class DeepSpeedConfig:
+    """What the DeepSpeed engine does with the model."""
+
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """Arithmetic of forward and backward; the optimizer always steps in float32."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO: 0 replicates everything, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    config: str | None = None
+    """A DeepSpeed JSON file whose keys are added; keys that the recipe decides (batch, precision, ...) may differ
+    from it in nothing."""
+
+
+@dataclass
+class Recipe:
+    """One experiment."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)

@@ -1,0 +1,39 @@
+"""Counter-based random numbers: a draw is a pure function of its counters, so nothing depends on who draws when.
+
+The mixer is the finaliser of SplitMix64 (Steele, Lea, Flood 2014; constants by Stafford, "Mix13"), applied once per
+counter. Vectorised over numpy arrays of counters.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Counter = int | NDArray[np.integer]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def random_bits(*counters: Counter) -> NDArray[np.uint64]:
+    """64 random bits for each combination of the counters (non-negative integers, broadcast together)."""
+    with np.errstate(over="ignore"):  # wrapping around 2**64 is what the mixer is made of
+        state = np.zeros(1, np.uint64)
+        for counter in counters:
+            state = _mix((state ^ np.asarray(counter).astype(np.uint64)) * _GOLDEN + _GOLDEN)
+    return state if any(np.ndim(counter) for counter in counters) else state[0]
+
+
+def uniform(*counters: Counter) -> NDArray[np.float64]:
+    """Uniform in [0, 1), 53 bits, for each combination of the counters."""
+    return (random_bits(*counters) >> np.uint64(11)) * 2.0**-53
+
+
+def permutation(length: int, *counters: int) -> NDArray[np.int64]:
+    """A random permutation of range(length). Ties of the 64-bit sort keys fall back to the order of the indexes."""
+    return np.argsort(random_bits(*counters, np.arange(length)), kind="stable")

@@ -1,0 +1,157 @@
+"""What a shard set says of itself: manifest.json, written last, so a set without one is incomplete.
+
+The format is in README.md ("Shard sets"). The digest is the SHA-256 of the manifest's canonical JSON without the
+digest itself; as the manifest holds each shard's SHA-256, it stands for every byte of the set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dist_train.errors import UseError, WorkError
+
+MANIFEST_NAME = "manifest.json"
+LEFT_OUT_NAME = "left_out.jsonl"
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """One class; its id is its place in `Manifest.classes`. `count` is over all splits."""
+
+    name: str
+    count: int
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar: file name inside the set, number of samples, size in bytes, SHA-256 of the file in hex."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """The shards of one split, in order; a sample's global index counts through them."""
+
+    samples: int
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def shard_samples(self) -> list[int]:
+        """Samples of each shard, in order."""
+        return [shard.samples for shard in self.shards]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A complete shard set.
+
+    transform: the fixed transform baked into the images, e.g. "resize 160x160", or None.
+    text: whether samples carry tags. left_out: number of input images left out, by reason.
+    tool: version of the software that built the set.
+    """
+
+    classes: tuple[ClassInfo, ...]
+    splits: dict[str, SplitInfo]
+    transform: str | None = None
+    text: bool = False
+    left_out: dict[str, int] = field(default_factory=dict)
+    tool: str = ""
+    version: int = MANIFEST_VERSION
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over everything the manifest says."""
+        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names in id order."""
+        return [info.name for info in self.classes]
+
+    def baked_size(self) -> int | None:
+        """Side in pixels of the square that every image was resized to, or None."""
+        if self.transform and self.transform.startswith("resize "):
+            width, height = self.transform.removeprefix("resize ").split("x")
+            return int(width) if width == height else None
+        return None
+
+    def split(self, name: str) -> SplitInfo:
+        """The named split. Raises UseError naming those there are."""
+        if name not in self.splits:
+            raise UseError(f"the shard set has no split '{name}', only {', '.join(sorted(self.splits))}")
+        return self.splits[name]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all: temporary name, sync, rename, sync of the folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write `root/manifest.json`; do this after every shard of the set is in place."""
+    document = asdict(manifest) | {"digest": manifest.digest}
+    write_atomically(root / MANIFEST_NAME, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_manifest(root: str | Path) -> Manifest:
+    """Read and check the manifest of a shard set.
+
+    Raises UseError where there is no set or an incomplete one, WorkError where the manifest is damaged.
+    """
+    root = Path(root)
+    path = root / MANIFEST_NAME
+    if not root.is_dir():
+        raise UseError(f"{root}: no such shard set; build one with `python -m shards build` or `python -m shards demo`")
+    try:
+        document: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UseError(
+            f"{root}: no {MANIFEST_NAME}, so this is no complete shard set; run the same "
+            "`python -m shards build` command again to complete it"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise WorkError(f"{path}: cannot be read as JSON ({error}); build the set again") from None
+    version = document.get("version") if isinstance(document, dict) else None
+    if version != MANIFEST_VERSION:
+        raise UseError(f"{path}: manifest version {version!r}; this software reads version {MANIFEST_VERSION}")
+    try:
+        manifest = Manifest(
+            classes=tuple(ClassInfo(**entry) for entry in document["classes"]),
+            splits={
+                name: SplitInfo(split["samples"], tuple(ShardInfo(**shard) for shard in split["shards"]))
+                for name, split in document["splits"].items()
+            },
+            transform=document["transform"],
+            text=document["text"],
+            left_out=document["left_out"],
+            tool=document["tool"],
+        )
+        if document["digest"] != manifest.digest:
+            raise WorkError(f"{path}: its digest does not match its content; build the set again")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WorkError(f"{path}: not a manifest ({type(error).__name__}: {error}); build the set again") from None
+    for name, split in manifest.splits.items():
+        if split.samples != sum(split.shard_samples):
+            raise WorkError(f"{path}: split '{name}' counts {split.samples} samples, its shards {sum(split.shard_samples)}")
+    return manifest

@@ -1,0 +1,33 @@
+"""The two ways a command fails: wrong use (exit 2) and failed work (exit 1).
+
+Both carry one clear line for the user, which names the file, key, rank or host and the cure; the command-line
+entry points print that line without a traceback. Every other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UseError(Exception):
+    """The user asked for something that cannot be done as asked: exit status 2."""
+
+
+class WorkError(Exception):
+    """The work itself failed (a damaged file, an unreachable host): exit status 1."""
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run `command`; turn the two errors into one line on stderr. Returns the process's exit status."""
+    try:
+        return command() or 0
+    except UseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except WorkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,1 @@
+"""Images (and text) in, logits out. Knows nothing of data or DeepSpeed."""
