@@ -1,0 +1,1 @@
+"""Offline work on shard sets: build, verify, info, demo. Run as `python -m shards`."""
