@@ -6,7 +6,10 @@ entry points print that line without a traceback. Every other exception is a bug
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -22,12 +25,15 @@ def run_command(command: Callable[[], int | None]) -> int:
     """Run `command`; turn the two errors into one line on stderr. Returns the process's exit status."""
     try:
         return command() or 0
-    except UseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except WorkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (UseError, WorkError) as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if (
+            rank
+        ):  # the launcher ends all ranks when the first exits: let rank 0 speak first where it has the same to say
+            time.sleep(3)
+        where = f" (rank {rank} on {socket.gethostname()})" if rank else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UseError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

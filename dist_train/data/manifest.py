@@ -153,5 +153,7 @@ def read_manifest(root: str | Path) -> Manifest:
         raise WorkError(f"{path}: not a manifest ({type(error).__name__}: {error}); build the set again") from None
     for name, split in manifest.splits.items():
         if split.samples != sum(split.shard_samples):
-            raise WorkError(f"{path}: split '{name}' counts {split.samples} samples, its shards {sum(split.shard_samples)}")
+            raise WorkError(
+                f"{path}: split '{name}' counts {split.samples} samples, its shards {sum(split.shard_samples)}"
+            )
     return manifest

@@ -1,0 +1,304 @@
+"""Batches with state: plan + fetch + augment + pipeline + text.
+
+The state of a loader is one integer, the number of samples consumed; whatever the pipeline has prepared ahead is not
+state. A training loader is endless: the run is the concatenation of its epochs.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_train.config import DataConfig
+from dist_train.data.augment import check_augmentation, draw_augmentation, no_augmentation
+from dist_train.data.fetch import FetchedBatch, ShardFetcher
+from dist_train.data.manifest import Manifest
+from dist_train.data.pipeline import ImagePipeline
+from dist_train.data.plan import EpochPlan, Positions, evaluation_batches, rank_batch
+from dist_train.data.text import TagTokenizer
+from dist_train.errors import UseError, WorkError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of B samples.
+
+    images: (B, 3, S, S) float32, normalised. labels: (B,) int64. weights: (B,) float32, 0 for the stand-in of a sample
+    that could not be decoded, else 1. text_ids, text_mask: (B, T) int64 and bool, or None. All on the loader's device.
+    samples: (B,) indexes in the manifest's order.
+    """
+
+    images: Tensor
+    labels: Tensor
+    weights: Tensor
+    text_ids: Tensor | None
+    text_mask: Tensor | None
+    samples: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands: its rank among world_size, and its GPU (None on the CPU)."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    device_id: int | None = None
+
+
+def open_device(config: DataConfig, place: Place) -> int | None:
+    """The GPU that decodes for this process, or None for the CPU. Raises UseError if a GPU is asked for and missing."""
+    if config.device == "cpu":
+        return None
+    if config.device == "gpu" and place.device_id is None:
+        raise UseError("data.device is gpu, but this machine has none; use cpu or auto")
+    return place.device_id
+
+
+class _Loader:
+    """What training and evaluation share: positions in, batches out, undecodable samples replaced."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        manifest: Manifest,
+        split: str,
+        place: Place,
+        *,
+        batch_size: int,
+        train: bool,
+        seed: int,
+        tokenizer: TagTokenizer | None,
+        quarantine: Path | None,
+    ) -> None:
+        check_augmentation(config)
+        if tokenizer is not None and not manifest.text:
+            raise UseError(
+                f"model.text_tokens asks for tags, but the shard set {config.shards} has none; "
+                "build it with tags or set model.text_tokens to 0"
+            )
+        self.config, self.manifest, self.place = config, manifest, place
+        self.batch_size, self.train, self.seed = batch_size, train, seed
+        self.tokenizer = tokenizer
+        self.quarantine = quarantine
+        self.bad_samples: set[int] = set()
+        self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
+        self.device_id = open_device(config, place)
+        self.fetcher = ShardFetcher(config.shards, manifest.split(split), len(manifest.classes))
+
+    def _batches(self, positions: Iterator[Positions], depth: int) -> Iterator[Batch]:
+        """Batches for a sequence of non-empty positions, `depth` of them under way; there must be that many."""
+        pipeline = self._pipeline(self.batch_size, depth)
+        under_way: deque[tuple[Positions, FetchedBatch]] = deque()
+        while True:
+            try:
+                while len(under_way) < depth and (chosen := next(positions, None)) is not None:
+                    under_way.append((chosen, self.fetcher.fetch(chosen, self.tokenizer is not None)))
+                    self._feed(pipeline, *under_way[-1])
+                if not under_way:
+                    return
+                images = pipeline.take()
+            except RuntimeError as error:  # what DALI raises for any bad image; its pipeline is then unusable
+                self._quarantine(under_way, error)
+                pipeline = self._pipeline(self.batch_size, min(depth, len(under_way)))
+                for entry in under_way:
+                    self._feed(pipeline, *entry)
+                images = pipeline.take()
+            yield self._finish(images, *under_way.popleft())
+
+    def _pipeline(self, batch_size: int, depth: int) -> ImagePipeline:
+        return ImagePipeline(
+            self.config,
+            train=self.train,
+            baked=self.manifest.baked_size(),
+            batch_size=batch_size,
+            threads=self.threads,
+            device_id=self.device_id,
+            depth=depth,
+        )
+
+    def _feed(self, pipeline: ImagePipeline, positions: Positions, fetched: FetchedBatch) -> None:
+        images = [
+            self._stand_in if sample in self.bad_samples else image
+            for sample, image in zip(positions.sample.tolist(), fetched.images, strict=True)
+        ]
+        if self.train:
+            parameters = draw_augmentation(self.config, self.seed, positions.epoch, positions.sample)
+        else:
+            parameters = no_augmentation(len(images))
+        pipeline.feed(images, parameters)
+
+    def _finish(self, images: Tensor, positions: Positions, fetched: FetchedBatch) -> Batch:
+        weights = torch.tensor([sample not in self.bad_samples for sample in positions.sample.tolist()])
+        ids, mask = self.tokenizer(fetched.texts) if self.tokenizer else (None, None)
+        device = images.device if self.place.device_id is None else torch.device("cuda", self.place.device_id)
+
+        def on_device(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return Batch(
+            on_device(images),
+            on_device(torch.from_numpy(fetched.labels)),
+            on_device(weights.float()),
+            on_device(ids),
+            on_device(mask),
+            positions.sample,
+        )
+
+    def _quarantine(self, under_way: deque[tuple[Positions, FetchedBatch]], error: RuntimeError) -> None:
+        """Find the undecodable samples among the batches under way, one by one, and record them."""
+        found = 0
+        for positions, fetched in under_way:
+            for i, sample in enumerate(positions.sample.tolist()):
+                if sample in self.bad_samples:
+                    continue
+                one = slice(i, i + 1)
+                try:
+                    probe = self._pipeline(batch_size=1, depth=1)
+                    self._feed(probe, positions[one], FetchedBatch(fetched.images[one], fetched.labels[one], []))
+                    probe.take()
+                except RuntimeError as reason:
+                    found += 1
+                    self._record(sample, positions, i, _first_cause(reason))
+        if not found:
+            raise error
+
+    def _record(self, sample: int, positions: Positions, i: int, reason: str) -> None:
+        name = self.fetcher.name(int(positions.shard[i]), int(positions.place[i]))
+        self.bad_samples.add(sample)
+        log.warning("left out %s: cannot be decoded (%s)", name, reason)
+        if self.quarantine is not None:
+            entry = {"sample": sample, "name": name, "epoch": int(positions.epoch[i]), "reason": reason}
+            with open(self.quarantine, "a", encoding="utf-8") as file:  # one short line: ranks append whole lines
+                file.write(json.dumps(entry) + "\n")
+        if len(self.bad_samples) > self.config.max_bad_samples:
+            raise WorkError(
+                f"more than data.max_bad_samples ({self.config.max_bad_samples}) samples of {self.config.shards} "
+                f"cannot be decoded, the last {name}; check the set with `python -m shards verify`"
+            )
+
+    @cached_property
+    def _stand_in(self) -> NDArray[np.uint8]:
+        """A grey image in the place of one that cannot be decoded; it has weight 0."""
+        from PIL import Image
+
+        side = self.manifest.baked_size() or self.config.image_size
+        file = io.BytesIO()
+        Image.new("RGB", (side, side), (128, 128, 128)).save(file, "JPEG")
+        return np.frombuffer(file.getvalue(), np.uint8)
+
+
+class TrainLoader(_Loader):
+    """An endless iterator over one rank's micro-batches.
+
+    batch_size: the global batch. micro_batch: samples of one micro-batch of this rank; batch_size / world_size must be
+    a multiple. samples_consumed: where to start, in samples of the whole run; the one integer that is the state.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        manifest: Manifest,
+        place: Place,
+        *,
+        batch_size: int,
+        micro_batch: int,
+        seed: int,
+        samples_consumed: int = 0,
+        tokenizer: TagTokenizer | None = None,
+        quarantine: Path | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            manifest,
+            "train",
+            place,
+            batch_size=micro_batch,
+            train=True,
+            seed=seed,
+            tokenizer=tokenizer,
+            quarantine=quarantine,
+        )
+        self.plan = EpochPlan(self.fetcher.split.shard_samples, batch_size, seed, config.streams, config.shuffle_window)
+        self.share = rank_batch(batch_size, place.world_size)
+        if self.share % micro_batch:
+            raise UseError(
+                f"train.micro_batch_size {micro_batch} does not divide the {self.share} samples that each of "
+                f"{place.world_size} ranks takes of train.batch_size {batch_size}; "
+                f"these do: {', '.join(str(d) for d in range(1, self.share + 1) if self.share % d == 0)}"
+            )
+        self.start = samples_consumed
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._batches(self._positions(), self.config.prefetch)
+
+    def _positions(self) -> Iterator[Positions]:
+        consumed = self.start
+        while True:
+            step = self.plan.batch(consumed, self.place.rank, self.place.world_size)
+            for first in range(0, self.share, self.batch_size):
+                yield step[first : first + self.batch_size]
+            consumed += self.plan.batch_size
+
+
+class EvalLoader(_Loader):
+    """One rank's batches of an evaluation: over all ranks, each sample of the split exactly once, in order.
+
+    Every rank has the same number of batches; a last one may be short or empty.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        manifest: Manifest,
+        split: str,
+        place: Place,
+        *,
+        batch_size: int,
+        tokenizer: TagTokenizer | None = None,
+        quarantine: Path | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            manifest,
+            split,
+            place,
+            batch_size=batch_size,
+            train=False,
+            seed=0,
+            tokenizer=tokenizer,
+            quarantine=quarantine,
+        )
+        self.batches = evaluation_batches(self.fetcher.split.shard_samples, batch_size, place.rank, place.world_size)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        filled = [positions for positions in self.batches if len(positions)]
+        if filled:
+            yield from self._batches(iter(filled), min(self.config.prefetch, len(filled)))
+        side = self.config.image_size
+        for empty in self.batches[len(filled) :]:
+            yield self._finish(torch.zeros(0, 3, side, side), empty, FetchedBatch([], np.zeros(0, np.int64), []))
+
+
+def _first_cause(error: RuntimeError) -> str:
+    """The line of DALI's long message that says what is wrong with the image."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines if "Error" in line or "rror:" in line or "ailed" in line]
+    return (causes[-1] if causes else lines[0])[:300] if lines else type(error).__name__

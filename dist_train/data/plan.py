@@ -1,0 +1,175 @@
+"""Which samples make batch k: pure arithmetic over per-shard counts, no I/O.
+
+An epoch's order, for a split of N samples, S streams and shuffle windows of W samples:
+
+1. shards are permuted by (seed, epoch); their samples, end to end, form a line of N places;
+2. the line is cut into S contiguous ranges of equal length (+-1), wherever shards begin and end;
+3. each range is shuffled within windows of W places by (seed, epoch, stream, window);
+4. position p of the epoch takes the next sample of stream p mod S.
+
+The run is the concatenation of its epochs: global batch k is its positions [kB, (k+1)B), so no batch is short, nothing
+is dropped and nothing repeats within an epoch. Every quantity is computed from the position alone, so any step costs
+the same to resume at, and the plan's memory is a few numbers per shard and the windows in use.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_train.data.draws import permutation
+from dist_train.errors import UseError
+
+MAX_AUTO_STREAMS = 64
+_SHARDS, _WINDOWS = 1, 2  # first counter of a draw: what it is for
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Some positions of the run and the samples they hold; arrays of equal length.
+
+    epoch and sample (the index in the manifest's order) identify a sample's turn; shard and place say where it lies.
+    """
+
+    epoch: NDArray[np.int64]
+    sample: NDArray[np.int64]
+    shard: NDArray[np.int64]
+    place: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def __getitem__(self, chosen: slice | NDArray[np.int64]) -> Positions:
+        return Positions(self.epoch[chosen], self.sample[chosen], self.shard[chosen], self.place[chosen])
+
+
+def choose_streams(batch_size: int, streams: int) -> int:
+    """The number of streams: `streams`, or if 0 the largest divisor of the batch size up to 64.
+
+    Raises UseError where it does not divide the batch size: then a batch would not take equally from each stream.
+    """
+    divisors = [d for d in range(1, batch_size + 1) if batch_size % d == 0]
+    if not streams:
+        return max(d for d in divisors if d <= MAX_AUTO_STREAMS)
+    if batch_size % streams:
+        raise UseError(
+            f"data.streams {streams} does not divide train.batch_size {batch_size}; "
+            f"these do: {', '.join(map(str, divisors))}"
+        )
+    return streams
+
+
+def rank_batch(global_batch: int, world_size: int) -> int:
+    """Samples of one global batch that each rank takes. Raises UseError where it does not divide."""
+    if global_batch % world_size:
+        below, above = global_batch // world_size * world_size, -(-global_batch // world_size) * world_size
+        raise UseError(
+            f"train.batch_size {global_batch} does not divide over {world_size} ranks; "
+            f"use {f'{below} or ' if below else ''}{above}, or another number of ranks"
+        )
+    return global_batch // world_size
+
+
+class EpochPlan:
+    """The order of one split, epoch after epoch.
+
+    shard_samples: samples of each shard in the manifest's order. batch_size: the global batch.
+    """
+
+    def __init__(
+        self, shard_samples: Sequence[int], batch_size: int, seed: int, streams: int = 0, shuffle_window: int = 4096
+    ) -> None:
+        self.counts = np.asarray(shard_samples, np.int64)
+        self.samples = int(self.counts.sum())
+        if self.samples == 0:
+            raise UseError("the split to train on holds no samples")
+        if shuffle_window < 1:
+            raise UseError(f"data.shuffle_window must be at least 1, not {shuffle_window}")
+        self.batch_size = batch_size
+        self.seed = seed
+        self.streams = choose_streams(batch_size, streams)
+        self.window = shuffle_window
+        self.first_sample = np.concatenate([[0], np.cumsum(self.counts)])
+        self._lines: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int, int], NDArray[np.int64]] = OrderedDict()
+
+    def batch(self, consumed: int, rank: int = 0, world_size: int = 1) -> Positions:
+        """What `rank` takes of the global batch after `consumed` samples of the run; batch_size / world_size samples.
+
+        The batch's positions are ordered by stream and cut into equal parts, so a rank keeps to its own streams;
+        only a batch in which one epoch ends and the next begins may hand it a few samples of its neighbour's.
+        """
+        share = rank_batch(self.batch_size, world_size)
+        run_positions = np.arange(consumed, consumed + self.batch_size, dtype=np.int64)
+        epochs, positions = np.divmod(run_positions, self.samples)
+        mine = np.argsort(positions % self.streams, kind="stable")[rank * share : (rank + 1) * share]
+        return self._locate(epochs[mine], positions[mine])
+
+    def _locate(self, epochs: NDArray[np.int64], positions: NDArray[np.int64]) -> Positions:
+        shard = np.empty_like(positions)
+        place = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            order, starts = self._line(epoch)
+            line = self._line_places(epoch, positions[chosen])
+            turn = np.searchsorted(starts, line, side="right") - 1
+            shard[chosen] = order[turn]
+            place[chosen] = line - starts[turn]
+        return Positions(epochs, self.first_sample[shard] + place, shard, place)
+
+    def _line(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Shards in the epoch's order, without the empty ones, and the place in the line where each begins."""
+        if epoch not in self._lines:
+            order = permutation(len(self.counts), self.seed, _SHARDS, epoch)
+            order = order[self.counts[order] > 0]
+            self._lines[epoch] = order, np.cumsum(self.counts[order]) - self.counts[order]
+            while len(self._lines) > 2:  # a batch sees at most the end of one epoch and the beginning of the next,
+                self._lines.popitem(last=False)  # but for splits smaller than a batch, which are cheap
+        return self._lines[epoch]
+
+    def _line_places(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Places in the epoch's line that the positions take: steps 2 to 4 of the module's description."""
+        stream, turn = positions % self.streams, positions // self.streams
+        short, longer = divmod(self.samples, self.streams)  # the first `longer` streams hold one sample more
+        begin = stream * short + np.minimum(stream, longer)
+        length = short + (stream < longer)
+        window, offset = np.divmod(turn, self.window)
+        places = np.empty_like(positions)
+        for i in range(len(positions)):
+            size = min(self.window, int(length[i]) - int(window[i]) * self.window)
+            shuffled = self._window(epoch, int(stream[i]), int(window[i]), size)
+            places[i] = begin[i] + window[i] * self.window + shuffled[offset[i]]
+        return places
+
+    def _window(self, epoch: int, stream: int, window: int, size: int) -> NDArray[np.int64]:
+        key = (epoch, stream, window)
+        if key in self._windows:
+            self._windows.move_to_end(key)
+        else:
+            self._windows[key] = permutation(size, self.seed, _WINDOWS, epoch, stream, window)
+            while len(self._windows) > 2 * self.streams:  # a batch may sit across two windows of every stream
+                self._windows.popitem(last=False)
+        return self._windows[key]
+
+
+def evaluation_batches(shard_samples: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[Positions]:
+    """A rank's batches of an evaluation: the split in order, each sample exactly once over all ranks.
+
+    Ranks take contiguous ranges of equal length (+-1), cut into batches of `batch_size`; every rank has the same number
+    of batches, so the last may be short or empty.
+    """
+    counts = np.asarray(shard_samples, np.int64)
+    total = int(counts.sum())
+    first_sample = np.concatenate([[0], np.cumsum(counts)])
+    begin, end = rank * total // world_size, (rank + 1) * total // world_size
+    longest = -(-total // world_size)
+    batches = []
+    for start in range(begin, begin + longest, batch_size):
+        sample = np.arange(start, max(start, min(start + batch_size, end)), dtype=np.int64)
+        shard = np.searchsorted(first_sample, sample, side="right") - 1
+        batches.append(Positions(np.zeros_like(sample), sample, shard, sample - first_sample[shard]))
+    return batches

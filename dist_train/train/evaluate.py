@@ -1,0 +1,80 @@
+"""Accuracy of a model on one split, counted in integers, each sample exactly once at any world size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dist_train.data.loader import Batch, EvalLoader
+from dist_train.errors import WorkError
+
+Forward = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts over a whole split by true class, (classes,) int64 each; loss is the mean cross-entropy."""
+
+    correct: Tensor
+    top5_correct: Tensor
+    seen: Tensor
+    loss: float
+
+    @property
+    def samples(self) -> int:
+        """Samples counted."""
+        return int(self.seen.sum())
+
+    @property
+    def top1(self) -> float:
+        """Share of samples whose class came first."""
+        return int(self.correct.sum()) / self.samples
+
+    @property
+    def top5(self) -> float:
+        """Share of samples whose class was among the first five."""
+        return int(self.top5_correct.sum()) / self.samples
+
+    def class_mean(self, classes: Tensor | None = None) -> float:
+        """Mean of the classes' own accuracies, over those seen (of `classes`, ids, if given)."""
+        chosen = self.seen > 0
+        if classes is not None:
+            chosen &= torch.isin(torch.arange(len(self.seen)), classes)
+        return float((self.correct[chosen].double() / self.seen[chosen]).mean())
+
+
+@torch.no_grad()
+def evaluate(forward: Forward, loader: EvalLoader, expected_samples: int) -> Evaluation:
+    """Evaluate over all ranks (each calls this); `forward` gives the logits of a batch.
+
+    A sample that cannot be decoded counts as seen and wrong. Raises WorkError if the count of samples is not
+    `expected_samples`: a figure over part of a split is no result.
+    """
+    classes = len(loader.manifest.classes)
+    counts: Tensor | None = None
+    loss_sum: Tensor | None = None
+    for batch in loader:
+        logits = forward(batch).float()
+        if counts is None or loss_sum is None:
+            counts = torch.zeros(3, classes, dtype=torch.int64, device=logits.device)
+            loss_sum = torch.zeros((), dtype=torch.float64, device=logits.device)
+        valid = batch.weights > 0
+        best = logits.topk(min(5, classes), dim=1).indices
+        hits = (best == batch.labels[:, None]) & valid[:, None]
+        for row, found in enumerate((hits[:, 0], hits.any(dim=1), torch.ones_like(valid))):
+            counts[row] += torch.bincount(batch.labels[found], minlength=classes)
+        loss_sum += functional.cross_entropy(logits, batch.labels, reduction="sum").double()
+    if counts is None or loss_sum is None:
+        raise WorkError("the split to evaluate on holds no samples")
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(counts)
+        torch.distributed.all_reduce(loss_sum)
+    correct, top5_correct, seen = counts.cpu()
+    result = Evaluation(correct, top5_correct, seen, float(loss_sum) / max(1, int(seen.sum())))
+    if result.samples != expected_samples:
+        raise WorkError(f"evaluation counted {result.samples} samples, the manifest has {expected_samples}")
+    return result

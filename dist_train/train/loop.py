@@ -1,0 +1,345 @@
+"""Training, from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_train.config import Recipe
+from dist_train.data.draws import random_bits
+from dist_train.data.loader import Batch, EvalLoader, Place, TrainLoader
+from dist_train.data.manifest import Manifest, read_manifest
+from dist_train.data.plan import rank_batch
+from dist_train.data.text import TagTokenizer
+from dist_train.errors import UseError, WorkError
+from dist_train.models.build import build_model
+from dist_train.train.checkpoint import (
+    RunState,
+    checkpoint_to_resume,
+    load_checkpoint,
+    save_checkpoint,
+)
+from dist_train.train.engine import (
+    build_engine,
+    compute_dtype,
+    init_process_group,
+    precision_context,
+    torch_device,
+    uses_autocast,
+)
+from dist_train.train.evaluate import Evaluation, Forward, evaluate
+from dist_train.train.meters import StepMeter, device_peak, peak_memory_mb, training_flops_per_sample
+from dist_train.train.record import RunRecord, check_run_folder, start_console_log
+from dist_train.train.schedule import check_schedule, learning_rate
+
+log = logging.getLogger(__name__)
+
+_DROPOUT, _WEIGHTS = 4, 5  # first counters of draws: dropout masks, initial weights (data has 1 to 3)
+
+
+def train(recipe: Recipe, resume: str = "none") -> None:
+    """Run a recipe; every rank calls this. resume: none, auto (the newest complete checkpoint), or a checkpoint.
+
+    Ends normally when the run is complete, when train.stop_after_steps is reached, or after SIGTERM or SIGUSR1, having
+    saved a checkpoint.
+    """
+    # ------------------------------------------------------------------ where this process stands
+    started = time.perf_counter()
+    run = Path(recipe.train.run)
+    place = init_process_group()
+    start_console_log(place.rank)
+    device = torch_device(place)
+    check_run_folder(run, resume)
+    torch.distributed.barrier()  # all ranks have looked before rank 0 begins to write
+    stop = StopSignal()
+
+    # ------------------------------------------------------------------ data
+    manifest = read_shard_set(recipe)
+    train_samples = manifest.split("train").samples
+    share = rank_batch(recipe.train.batch_size, place.world_size)
+    micro_batch = recipe.train.micro_batch_size or share
+    tokenizer = build_tokenizer(recipe)
+    total_steps = math.ceil(recipe.train.epochs * train_samples / recipe.train.batch_size)
+    check_schedule(recipe.optim, total_steps)
+
+    def train_loader(samples_consumed: int) -> TrainLoader:
+        return TrainLoader(
+            recipe.data,
+            manifest,
+            place,
+            batch_size=recipe.train.batch_size,
+            micro_batch=micro_batch,
+            seed=recipe.train.seed,
+            samples_consumed=samples_consumed,
+            tokenizer=tokenizer,
+            quarantine=run / "quarantine.jsonl",
+        )
+
+    train_loader(0)  # says what is wrong with the recipe before the model is built
+
+    # ------------------------------------------------------------------ model and engine
+    torch.manual_seed(int(random_bits(recipe.train.seed, _WEIGHTS) >> 1))
+    vocab_size = tokenizer.vocab_size if tokenizer else 0
+    model, report = build_model(recipe.model, recipe.data.image_size, len(manifest.classes), vocab_size)
+    log.info("%s, %s head: %s", recipe.model.backbone, recipe.model.head, report.summary())
+    flops = training_flops_per_sample(model, *one_sample(recipe))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    has_batch_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    engine = build_engine(model, recipe, place, micro_batch)
+    forward = make_forward(engine, recipe, device)
+
+    # ------------------------------------------------------------------ resume
+    state = RunState(
+        step=0,
+        samples_consumed=0,
+        seed=recipe.train.seed,
+        batch_size=recipe.train.batch_size,
+        world_size=place.world_size,
+        zero_stage=recipe.deepspeed.zero_stage,
+        precision=recipe.deepspeed.precision,
+        num_classes=len(manifest.classes),
+        manifest_digest=manifest.digest,
+    )
+    if (checkpoint := checkpoint_to_resume(run, resume)) is not None:
+        state = load_checkpoint(engine, checkpoint, expected=state)
+        log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
+
+    peak = device_peak(device, compute_dtype(recipe.deepspeed)) * place.world_size
+    meter = StepMeter(device, flops, peak)
+    throughput: list[float] = []
+
+    with RunRecord(run, recipe, place.rank, state.step) as record:
+        # -------------------------------------------------------------- steps
+        batches = iter(train_loader(state.samples_consumed))
+        loss_since_log = torch.zeros((), device=device)
+        last: dict[str, Evaluation] = {}
+        meter.reset()
+        while state.step < total_steps:
+            rate = learning_rate(recipe.optim, recipe.train.batch_size, state.step, total_steps, train_samples)
+            loss_since_log += optimizer_step(
+                engine, forward, batches, meter, rate, share // micro_batch, recipe, state.step, place.rank
+            )
+            if has_batch_statistics:
+                average_batch_statistics(engine.module, place.world_size)
+            epoch_before = state.samples_consumed // train_samples
+            state.step += 1
+            state.samples_consumed += recipe.train.batch_size
+            meter.step(recipe.train.batch_size)
+            finished = state.step == total_steps
+            stopping = stop.requested(place) or state.step == recipe.train.stop_after_steps
+
+            if state.step % recipe.train.log_every == 0 or finished or stopping:
+                loss = mean_over_ranks(loss_since_log / meter.steps, place.world_size)
+                figures = {
+                    "step": state.step,
+                    "epoch": round(state.samples_consumed / train_samples, 4),
+                    "samples": state.samples_consumed,
+                    "loss": loss,
+                    "lr": rate,
+                } | meter.read()
+                record.step(figures, total_steps, recipe.train.epochs)
+                throughput.append(figures["images_per_s"])
+                if not math.isfinite(loss):
+                    raise WorkError(
+                        f"the loss is {loss} at step {state.step}; lower optim.lr, set optim.clip_norm or raise "
+                        "deepspeed.precision, then --resume auto"
+                    )
+                loss_since_log.zero_()
+                meter.reset()
+
+            # ---------------------------------------------------------- end of an epoch
+            epoch = state.samples_consumed // train_samples
+            if epoch > epoch_before or finished or stopping:
+                due = finished or (epoch > epoch_before and epoch % recipe.train.eval_every == 0)
+                if due and "val" in manifest.splits:
+                    last["val"] = evaluate_split("val", recipe, manifest, place, tokenizer, engine, forward)
+                    record.evaluation(evaluation_figures("val", state.step, last["val"]))
+                    if last["val"].top1 > state.best_top1:
+                        state.best_top1, state.best_step = last["val"].top1, state.step
+                save_checkpoint(engine, run, state, recipe, manifest.class_names)
+                meter.reset()
+            if stopping and not finished:
+                log.info("stopped after step %d; --resume auto continues", state.step)
+                return
+
+        # -------------------------------------------------------------- result
+        if "test" in manifest.splits:
+            last["test"] = evaluate_split("test", recipe, manifest, place, tokenizer, engine, forward)
+            record.evaluation(evaluation_figures("test", state.step, last["test"]))
+        record.summary(
+            {
+                "run": str(run),
+                "steps": state.step,
+                "epochs": recipe.train.epochs,
+                "samples": state.samples_consumed,
+                "batch_size": recipe.train.batch_size,
+                "world_size": place.world_size,
+                "backbone": recipe.model.backbone,
+                "head": recipe.model.head,
+                "text_tokens": recipe.model.text_tokens,
+                "parameters": parameters,
+                "evaluations": {split: evaluation_figures(split, state.step, result) for split, result in last.items()},
+                "best_val_top1": state.best_top1,
+                "best_step": state.best_step,
+                "seconds": round(time.perf_counter() - started, 1),
+                "images_per_s": sorted(throughput)[len(throughput) // 2] if throughput else None,
+                "peak_memory_mb": round(peak_memory_mb(device), 1),
+                "manifest_digest": manifest.digest,
+            }
+        )
+    log.info("done: %s (tensorboard --logdir %s)", run / "summary.json", run / "tensorboard")
+
+
+def optimizer_step(
+    engine: deepspeed.DeepSpeedEngine,
+    forward: Forward,
+    batches: Iterator[Batch],
+    meter: StepMeter,
+    rate: float,
+    accumulation: int,
+    recipe: Recipe,
+    step: int,
+    rank: int,
+) -> Tensor:
+    """One optimizer step over `accumulation` micro-batches. Returns this rank's mean loss, on the device.
+
+    Stand-ins for undecodable samples have weight 0; the sum is divided by the full micro-batch all the same, so that
+    every other sample counts as much as ever.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    total = torch.zeros((), device=engine.device)
+    engine.train()
+    for micro in range(accumulation):
+        batch = meter.wait(lambda: next(batches))
+        torch.manual_seed(int(random_bits(recipe.train.seed, _DROPOUT, step, micro, rank) >> 1))
+        losses = functional.cross_entropy(
+            forward(batch).float(), batch.labels, reduction="none", label_smoothing=recipe.optim.label_smoothing
+        )
+        loss = (losses * batch.weights).sum() / len(losses)
+        engine.backward(loss)
+        engine.step()
+        total += loss.detach() / accumulation
+    return total
+
+
+def make_forward(model: nn.Module, recipe: Recipe, device: torch.device) -> Forward:
+    """A function from batch to logits in the recipe's precision."""
+    config = recipe.deepspeed
+    dtype = torch.float32 if uses_autocast(config) else compute_dtype(config)
+
+    def forward(batch: Batch) -> Tensor:
+        with precision_context(config, device):
+            if batch.text_ids is None:
+                return model(batch.images.to(dtype))
+            return model(batch.images.to(dtype), batch.text_ids, batch.text_mask)
+
+    return forward
+
+
+def evaluate_split(
+    split: str,
+    recipe: Recipe,
+    manifest: Manifest,
+    place: Place,
+    tokenizer: TagTokenizer | None,
+    model: nn.Module,
+    forward: Forward,
+) -> Evaluation:
+    """Evaluate the model on a split, in eval mode."""
+    loader = EvalLoader(
+        recipe.data, manifest, split, place, batch_size=recipe.train.eval_batch_size, tokenizer=tokenizer
+    )
+    model.eval()
+    result = evaluate(forward, loader, manifest.split(split).samples)
+    model.train()
+    return result
+
+
+def evaluation_figures(split: str, step: int, result: Evaluation) -> dict[str, Any]:
+    """An evaluation as metrics.jsonl and summary.json hold it."""
+    return {
+        "split": split,
+        "step": step,
+        "top1": result.top1,
+        "top5": result.top5,
+        "loss": result.loss,
+        "samples": result.samples,
+    }
+
+
+def read_shard_set(recipe: Recipe) -> Manifest:
+    """The manifest of the recipe's shard set, checked against the digest that the recipe may name."""
+    manifest = read_manifest(recipe.data.shards)
+    if recipe.data.digest not in (None, manifest.digest):
+        raise UseError(
+            f"data.digest is {recipe.data.digest}, but {recipe.data.shards} has digest {manifest.digest}; "
+            "it is another shard set"
+        )
+    return manifest
+
+
+def build_tokenizer(recipe: Recipe) -> TagTokenizer | None:
+    """The tokenizer of a model that reads tags, or None."""
+    return TagTokenizer(recipe.data.tokenizer, recipe.model.text_tokens) if recipe.model.text_tokens else None
+
+
+def one_sample(recipe: Recipe) -> tuple[Tensor, ...]:
+    """Inputs of the model for one sample, all zeros but for the mask."""
+    size, tokens = recipe.data.image_size, recipe.model.text_tokens
+    image = torch.zeros(1, 3, size, size)
+    if not tokens:
+        return (image,)
+    return image, torch.zeros(1, tokens, dtype=torch.int64), torch.ones(1, tokens, dtype=torch.bool)
+
+
+def mean_over_ranks(value: Tensor, world_size: int) -> float:
+    """The mean of every rank's `value`."""
+    if world_size > 1:
+        torch.distributed.all_reduce(value)
+    return float(value) / world_size
+
+
+def average_batch_statistics(model: nn.Module, world_size: int) -> None:
+    """Give every rank the mean of all ranks' running statistics, so that the model is one model."""
+    if world_size == 1:
+        return
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    torch.distributed.all_reduce(flat)
+    flat /= world_size
+    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+class StopSignal:
+    """SIGTERM or SIGUSR1 asks the run to end after the step; all ranks agree on which."""
+
+    def __init__(self) -> None:
+        self._received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self._received = True
+
+    def requested(self, place: Place) -> bool:
+        """Whether any rank was asked to stop; all ranks call this after each step."""
+        if place.world_size > 1:
+            # On the CPU, so that no rank waits for its GPU here.
+            if not hasattr(self, "_group"):
+                self._group = torch.distributed.new_group(backend="gloo")
+            flag = torch.tensor(int(self._received))
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
+            self._received = bool(flag)
+        return self._received

@@ -1,0 +1,122 @@
+"""What a step costs: time, data wait, memory, FLOPs and MFU."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+T = TypeVar("T")
+
+# Dense peak of bf16/fp16 tensor cores, FLOP/s, from the vendor's data sheets; the first name found counts.
+_PEAK_16_BIT = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def training_flops_per_sample(model: nn.Module, *inputs: Tensor) -> int:
+    """FLOPs of forward and backward for one sample; `inputs` is a batch of one.
+
+    Counted by torch over the forward pass (2 per multiply-add), times 3: the backward pass of a matrix product is two
+    products of the same size.
+    """
+    training = model.training
+    model.eval()  # batch norm cannot train on one sample
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    model.train(training)
+    return 3 * counter.get_total_flops()
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s to measure MFU against: the data sheet's where it is known, else a matrix product measured now."""
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for model, peak in _PEAK_16_BIT.items():
+            if model in name:
+                return peak
+    return matmul_rate(device, dtype)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of a square matrix product on this device: the best of the repetitions that fit in `seconds`."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device).to(dtype)
+    best = float("inf")
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far, in MB (10**6 bytes): allocated on the GPU, or resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+@dataclass
+class StepMeter:
+    """Times the steps between two logged ones. flops_per_sample and peak (FLOP/s of all ranks) give the MFU."""
+
+    device: torch.device
+    flops_per_sample: float
+    peak: float
+    steps: int = 0
+    samples: int = 0
+    data_wait: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def wait(self, fetch: Callable[[], T]) -> T:
+        """Call `fetch` and count its time as data wait."""
+        start = time.perf_counter()
+        result = fetch()
+        self.data_wait += time.perf_counter() - start
+        return result
+
+    def step(self, samples: int) -> None:
+        """Count one optimizer step over `samples` of all ranks."""
+        self.steps += 1
+        self.samples += samples
+
+    def read(self) -> dict[str, float]:
+        """Figures since the last reset: images_per_s, step_ms, data_wait_ms, mfu, memory_mb."""
+        synchronize(self.device)
+        elapsed = time.perf_counter() - self.started
+        rate = self.samples / elapsed
+        return {
+            "images_per_s": round(rate, 2),
+            "step_ms": round(1000 * elapsed / self.steps, 2),
+            "data_wait_ms": round(1000 * self.data_wait / self.steps, 2),
+            "mfu": round(rate * self.flops_per_sample / self.peak, 4),
+            "memory_mb": round(peak_memory_mb(self.device), 1),
+        }
+
+    def reset(self) -> None:
+        """Begin a new interval now."""
+        self.steps, self.samples, self.data_wait = 0, 0, 0.0
+        self.started = time.perf_counter()

@@ -1,0 +1,12 @@
+"""What the deepspeed launcher starts on every rank:
+
+deepspeed launch/train.py --config launch/recipes/demo.yaml [--section.key value ...] [--resume auto]
+"""
+
+import sys
+
+from dist_train.cli import run_training
+from dist_train.errors import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: run_training(sys.argv[1:])))
