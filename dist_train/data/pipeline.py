@@ -5,13 +5,16 @@ random generators are not used. Crop and resize are one step: cutting image_size
 resized square is the same as resizing that share of the original. Images baked to that square are cut without any
 resampling, and then only the region is decoded.
 
-The colour change is the cost on a CPU, so there it is one Numba pass with normalisation, flip and HWC -> CHW inside the
-pipeline; the GPU runs DALI's `color_twist` and `crop_mirror_normalize`, which compute the same map.
+The colour change is the cost on a CPU, so there DALI ends with uint8 pixels and `colour.py` does the rest in one pass;
+the GPU runs DALI's `color_twist` and `crop_mirror_normalize`, which compute the same map.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
-from nvidia.dali.plugin.numba.fn.experimental import numba_function
 
 from dist_train.config import DataConfig
 from dist_train.data.augment import Augmentation, colour_maps
+from dist_train.data.colour import change_colours
 
 
 class ImagePipeline:
@@ -50,6 +53,11 @@ class ImagePipeline:
         self.device_id = device_id
         self.depth = depth
         self._fed = 0
+        self._colours: deque[tuple[NDArray[np.float32], NDArray[np.bool_]]] = deque()
+        self._workers = threads
+        self._threads = ThreadPoolExecutor(threads)
+        mean, std = np.array(config.mean), np.array(config.std)
+        self._normalise = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
         graph = _graph(config, train, baked, device_id is not None)
         self._pipeline: Pipeline = pipeline_def(
             graph, batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=depth
@@ -62,8 +70,7 @@ class ImagePipeline:
         if self.train:
             inputs["crop"] = augmentation.crop if self._cut_only else augmentation.crop.astype(np.float32)
         if self.device_id is None:
-            maps = colour_maps(augmentation).reshape(len(images), 12)
-            inputs["colour"] = np.column_stack([maps, augmentation.flip.astype(np.float32)])
+            self._colours.append((colour_maps(augmentation), augmentation.flip))
         else:
             for name in ("brightness", "contrast", "saturation"):
                 inputs[name] = getattr(augmentation, name).astype(np.float32)
@@ -81,7 +88,22 @@ class ImagePipeline:
         (output,) = self._pipeline.share_outputs(cuda_stream=stream)
         tensor = torch.from_dlpack(output.as_tensor())
         self._pipeline.release_outputs()  # DALI reuses the memory only when the tensor is gone
-        return tensor
+        return self._change_colours(tensor) if self.device_id is None else tensor
+
+    def _change_colours(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, S, S, 3) uint8 to (B, 3, S, S) float32, the batch shared out among the threads."""
+        maps, flip = self._colours.popleft()
+        batch, height, width, channels = pixels.shape
+        out = torch.empty(batch, channels, height, width)
+        source, target = pixels.numpy(), out.numpy()
+
+        def part(first: int, end: int) -> None:
+            change_colours(source[first:end], maps[first:end], flip[first:end], *self._normalise, target[first:end])
+
+        bounds = np.linspace(0, batch, self._workers + 1).astype(int)
+        for done in [self._threads.submit(part, *ends) for ends in pairwise(bounds.tolist())]:
+            done.result()
+        return out
 
 
 def _graph(config: DataConfig, train: bool, baked: int | None, gpu: bool) -> Callable[[], Any]:
@@ -90,7 +112,7 @@ def _graph(config: DataConfig, train: bool, baked: int | None, gpu: bool) -> Cal
     resize = {"device": device, "size": [size, size], "interp_type": types.INTERP_TRIANGULAR}
 
     def graph() -> Any:
-        encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1, no_copy=not gpu)
+        encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1, no_copy=True)
         decode = {"device": decoder_device, "output_type": types.RGB}
         if train and baked == square:
             crop = fn.external_source(name="crop", dtype=types.INT32, ndim=1)
@@ -102,7 +124,7 @@ def _graph(config: DataConfig, train: bool, baked: int | None, gpu: bool) -> Cal
         else:
             image = fn.decoders.image(encoded, **decode)
             image = image if baked == size else fn.resize(image, **resize)
-        return _colour_on_gpu(config, image) if gpu else _colour_on_cpu(config, image)
+        return _colour_on_gpu(config, image) if gpu else image
 
     return graph
 
@@ -120,48 +142,4 @@ def _colour_on_gpu(config: DataConfig, image: Any) -> Any:
         std=[255 * std for std in config.std],
         output_layout="CHW",
         dtype=types.FLOAT,
-    )
-
-
-def _colour_on_cpu(config: DataConfig, image: Any) -> Any:
-    """Affine map of the colours, clipped to [0, 255], then normalised, flipped and laid out CHW, in one pass.
-
-    The per-sample argument "colour" holds the 12 coefficients of the map, row by row, and 1 to flip or 0.
-    """
-    scale_r, scale_g, scale_b = (np.float32(1 / (255 * std)) for std in config.std)
-    shift_r, shift_g, shift_b = (np.float32(-mean / std) for mean, std in zip(config.mean, config.std, strict=True))
-    low, high = np.float32(0), np.float32(255)
-
-    def output_shapes(outputs: Any, inputs: Any) -> None:
-        for i in range(len(outputs[0])):
-            outputs[0][i][0] = 3
-            outputs[0][i][1] = inputs[0][i][0]
-            outputs[0][i][2] = inputs[0][i][1]
-
-    def colour_pass(output: Any, pixels: Any, m: Any) -> None:
-        height, width = pixels.shape[0], pixels.shape[1]
-        first, direction = (width - 1, -1) if m[12] > 0 else (0, 1)
-        for y in range(height):
-            for x in range(width):
-                source = first + direction * x
-                r, g, b = (
-                    np.float32(pixels[y, source, 0]),
-                    np.float32(pixels[y, source, 1]),
-                    np.float32(pixels[y, source, 2]),
-                )
-                output[0, y, x] = min(max(m[0] * r + m[1] * g + m[2] * b + m[3], low), high) * scale_r + shift_r
-                output[1, y, x] = min(max(m[4] * r + m[5] * g + m[6] * b + m[7], low), high) * scale_g + shift_g
-                output[2, y, x] = min(max(m[8] * r + m[9] * g + m[10] * b + m[11], low), high) * scale_b + shift_b
-
-    colour = fn.external_source(name="colour", dtype=types.FLOAT, ndim=1)
-    return numba_function(
-        image,
-        colour,
-        run_fn=colour_pass,
-        setup_fn=output_shapes,
-        in_types=[types.UINT8, types.FLOAT],
-        ins_ndim=[3, 1],
-        out_types=[types.FLOAT],
-        outs_ndim=[3],
-        batch_processing=False,
     )

@@ -1,0 +1,97 @@
+"""Small real shard sets for the tests, written with tarfile alone, so that the builder is not its own judge."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_train.data.manifest import ClassInfo, Manifest, ShardInfo, SplitInfo, write_manifest
+from dist_train.data.tarindex import index_tar, write_index
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+CLASSES = 4
+
+
+def smooth_image(number: int, width: int, height: int) -> Image.Image:
+    """A picture with gradients and a few shapes, different for every number."""
+    rng = np.random.default_rng(number)
+    coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def jpeg_bytes(number: int, width: int = 48, height: int = 40, quality: int = 92) -> bytes:
+    """That picture as JPEG."""
+    file = io.BytesIO()
+    smooth_image(number, width, height).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def write_tar(path: Path, samples: Sequence[dict[str, bytes]], first_key: int = 0) -> None:
+    """A tar of samples given as {extension: content}."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i, members in enumerate(samples):
+            for extension, content in members.items():
+                entry = tarfile.TarInfo(f"{first_key + i:06d}.{extension}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+
+
+def write_shard_set(
+    root: Path,
+    splits: dict[str, Sequence[int]],
+    size: tuple[int, int] = (48, 40),
+    baked: int | None = None,
+    text: bool = False,
+    replace: dict[int, bytes] | None = None,
+    classes: int = CLASSES,
+) -> Path:
+    """A set whose splits have shards of the given counts. Sample n has picture n and class n mod `classes`.
+
+    baked: the pictures are squares of that side and the manifest says so. replace: other bytes for some images.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    size = (baked, baked) if baked else size
+    number = 0
+    described = {}
+    for split, counts in splits.items():
+        shards = []
+        for k, count in enumerate(counts):
+            samples = []
+            for n in range(number, number + count):
+                members = {"jpg": (replace or {}).get(n, jpeg_bytes(n, *size)), "cls": str(n % classes).encode()}
+                if text:
+                    members["txt"] = f"red hair {'cat ears ' * (n % 3)}smile".encode()
+                samples.append(members)
+            path = root / f"{split}-{k:06d}.tar"
+            write_tar(path, samples, number)
+            write_index(path, index_tar(path))
+            content = path.read_bytes()
+            shards.append(ShardInfo(path.name, count, len(content), hashlib.sha256(content).hexdigest()))
+            number += count
+        described[split] = SplitInfo(sum(counts), tuple(shards))
+    infos = tuple(ClassInfo(f"class {i}", len(range(i, number, classes))) for i in range(classes))
+    transform = f"resize {baked}x{baked}" if baked else None
+    write_manifest(root, Manifest(infos, described, transform, text, tool="tests"))
+    return root
+
+
+@pytest.fixture
+def shard_set(tmp_path: Path) -> Callable[..., Path]:
+    """Calls `write_shard_set` in the test's own folder."""
+    return lambda splits, name="set", **options: write_shard_set(tmp_path / name, splits, **options)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images; a test that needs it is skipped where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} with real images is not here")
+    return SHARED_DATA
