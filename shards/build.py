@@ -1,0 +1,150 @@
+"""Records to a shard set: plan, write the shards in parallel, then the list of what was left out and the manifest.
+
+An interrupted build goes on when the same command runs again. `build.json`, written first, says what is being built;
+beside each finished shard lie its statistics until the manifest, written last, replaces them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dist_train import __version__
+from dist_train.data.manifest import (
+    LEFT_OUT_NAME,
+    MANIFEST_NAME,
+    ClassInfo,
+    Manifest,
+    ShardInfo,
+    SplitInfo,
+    read_manifest,
+    write_atomically,
+    write_manifest,
+)
+from dist_train.errors import UseError, WorkError
+from shards.plan import BuildOptions, Plan, make_plan
+from shards.records import Record
+from shards.workers import run_jobs
+from shards.writer import ShardStatistics, read_statistics, write_shard
+
+BUILD_NAME = "build.json"
+_LOCK_NAME = ".build.lock"
+
+
+def build_shard_set(records: Iterable[Record], out: Path, options: BuildOptions) -> Manifest:
+    """Build the shard set `out`, or complete it; returns its manifest. A set that is complete is left as it is.
+
+    Says on stdout what it goes on from and how long it took.
+
+    Raises UseError if `out` holds something else, or if another build is at work there; WorkError if a worker process
+    dies, `out` cannot be written to, or no image is usable.
+    """
+    plan = make_plan(records, options)
+    with _locked(out):
+        if _claim(out, plan, options):
+            print(f"{out}: already complete")
+            manifest = read_manifest(out)
+        else:
+            manifest = _assemble(out, plan, options, _write_shards(out, plan, options))
+        for leftover in [*out.glob("*.stats.json"), *out.glob(".*.tmp")]:
+            leftover.unlink()
+    return manifest
+
+
+def _write_shards(out: Path, plan: Plan, options: BuildOptions) -> dict[str, ShardStatistics]:
+    """Write the shards that are not there yet; returns the statistics of all, by shard name."""
+    finished = {shard.name: read_statistics(out, shard.name) for shard in plan.shards}
+    missing = [shard for shard in plan.shards if finished[shard.name] is None]
+    if len(missing) < len(plan.shards):
+        print(f"{out}: {len(plan.shards) - len(missing)} of {len(plan.shards)} shards are there already")
+    start = time.monotonic()
+    images = sum(len(shard.samples) for shard in missing)
+    jobs = {shard.name: (out, shard, plan.text, options) for shard in missing}
+    for name, statistics in run_jobs(write_shard, jobs, options.workers, images, "build"):
+        finished[name] = statistics
+    seconds = time.monotonic() - start
+    print(f"{out}: {images:,} images in {seconds:.1f} s, {images / max(seconds, 1e-9):,.0f} images/s")
+    return {name: statistics for name, statistics in finished.items() if statistics is not None}
+
+
+def _assemble(out: Path, plan: Plan, options: BuildOptions, written: dict[str, ShardStatistics]) -> Manifest:
+    """Write the list of left-out images and, last, the manifest."""
+    left_out = [*plan.left_out, *(entry for shard in plan.shards for entry in written[shard.name].left_out)]
+    lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in left_out)
+    write_atomically(out / LEFT_OUT_NAME, lines.encode())
+
+    class_counts: Counter[int] = Counter()
+    shards: dict[str, list[ShardInfo]] = {}
+    for shard in plan.shards:
+        statistics = written[shard.name]
+        class_counts.update(statistics.class_counts)
+        if statistics.shard.samples:
+            shards.setdefault(shard.split, []).append(statistics.shard)
+    if not shards:
+        raise WorkError(f"{out}: none of the images is usable; {out / LEFT_OUT_NAME} says why")
+    manifest = Manifest(
+        classes=tuple(ClassInfo(name, class_counts[number]) for number, name in enumerate(plan.class_names)),
+        splits={split: SplitInfo(sum(s.samples for s in its), tuple(its)) for split, its in shards.items()},
+        transform=options.transform,
+        text=plan.text,
+        left_out=dict(sorted(Counter(entry.reason for entry in left_out).items())),
+        tool=f"dist-train {__version__}",
+    )
+    write_manifest(out, manifest)
+    return manifest
+
+
+def _claim(out: Path, plan: Plan, options: BuildOptions) -> bool:
+    """Make sure that `out` is empty or holds this very build, and mark it; returns whether the set is complete."""
+    claim = {"settings": options.settings(), "fingerprint": plan.fingerprint()}
+    complete = (out / MANIFEST_NAME).exists()
+    what = "a complete shard set" if complete else "an unfinished build"
+    try:
+        found: dict[str, Any] | None = json.loads((out / BUILD_NAME).read_bytes())
+    except FileNotFoundError:
+        found = None
+    except ValueError:
+        raise UseError(f"{out / BUILD_NAME}: cannot be read as JSON; delete {out} or choose another folder") from None
+    if found is None:
+        if complete or any(out.glob("*.tar")):
+            raise UseError(f"{out}: holds shards that this builder did not make; choose another folder")
+        write_atomically(out / BUILD_NAME, (json.dumps(claim, indent=1) + "\n").encode())
+    elif found != claim:
+        theirs = found.get("settings", {})
+        differences = [
+            f"{name} {theirs.get(name)} there, {value} here"
+            for name, value in claim["settings"].items()
+            if theirs.get(name) != value
+        ]
+        why = "; ".join(differences) or "the source's images, classes, splits or tags"
+        raise UseError(f"{out}: holds {what} of something else ({why}); choose another folder, or delete that one")
+    return complete
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Make the folder `out`, and keep other builds out of it. The lock ends with this process, however it ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UseError(f"{out}: not a folder that can be written to ({error.strerror})") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UseError(f"{out}: another build is at work in this folder; wait for it or choose another") from None
+        try:
+            yield
+        finally:
+            (out / _LOCK_NAME).unlink()
+    finally:
+        os.close(lock)

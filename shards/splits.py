@@ -1,0 +1,38 @@
+"""Which samples train, validate and test: drawn per class, so that each class keeps the ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from dist_train.data.draws import permutation
+
+SPLITS = ("train", "val", "test")
+
+
+def split_counts(samples: int, ratios: Sequence[float]) -> list[int]:
+    """How many of a class's samples go to each split: whole numbers within 1 of `samples * ratio`, summing to samples.
+
+    Largest-remainder method; remainders that tie go to the earlier split. The first split (train) gets at least one
+    sample if its ratio is above zero, taken from the split that was rounded up the most.
+    """
+    exact = [Fraction(str(ratio)) for ratio in ratios]
+    quotas = [samples * ratio / sum(exact) for ratio in exact]
+    counts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(quotas)), key=lambda i: (counts[i] - quotas[i], i))
+    for i in by_remainder[: samples - sum(counts)]:
+        counts[i] += 1
+    if samples and exact[0] and counts[0] == 0:
+        giver = max(range(len(quotas)), key=lambda i: counts[i] - quotas[i])
+        counts[giver] -= 1
+        counts[0] = 1
+    return counts
+
+
+def draw_splits(samples: int, ratios: Sequence[float], *counters: int) -> list[str]:
+    """The split of each of a class's samples; `counters` (seed, class) decide which sample goes where."""
+    by_rank = [split for split, count in zip(SPLITS, split_counts(samples, ratios), strict=True) for _ in range(count)]
+    drawn = [""] * samples
+    for rank, sample in enumerate(permutation(samples, *counters)):
+        drawn[sample] = by_rank[rank]
+    return drawn

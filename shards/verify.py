@@ -1,0 +1,159 @@
+"""Compares every byte of a shard set with what its manifest and its indexes say."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dist_train.data.manifest import Manifest, ShardInfo, read_manifest
+from dist_train.data.tarindex import IMAGE_EXTENSIONS, TarSample, index_path, index_tar, read_index, write_index
+from dist_train.errors import WorkError
+from shards.images import BadImage, decode
+from shards.workers import count_image, run_jobs
+
+
+@dataclass
+class ShardReport:
+    """What was found in one shard: its samples by class id, and each difference as one line that names the file."""
+
+    class_counts: Counter[int] = field(default_factory=Counter)
+    differences: list[str] = field(default_factory=list)
+
+
+def verify_shard_set(root: Path, workers: int = 1) -> list[str]:
+    """Check the shard set `root`; returns its differences from what it should be, one line each, sorted by shard.
+
+    Checked are each shard's presence, size, SHA-256, tar structure, index and samples, that every image decodes, the
+    counts of the manifest, and that no other tar lies in the folder.
+
+    Raises UseError if there is no complete set, WorkError if its manifest is damaged.
+    """
+    manifest = read_manifest(root)
+    shards = _shards(manifest)
+    jobs = {
+        shard.file: (root / shard.file, shard, len(manifest.classes), manifest.text)
+        for shard in shards
+        if (root / shard.file).is_file()
+    }
+    images = sum(shard.samples for shard in shards if shard.file in jobs)
+    reports = dict(run_jobs(verify_shard, jobs, workers, images, "verify"))
+
+    differences = []
+    for shard in shards:
+        differences += reports[shard.file].differences if shard.file in reports else [f"{root / shard.file}: missing"]
+    listed = {shard.file for shard in shards}
+    for tar in sorted(root.glob("*.tar")):
+        if tar.name not in listed:
+            differences.append(f"{tar}: not in the manifest")
+    found = sum((report.class_counts for report in reports.values()), Counter())
+    for class_id, info in enumerate(manifest.classes):
+        if found[class_id] != info.count:
+            differences.append(
+                f"{root}: class {class_id} ({info.name}) has {found[class_id]:,} samples, "
+                f"{info.count:,} by the manifest"
+            )
+    return differences
+
+
+def verify_shard(tar: Path, shard: ShardInfo, classes: int, text: bool) -> ShardReport:
+    """Check one tar against its entry in the manifest and its index; runs in a worker process."""
+    report = ShardReport()
+    try:
+        _check_file(tar, shard, report)
+        samples = index_tar(tar)
+        _check_index(tar, samples, report)
+        if len(samples) != shard.samples:
+            report.differences.append(f"{tar}: has {len(samples):,} samples, {shard.samples:,} by the manifest")
+        _check_samples(tar, samples, classes, text, report)
+    except WorkError as error:
+        report.differences.append(str(error))
+    except OSError as error:
+        report.differences.append(f"{tar}: cannot be read ({error.strerror})")
+    return report
+
+
+def fix_indexes(root: Path) -> list[Path]:
+    """Write the indexes that are missing or differ from their tars; returns their paths.
+
+    Raises UseError if there is no complete set, WorkError if a tar cannot be read.
+    """
+    fixed = []
+    for shard in _shards(read_manifest(root)):
+        tar = root / shard.file
+        if not tar.is_file():
+            continue  # verify names it
+        samples = index_tar(tar)
+        try:
+            right = _same_places(read_index(tar), samples)
+        except WorkError:
+            right = False
+        if not right:
+            write_index(tar, samples)
+            fixed.append(index_path(tar))
+    return fixed
+
+
+def _shards(manifest: Manifest) -> list[ShardInfo]:
+    return [shard for split in manifest.splits.values() for shard in split.shards]
+
+
+def _check_file(tar: Path, shard: ShardInfo, report: ShardReport) -> None:
+    size = tar.stat().st_size
+    if size != shard.bytes:
+        report.differences.append(f"{tar}: has {size:,} bytes, {shard.bytes:,} by the manifest")
+    with open(tar, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            report.differences.append(f"{tar}: its SHA-256 is not the manifest's; build the set again")
+
+
+def _check_index(tar: Path, samples: list[TarSample], report: ShardReport) -> None:
+    try:
+        if not _same_places(read_index(tar), samples):
+            report.differences.append(f"{index_path(tar)}: does not match its tar; write it again with --fix-index")
+    except WorkError as error:
+        report.differences.append(str(error))
+
+
+def _same_places(index: list[TarSample], samples: list[TarSample]) -> bool:
+    """Whether an index lists these samples; keys are not compared where the index has none."""
+    return len(index) == len(samples) and all(
+        listed.members == sample.members and listed.key in ("", sample.key)
+        for listed, sample in zip(index, samples, strict=True)
+    )
+
+
+def _check_samples(tar: Path, samples: list[TarSample], classes: int, text: bool, report: ShardReport) -> None:
+    with open(tar, "rb") as file:
+
+        def content(sample: TarSample, extension: str) -> bytes:
+            file.seek(sample.members[extension].offset)
+            return file.read(sample.members[extension].size)
+
+        seen: set[str] = set()
+        for sample in samples:
+            place = f"{tar}: sample {sample.key}"
+            if sample.key in seen:
+                report.differences.append(f"{place}: the key comes twice")
+            seen.add(sample.key)
+
+            label = content(sample, "cls").strip() if "cls" in sample.members else None
+            if label is None:
+                report.differences.append(f"{place}: has no .cls")
+            elif not label.isdigit() or int(label) >= classes:
+                report.differences.append(f"{place}: class {label[:20]!r} is not between 0 and {classes - 1}")
+            else:
+                report.class_counts[int(label)] += 1
+            if text and "txt" not in sample.members:
+                report.differences.append(f"{place}: has no .txt, but the manifest says that samples have tags")
+
+            images = [extension for extension in IMAGE_EXTENSIONS if extension in sample.members]
+            if len(images) != 1:
+                report.differences.append(f"{place}: has {len(images)} images")
+            for extension in images:
+                try:
+                    decode(content(sample, extension))
+                except BadImage as error:
+                    report.differences.append(f"{place}: its image does not decode ({error})")
+            count_image()

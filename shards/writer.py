@@ -1,0 +1,133 @@
+"""Writes one shard of a plan: tar, index, and statistics, streamed image by image; runs in a worker process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dist_train.data.manifest import ShardInfo, write_atomically
+from dist_train.data.tarindex import Member, TarSample, index_path, write_index
+from dist_train.errors import WorkError
+from shards.images import BadImage, convert
+from shards.plan import BuildOptions, LeftOut, ShardPlan
+from shards.records import Record
+from shards.workers import count_image
+
+_BLOCK = 512  # a tar is made of blocks of this many bytes
+
+
+@dataclass(frozen=True)
+class ShardStatistics:
+    """What came of a planned shard. A shard without any usable image has 0 samples and no tar.
+
+    class_counts: samples by class id. left_out: images of the plan that are not in it.
+    """
+
+    shard: ShardInfo
+    class_counts: dict[int, int]
+    left_out: tuple[LeftOut, ...]
+
+
+class _TarStream:
+    """A USTAR archive written front to back: no times, owners or links, so equal content gives equal bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")
+        self._digest = hashlib.sha256()
+        self.bytes = 0
+
+    def add(self, name: str, content: bytes) -> Member:
+        """Append a file; returns where its content lies."""
+        header = tarfile.TarInfo(name)
+        header.size = len(content)
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        member = Member(self.bytes, len(content))
+        self._write(content)
+        self._write(bytes(-len(content) % _BLOCK))
+        return member
+
+    def close(self) -> str:
+        """Write the end-of-archive blocks and force everything to disk; returns the SHA-256 of the file in hex."""
+        self._write(bytes(2 * _BLOCK))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.bytes += len(data)
+
+
+def write_shard(folder: Path, plan: ShardPlan, text: bool, options: BuildOptions) -> ShardStatistics:
+    """Write `folder/NAME.tar`, its index and `NAME.stats.json`, each whole or not at all, the statistics last.
+
+    Raises WorkError if the folder cannot be written to.
+    """
+    tar = folder / f"{plan.name}.tar"
+    temporary = folder / f".{plan.name}.tar.{os.getpid()}.tmp"
+    index: list[TarSample] = []
+    class_counts: Counter[int] = Counter()
+    left_out: list[LeftOut] = []
+    try:
+        stream = _TarStream(temporary)
+        for number, (record, class_id) in enumerate(plan.samples):
+            try:
+                image = convert(_read(record), options.size, options.max_side, options.quality)
+            except BadImage as error:
+                left_out.append(LeftOut(record.name, error.reason, error.detail))
+            else:
+                key = f"{plan.name}-{number:06d}"
+                members = {"jpg": image, "cls": str(class_id).encode()}
+                if text:
+                    members["txt"] = " ".join((record.tags or "").split()).encode()
+                index.append(TarSample(key, {ext: stream.add(f"{key}.{ext}", data) for ext, data in members.items()}))
+                class_counts[class_id] += 1
+            count_image()
+        sha256 = stream.close()
+        if index:
+            os.replace(temporary, tar)
+            write_index(tar, index)
+        else:
+            temporary.unlink()
+        shard = ShardInfo(tar.name, len(index), stream.bytes, sha256)
+        statistics = ShardStatistics(shard, dict(sorted(class_counts.items())), tuple(left_out))
+        write_atomically(statistics_path(folder, plan.name), (json.dumps(asdict(statistics)) + "\n").encode())
+    except OSError as error:
+        raise WorkError(f"{tar}: cannot be written ({error.strerror}); run the same command again to go on") from None
+    return statistics
+
+
+def statistics_path(folder: Path, name: str) -> Path:
+    """Where the statistics of a shard lie until its set is complete."""
+    return folder / f"{name}.stats.json"
+
+
+def read_statistics(folder: Path, name: str) -> ShardStatistics | None:
+    """Statistics of a shard that was finished by an earlier, interrupted build; None if it has to be written."""
+    try:
+        document = json.loads(statistics_path(folder, name).read_bytes())
+        statistics = ShardStatistics(
+            shard=ShardInfo(**document["shard"]),
+            class_counts={int(class_id): count for class_id, count in document["class_counts"].items()},
+            left_out=tuple(LeftOut(**entry) for entry in document["left_out"]),
+        )
+        tar = folder / statistics.shard.file
+        if statistics.shard.samples and (tar.stat().st_size != statistics.shard.bytes or not index_path(tar).exists()):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return statistics
+
+
+def _read(record: Record) -> bytes:
+    try:
+        return record.read()
+    except OSError as error:
+        raise BadImage("unreadable file", error.strerror or str(error)) from None
