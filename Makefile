@@ -1,0 +1,29 @@
+# `make demo` and `make test` each create .venv and install what they need, so each works alone on a fresh machine.
+PYTHON ?= python3
+BIN := .venv/bin
+RANKS ?= 2
+
+.PHONY: install demo test lint clean
+
+install: .venv/installed
+
+.venv/installed: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+# Draw the characters, train a small ViT with the IFA head on two ranks, evaluate, and say where to look.
+demo: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" RANKS=$(RANKS) launch/demo.sh
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build *.egg-info runs/demo data/demo

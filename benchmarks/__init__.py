@@ -1,0 +1,1 @@
+"""Measurements: what things cost and gain. Run as `python -m benchmarks`."""
