@@ -1,0 +1,143 @@
+"""Backbones under the paper's names: timm's ResNets, EfficientNet and vision transformers.
+
+A name says what timm calls the architecture without the training resolution: `vit_base_patch16` is timm's
+`vit_base_patch16_224` at whatever image size the recipe has. The patch size is free, so that small images can be
+cut into small patches (`vit_tiny_patch8`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from functools import partial
+
+import timm
+import torch
+from timm.layers import LayerNorm
+from timm.models import VisionTransformer, checkpoint
+from torch import Tensor, nn
+
+from dist_train.errors import UseError
+
+CNNS = ("resnet18", "resnet50", "efficientnet_b0")
+"""Backbones without a [CLS] token: they take neither text nor the IFA head."""
+
+
+@dataclass(frozen=True)
+class ViTShape:
+    """Size of a vision transformer."""
+
+    size: str
+    """tiny, small, base or large."""
+    patch: int
+    """Side of a patch, pixels."""
+    dim: int
+    """Channels of a token."""
+    depth: int
+    """Number of blocks."""
+    heads: int
+    """Attention heads of a block."""
+
+
+VIT_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+"""Channels, blocks and attention heads, as in timm."""
+
+
+def vit_shape(backbone: str) -> ViTShape | None:
+    """Shape of the vision transformer `backbone`, or None for a CNN. Raises UseError for an unknown name."""
+    if backbone in CNNS:
+        return None
+    match = re.fullmatch(rf"vit_({'|'.join(VIT_SIZES)})_patch([1-9][0-9]*)", backbone)
+    if match is None:
+        known = [*CNNS, *(f"vit_{size}_patch{patch}" for size in VIT_SIZES for patch in (4, 8, 16, 32))]
+        nearest = difflib.get_close_matches(backbone, known, n=1, cutoff=0.0)[0]
+        raise UseError(
+            f"model.backbone: {backbone!r} is unknown; the nearest is {nearest!r} "
+            f"(known: {', '.join(CNNS)}, vit_{{{','.join(VIT_SIZES)}}}_patch{{N}})"
+        )
+    size, patch = match[1], int(match[2])
+    return ViTShape(size, patch, *VIT_SIZES[size])
+
+
+def check_image_size(backbone: str, image_size: int) -> None:
+    """Raise UseError if the patches of `backbone` do not fill an image of `image_size` pixels a side exactly."""
+    shape = vit_shape(backbone)
+    if shape is None or image_size % shape.patch == 0:
+        return
+    below = image_size // shape.patch * shape.patch
+    sizes = " or ".join(str(size) for size in (below, below + shape.patch) if size > 0)
+    patches = ", ".join(str(patch) for patch in range(2, image_size + 1) if image_size % patch == 0)
+    raise UseError(
+        f"model.backbone: {backbone} has patches of {shape.patch} pixels, which do not divide data.image_size "
+        f"{image_size}; an image size of {sizes} would do, or one of the patch sizes {patches}"
+    )
+
+
+def timm_name(backbone: str, image_size: int) -> tuple[str, dict[str, int]]:
+    """The timm call that matches a backbone: `timm.create_model(name, num_classes=..., **arguments)`.
+
+    `("vit_base_patch16", 128)` gives `("vit_base_patch16_224", {"img_size": 128})`. Patch sizes that timm has no
+    name for become an argument: `("vit_tiny_patch8", 64)` gives
+    `("vit_tiny_patch16_224", {"img_size": 64, "patch_size": 8})`. A CNN has no arguments. Layer norms there have
+    epsilon 1e-6; dropout and epsilon are no weights and so not part of the answer.
+    """
+    shape = vit_shape(backbone)
+    if shape is None:
+        return backbone, {}
+    name = f"{backbone}_224"
+    if timm.is_model(name):
+        return name, {"img_size": image_size}
+    return f"vit_{shape.size}_patch16_224", {"img_size": image_size, "patch_size": shape.patch}
+
+
+class TokenTransformer(VisionTransformer):
+    """timm's vision transformer without its classifier, giving [CLS] tokens and taking text tokens.
+
+    Parameter names are timm's. It is a subclass, not a wrapper, because ZeRO-3 gathers a module's own parameters
+    (the [CLS] token, the position embeddings) when that module's forward runs.
+    """
+
+    def __init__(self, shape: ViTShape, image_size: int, every_block: bool, dropout: float, norm_eps: float) -> None:
+        """`every_block`: give the [CLS] of every block; the final layer norm is then left out, being unused."""
+        super().__init__(
+            img_size=image_size,
+            patch_size=shape.patch,
+            num_classes=0,
+            embed_dim=shape.dim,
+            depth=shape.depth,
+            num_heads=shape.heads,
+            final_norm=not every_block,
+            pos_drop_rate=dropout,
+            proj_drop_rate=dropout,  # after the attention's projection and both layers of the MLP
+            norm_layer=partial(LayerNorm, eps=norm_eps),
+        )
+        self.every_block = every_block
+
+    def forward(self, images: Tensor, text: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """[CLS] tokens of images (B, 3, H, W), joined by embedded text tokens (B, T, D) if given.
+
+        `attention_mask`, bool, broadcastable to (B, heads, S, S), is True where a token (third axis) may attend to
+        another (fourth axis). Returns (B, D), the normalised [CLS] of the last block; or, with `every_block`,
+        (B, D, L), the [CLS] after each of the L blocks, not normalised.
+        """
+        tokens = self._pos_embed(self.patch_embed(images))
+        if text is not None:
+            tokens = torch.cat([tokens, text], dim=1)
+        cls_tokens = []
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                tokens = checkpoint(block, tokens, attn_mask=attention_mask)
+            else:
+                tokens = block(tokens, attn_mask=attention_mask)
+            if self.every_block:
+                # A copy, because a view would keep all tokens of every block in memory.
+                cls_tokens.append(tokens[:, 0].clone())
+        if self.every_block:
+            return torch.stack(cls_tokens, dim=-1)
+        return self.norm(tokens[:, 0])
+
+
+def create_cnn(backbone: str) -> nn.Module:
+    """timm's CNN of that name without its classifier: images (B, 3, H, W) to pooled features (B, num_features)."""
+    return timm.create_model(backbone, num_classes=0)

@@ -1,0 +1,116 @@
+"""From the recipe's model section to a model: images, and text if it has any, in; logits out."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dist_train.config import ModelConfig
+from dist_train.errors import UseError
+from dist_train.models.backbones import TokenTransformer, check_image_size, create_cnn, vit_shape
+from dist_train.models.heads import CLSHead, IFAHead, initialise_classifier
+from dist_train.models.vilt import TextEmbeddings, keep_padding_out
+from dist_train.models.weights import LoadReport, load_weights
+
+
+class Classifier(nn.Module):
+    """Backbone, head, and text embeddings for a ViLT (`text` is None for a model of images alone)."""
+
+    def __init__(
+        self, backbone: nn.Module, head: CLSHead | IFAHead, text: TextEmbeddings | None, mask_padding: bool
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.text = text
+        self.head = head
+        self.mask_padding = mask_padding
+
+    def forward(self, images: Tensor, text_ids: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, num_classes) of images (B, 3, H, W), float.
+
+        A ViLT also needs `text_ids` (B, T), int64, and `text_mask` (B, T), bool, True for real tokens; a model of
+        images alone takes neither. Raises ValueError where that is not so.
+        """
+        if (text_ids is None) != (self.text is None):
+            raise ValueError("a ViLT needs text_ids; a model of images alone takes none")
+        if self.text is None:
+            return self.head(self.backbone(images))
+        attention_mask = None
+        if self.mask_padding:
+            if text_mask is None:
+                raise ValueError("mask_padding needs text_mask")
+            attention_mask = keep_padding_out(text_mask, image_tokens=1 + self.backbone.patch_embed.num_patches)
+        return self.head(self.backbone(images, self.text(text_ids), attention_mask))
+
+
+def build_model(
+    config: ModelConfig, image_size: int, num_classes: int, vocab_size: int = 0
+) -> tuple[Classifier, LoadReport]:
+    """The model of a recipe, in train mode, with its starting weights and an account of them.
+
+    `image_size` is the side of the images, pixels; `vocab_size` the tokenizer's, needed if the model reads text.
+    Initial values come from torch's global generator. Raises UseError for a combination that cannot be and, as
+    `load_weights`, for weights that do not fit.
+    """
+    shape = vit_shape(config.backbone)
+    check_image_size(config.backbone, image_size)
+    if shape is None and config.head == "ifa":
+        raise UseError(f"model.head: ifa needs the [CLS] tokens of a ViT, {config.backbone} has none; use cls")
+    if shape is None and config.text_tokens > 0:
+        raise UseError(f"model.text_tokens: text needs a ViT, not {config.backbone}; use 0, or a vit_ backbone")
+    if config.text_tokens < 0:
+        raise UseError(f"model.text_tokens: {config.text_tokens} is negative; use 0 for no text")
+    if not 0 <= config.dropout < 1:
+        raise UseError(f"model.dropout: {config.dropout} is not in [0, 1)")
+    if not config.norm_eps > 0:
+        raise UseError(f"model.norm_eps: {config.norm_eps} is not above 0")
+    if config.text_tokens > 0 and vocab_size <= 0:
+        raise ValueError("a model with text needs vocab_size")
+
+    text = None
+    if shape is None:
+        backbone = create_cnn(config.backbone)
+        head: CLSHead | IFAHead = CLSHead(backbone.num_features, num_classes)
+    else:
+        backbone = TokenTransformer(shape, image_size, config.head == "ifa", config.dropout, config.norm_eps)
+        if config.text_tokens > 0:
+            text = TextEmbeddings(vocab_size, config.text_tokens, shape.dim, config.dropout, config.norm_eps)
+        if config.head == "ifa":
+            head = IFAHead(shape.dim, shape.depth, num_classes, config.norm_eps)
+        else:
+            head = CLSHead(shape.dim, num_classes)
+    initialise_classifier(head, config.head_init)
+
+    model = Classifier(backbone, head, text, config.mask_padding)
+    report = load_weights(plain_weights(model), config.weights, config.backbone, config.pos_resize)
+    return model, report
+
+
+def plain_weights(model: Classifier) -> dict[str, Tensor]:
+    """The model's parameters and buffers (not copies) under plain names, in which weights are read and written.
+
+    Backbone and CLS classifier: timm's names for that architecture (`blocks.0.norm1.weight`, `head.weight`; `fc.` or
+    `classifier.` for a CNN). IFA head: `ifa.aggregate.`, `ifa.norm.`, `ifa.classifier.`; text: `text.word.weight`,
+    `text.position.weight`, `text.token_type.weight`, `text.norm.`.
+    """
+    if isinstance(model.head, IFAHead):
+        new_prefixes = {"backbone.": "", "head.": "ifa.", "text.": "text."}
+    else:
+        classifier = getattr(model.backbone, "default_cfg", {}).get("classifier", "head")
+        new_prefixes = {"backbone.": "", "head.classifier.": f"{classifier}.", "text.": "text."}
+    plain = {}
+    for name, tensor in model.state_dict().items():
+        prefix = next(prefix for prefix in new_prefixes if name.startswith(prefix))
+        plain[new_prefixes[prefix] + name.removeprefix(prefix)] = tensor
+    return plain
+
+
+def to_timm_state_dict(model: Classifier) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The model's weights for timm, and what timm has no place for (names as in `plain_weights`); not copies.
+
+    With the CLS head the first loads with strict=True into `timm.create_model(name, num_classes=C, **arguments)`,
+    name and arguments from `backbones.timm_name`. With the IFA head it lacks `norm.` and `head.`, which such a
+    model does not have. The second holds the IFA head and the text embeddings and is empty for the others.
+    """
+    plain = plain_weights(model)
+    extra = {name: tensor for name, tensor in plain.items() if name.startswith(("ifa.", "text."))}
+    return {name: tensor for name, tensor in plain.items() if name not in extra}, extra

@@ -1,0 +1,250 @@
+"""Pretrained weights: from timm's hub or a file, fitted to a model's tensors, with an account of what went where.
+
+Names are timm's throughout ("plain" names, see `build.plain_weights`). A file either fits or is refused: every
+tensor of the backbone must be in it with the same shape, position embeddings apart, which are resampled to the
+model's grid; and it may hold nothing else but heads and text. So the weights of another architecture never load in
+part and in silence.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models import VisionTransformer, load_state_dict
+from torch import Tensor
+from torch.nn import functional
+
+from dist_train.errors import UseError, WorkError
+
+FILE_TYPES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
+HUB_TAGS = ("orig_in21k", "augreg_in21k", "tv_in1k", "ra_in1k")
+"""What plain `hub` takes, the first that timm has: the paper's ViTs, the smaller ViTs, the ResNets, EfficientNet."""
+
+# May be new in the model or unused in the file: classifiers, the layer before one, what only one of the two heads
+# has, text. Everything else is the backbone.
+NOT_BACKBONE = re.compile(
+    r"(head|head_dist|fc|fc_norm|classifier|pre_logits(\.fc)?|norm|(ifa|text)\.\w+)\.(weight|bias)"
+)
+
+
+@dataclass
+class LoadReport:
+    """What became of the weights that a model started from. All names are plain names."""
+
+    source: str
+    """As in the recipe: none, hub, hub:TAG or the file."""
+    loaded: int = 0
+    """Tensors of the model that were set from the source."""
+    resized: list[str] = field(default_factory=list)
+    """Of those, the ones that were resampled to another size."""
+    new: list[str] = field(default_factory=list)
+    """Tensors of the model that keep their initial values."""
+    unused: list[str] = field(default_factory=list)
+    """Tensors of the source that the model has no place for, sorted."""
+
+    def summary(self) -> str:
+        """One line for the log."""
+        parts = [f"{self.loaded} tensors loaded"]
+        for what, names in (("resized", self.resized), ("new", self.new), ("unused", self.unused)):
+            shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+            parts.append(f"{len(names)} {what}" + (f" ({shown})" if names else ""))
+        return f"weights {self.source}: " + "; ".join(parts)
+
+
+def load_weights(
+    own: dict[str, Tensor], source: str, backbone: str, pos_resize: Literal["timm", "reference"]
+) -> LoadReport:
+    """Fill `own`, a model's tensors by plain name, in place from `source` (see ModelConfig.weights).
+
+    A head or text tensor loads if its name and shape are in the source and stays new otherwise. Raises UseError for
+    a source that cannot be (unknown tag, no such file, unknown file type) and WorkError for one that cannot be
+    fetched or read or does not fit; `own` may then be half filled.
+    """
+    if source == "none":
+        return LoadReport(source, new=list(own))
+    if source == "hub" or source.startswith("hub:"):
+        theirs = read_hub(backbone, source.removeprefix("hub").removeprefix(":"))
+    else:
+        theirs = read_file(Path(source))
+    return _fit(own, theirs, source, pos_resize)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def hub_name(backbone: str, tag: str = "") -> str:
+    """timm's name for the pretrained weights `tag` of `backbone`, as `vit_base_patch16_224.orig_in21k`.
+
+    Without a tag, the first of HUB_TAGS that there is. Of several training resolutions the lowest is taken. Raises
+    UseError if timm has no such weights.
+    """
+    pattern = re.compile(rf"{re.escape(backbone)}(_(\d+))?\.(.+)")
+    matches = [match for name in timm.list_pretrained(f"{backbone}*") if (match := pattern.fullmatch(name))]
+    matches.sort(key=lambda match: int(match[2] or 0))
+    names: dict[str, str] = {}
+    for match in matches:
+        names.setdefault(match[3], match[0])
+    if not names:
+        raise UseError(f"model.weights: timm has no pretrained weights for {backbone}; use none, or give a file")
+    for wanted in [tag] if tag else HUB_TAGS:
+        if wanted in names:
+            return names[wanted]
+    nearest = difflib.get_close_matches(tag, names, n=1, cutoff=0.0)[0]
+    raise UseError(
+        f"model.weights: timm has no weights {tag or 'of the default tags'} for {backbone}; "
+        f"the nearest is hub:{nearest} (there are {', '.join(sorted(names))})"
+    )
+
+
+def read_hub(backbone: str, tag: str = "") -> dict[str, Tensor]:
+    """Pretrained tensors of `backbone` by plain name, through timm, at the size they were trained at.
+
+    Raises UseError if timm does not know them and WorkError if they are neither in the local cache nor to be had.
+    """
+    name = hub_name(backbone, tag)
+    try:
+        # With its own number of classes, because only then timm insists that no tensor is missing.
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # the hub's client raises errors of several libraries
+        raise WorkError(
+            f"model.weights: cannot get {name} from the hub or its local cache ({_first_line(error)}); fetch it "
+            f"where there is a network and use the same HF_HOME with HF_HUB_OFFLINE=1, or give a file"
+        ) from error
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Tensors of a weights file by plain name, on the CPU. Nothing is unpickled but tensors.
+
+    .safetensors; .pth, .pt, .bin: a state dictionary by itself or under "state_dict" or "model"; .npz: a ViT in the
+    layout of the JAX original. Raises UseError for no such file or another type, WorkError if it cannot be read.
+    """
+    if path.suffix not in FILE_TYPES:
+        raise UseError(
+            f"model.weights: {str(path)!r} is not none, hub, hub:TAG or a file of type {', '.join(FILE_TYPES)}"
+        )
+    if not path.is_file():
+        raise UseError(f"model.weights: there is no file {path}")
+    try:
+        if path.suffix == ".npz":
+            tensors = _read_jax_vit(path)
+        else:
+            # timm takes care of weights_only, of the keys "state_dict" and "model", and of wrappers' prefixes.
+            tensors = load_state_dict(str(path), use_ema=False, weights_only=True)
+    except Exception as error:  # safetensors, pickle, zip, numpy and timm each have errors of their own
+        if "weights_only" in str(error):
+            raise WorkError(
+                f"{path}: holds pickled objects other than tensors, which are never loaded; save the model's state "
+                f"dictionary alone, best as .safetensors"
+            ) from error
+        raise WorkError(f"{path}: not a readable weights file ({_first_line(error)}); get it again") from error
+    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise WorkError(f"{path}: holds no tensors by name; give the file of a model's state dictionary")
+    return tensors
+
+
+def _read_jax_vit(path: Path) -> dict[str, Tensor]:
+    """Tensors of a ViT saved by the JAX original, by timm's reader, on the grid they were trained on."""
+    with np.load(path, allow_pickle=False) as arrays:
+        prefix = "opt/target/" if "opt/target/embedding/kernel" in arrays else ""
+        if f"{prefix}embedding/kernel" not in arrays:
+            raise ValueError("no embedding/kernel: not the layout of the JAX original's ViT")
+        patch, _, _, dim = arrays[f"{prefix}embedding/kernel"].shape
+        positions = arrays[f"{prefix}Transformer/posembed_input/pos_embedding"].shape[1]
+        heads = arrays[f"{prefix}Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"].shape[1]
+        blocks = {name.split("/encoderblock_")[1].split("/")[0] for name in arrays if "/encoderblock_" in name}
+        classes = len(arrays[f"{prefix}head/bias"]) if f"{prefix}head/bias" in arrays else 0
+    # A model of the file's own size, on the meta device so that nothing random is drawn, for timm to read into.
+    with torch.device("meta"):
+        model = VisionTransformer(
+            img_size=math.isqrt(positions - 1) * patch,
+            patch_size=patch,
+            num_classes=classes,
+            embed_dim=dim,
+            depth=len(blocks),
+            num_heads=heads,
+            weight_init="skip",
+        )
+    model.to_empty(device="cpu")
+    model.load_pretrained(str(path))
+    return model.state_dict()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+# ---------------------------------------------------------------- fitting
+
+
+@torch.no_grad()
+def _fit(
+    own: dict[str, Tensor], theirs: dict[str, Tensor], source: str, pos_resize: Literal["timm", "reference"]
+) -> LoadReport:
+    report = LoadReport(source)
+    missing = []
+    for name, tensor in own.items():
+        value = theirs.get(name)
+        if value is not None and name == "pos_embed" and value.shape != tensor.shape:
+            value = resize_position_embeddings(value, tensor.shape[1], pos_resize, source)
+            report.resized.append(name)
+        if value is not None and value.shape == tensor.shape:
+            tensor.copy_(value)
+            report.loaded += 1
+        elif NOT_BACKBONE.fullmatch(name):
+            report.new.append(name)
+        elif value is not None:
+            raise WorkError(
+                f"model.weights {source}: {name} is {_dimensions(value)}, the model's is {_dimensions(tensor)}; "
+                f"give the weights of this backbone, or set model.backbone to theirs"
+            )
+        elif not name.endswith("num_batches_tracked"):  # a count that old files lack and that nothing here reads
+            missing.append(name)
+    if missing:
+        raise WorkError(
+            f"model.weights {source}: has {report.loaded} of the model's tensors but not {missing[0]} and "
+            f"{len(missing) - 1} others of its backbone; give the weights of this backbone"
+        )
+    report.unused = sorted(name for name in theirs if name not in own or name in report.new)
+    foreign = [name for name in report.unused if not NOT_BACKBONE.fullmatch(name)]
+    if foreign:
+        raise WorkError(
+            f"model.weights {source}: has {len(foreign)} tensors that the backbone has no place for, as {foreign[0]}; "
+            f"it is of another architecture"
+        )
+    return report
+
+
+def resize_position_embeddings(
+    embeddings: Tensor, positions: int, pos_resize: Literal["timm", "reference"], source: str
+) -> Tensor:
+    """Position embeddings (1, 1 + g*g, D) of a g x g grid and [CLS], resampled to (1, `positions`, D).
+
+    The entry of [CLS] stays as it is. `timm`: bicubic, antialiased; `reference`: bilinear with aligned corners,
+    no antialias. Raises WorkError, naming `source`, if either grid is not square.
+    """
+    old, new = math.isqrt(max(embeddings.shape[1] - 1, 0)), math.isqrt(positions - 1)
+    if embeddings.ndim != 3 or old < 1 or old * old + 1 != embeddings.shape[1]:
+        raise WorkError(
+            f"model.weights {source}: pos_embed is {_dimensions(embeddings)}, not [CLS] and a square grid; "
+            f"give the weights of this backbone"
+        )
+    if pos_resize == "timm":
+        return resample_abs_pos_embed(embeddings, new_size=[new, new], old_size=[old, old], num_prefix_tokens=1)
+    cls, grid = embeddings[:, :1], embeddings[:, 1:]
+    grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2).float()
+    grid = functional.interpolate(grid, size=(new, new), mode="bilinear", align_corners=True)
+    return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
+
+
+def _dimensions(tensor: Tensor) -> str:
+    return "x".join(str(size) for size in tensor.shape) or "one number"
