@@ -62,6 +62,9 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     check_run_folder(run, resume)
     torch.distributed.barrier()  # all ranks have looked before rank 0 begins to write
     stop = StopSignal()
+    for key in ("epochs", "batch_size", "eval_batch_size", "eval_every", "log_every", "keep_checkpoints"):
+        if getattr(recipe.train, key) < 1:
+            raise UseError(f"train.{key} must be at least 1, not {getattr(recipe.train, key)}")
 
     # ------------------------------------------------------------------ data
     manifest = read_shard_set(recipe)
