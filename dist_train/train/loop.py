@@ -117,8 +117,8 @@ def train(recipe: Recipe, resume: str = "none") -> None:
         state = load_checkpoint(engine, checkpoint, expected=state)
         log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
 
-    peak = device_peak(device, compute_dtype(recipe.deepspeed)) * place.world_size
-    meter = StepMeter(device, flops, peak)
+    dtype = compute_dtype(recipe.deepspeed)
+    meter = StepMeter(device, flops, device_peak(device, dtype) * place.world_size)
     throughput: list[float] = []
 
     with RunRecord(run, recipe, place.rank, state.step) as record:
@@ -170,6 +170,8 @@ def train(recipe: Recipe, resume: str = "none") -> None:
                     if last["val"].top1 > state.best_top1:
                         state.best_top1, state.best_step = last["val"].top1, state.step
                 save_checkpoint(engine, run, state, recipe, manifest.class_names)
+                # Other work on the machine can only lower a measured peak: the highest counts.
+                meter.peak = max(meter.peak, device_peak(device, dtype) * place.world_size)
                 meter.reset()
             if stopping and not finished:
                 log.info("stopped after step %d; --resume auto continues", state.step)
