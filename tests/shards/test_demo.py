@@ -57,7 +57,7 @@ def test_a_picture_is_a_jpeg_of_the_requested_size(size: int) -> None:
 
 
 def test_every_background_occlusion_and_value_of_an_attribute_can_be_drawn() -> None:
-    characters = demo.cast(300, 0)
+    characters = demo.cast(150, 0)
     seen: dict[str, set[object]] = defaultdict(set)
     for class_id, character in enumerate(characters):
         pose, scene = demo._variation(0, class_id, 0)
@@ -95,10 +95,11 @@ def test_the_records_follow_the_class_counts() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_two_characters_differ_in_two_shapes_or_more(seed: int) -> None:
-    characters = demo.cast(120, seed)
+@pytest.mark.parametrize(("count", "least"), [(40, 4), (150, 2)])
+def test_every_two_characters_differ_in_shapes(seed: int, count: int, least: int) -> None:
+    characters = demo.cast(count, seed)
     for i, first in enumerate(characters):
-        assert all(_differences(first, second, SHAPES) >= 2 for second in characters[:i])
+        assert all(_differences(first, second, SHAPES) >= least for second in characters[:i])
 
 
 def test_characters_of_neighbouring_counts_share_all_colours() -> None:
@@ -159,7 +160,7 @@ def test_closed_eyes_are_not_described() -> None:
     ("arguments", "named"),
     [
         ({"characters": 1}, "2 characters"),
-        ({"pictures": 100}, "100 pictures"),
+        ({"pictures": 30}, "30 pictures"),
         ({"seed": -1}, "seed"),
         ({"size": 8}, "8 pixels"),
     ],
@@ -169,9 +170,9 @@ def test_arguments_out_of_range_are_refused_by_name(arguments: dict[str, int], n
         demo.demo_records(**arguments)
 
 
-def test_more_characters_than_there_are_are_refused() -> None:
+def test_a_cast_too_large_to_tell_apart_is_refused() -> None:
     with pytest.raises(UseError, match="fewer"):
-        demo.cast(20_000, 0)
+        demo.cast(501, 0)
 
 
 def test_characters_hash_by_value() -> None:
