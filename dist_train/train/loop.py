@@ -163,16 +163,16 @@ def train(recipe: Recipe, resume: str = "none") -> None:
             # ---------------------------------------------------------- end of an epoch
             epoch = state.samples_consumed // train_samples
             if epoch > epoch_before or finished or stopping:
-                due = finished or (epoch > epoch_before and epoch % recipe.train.eval_every == 0)
-                if due and "val" in manifest.splits:
-                    last["val"] = evaluate_split("val", recipe, manifest, place, tokenizer, engine, forward)
-                    record.evaluation(evaluation_figures("val", state.step, last["val"]))
-                    if last["val"].top1 > state.best_top1:
-                        state.best_top1, state.best_step = last["val"].top1, state.step
-                save_checkpoint(engine, run, state, recipe, manifest.class_names)
-                # Other work on the machine can only lower a measured peak: the highest counts.
-                meter.peak = max(meter.peak, device_peak(device, dtype) * place.world_size)
-                meter.reset()
+                with meter.paused():
+                    due = finished or (epoch > epoch_before and epoch % recipe.train.eval_every == 0)
+                    if due and "val" in manifest.splits:
+                        last["val"] = evaluate_split("val", recipe, manifest, place, tokenizer, engine, forward)
+                        record.evaluation(evaluation_figures("val", state.step, last["val"]))
+                        if last["val"].top1 > state.best_top1:
+                            state.best_top1, state.best_step = last["val"].top1, state.step
+                    save_checkpoint(engine, run, state, recipe, manifest.class_names)
+                    # Other work on the machine can only lower a measured peak: the highest counts.
+                    meter.peak = max(meter.peak, device_peak(device, dtype) * place.world_size)
             if stopping and not finished:
                 log.info("stopped after step %d; --resume auto continues", state.step)
                 return

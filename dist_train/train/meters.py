@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -97,6 +98,15 @@ class StepMeter:
         result = fetch()
         self.data_wait += time.perf_counter() - start
         return result
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside (evaluation, checkpoints) is no part of the steps' time."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.started += time.perf_counter() - start
 
     def step(self, samples: int) -> None:
         """Count one optimizer step over `samples` of all ranks."""

@@ -276,6 +276,17 @@ def test_the_grid_of_predictions_is_a_picture(finished: Path) -> None:
     assert Image.open(finished / "predictions.png").size[0] == 8 * 128
 
 
+def test_a_logged_loss_is_the_mean_of_its_steps_also_across_the_end_of_an_epoch(
+    finished: Path, shards: Path, tmp_path: Path
+) -> None:
+    assert train(shards, tmp_path / "run", train__log_every=3) == 0
+    every = {e["step"]: e["loss"] for e in read_metrics(finished) if "split" not in e}
+    logged = [e for e in read_metrics(tmp_path / "run") if "split" not in e]
+    assert [e["step"] for e in logged] == [3, 6, 8]  # epochs end at 4 and 8
+    for entry, steps in zip(logged, [(1, 2, 3), (4, 5, 6), (7, 8)], strict=True):
+        assert entry["loss"] == pytest.approx(sum(every[step] for step in steps) / len(steps), rel=1e-5)
+
+
 def test_old_checkpoints_go_and_the_best_stays(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(shards, run, train__epochs=5, train__keep_checkpoints=1) == 0
