@@ -70,8 +70,10 @@ class ModelConfig:
     """One of resnet18, resnet50, efficientnet_b0, or vit_{tiny,small,base,large}_patch{N}."""
     head: Literal["cls", "ifa"] = "cls"
     """cls: a linear layer on the last [CLS] token (pooled features for a CNN); ifa: on the [CLS] of every block."""
-    head_init: Literal["reference", "zero", "default"] = "reference"
-    """Start of the classifier: zero, PyTorch's default, or as in the reference (zero for cls, default for ifa)."""
+    head_init: Literal["reference", "zero", "default", "mean"] = "reference"
+    """Start of the classifier: zero, PyTorch's default, or as in the reference (zero for cls, default for ifa). `mean`
+    is the default, but the aggregation of ifa starts as the mean over the blocks with bias 0: at PyTorch's random start
+    a negative bias puts nearly every channel behind the ReLU, and a model from scratch hardly learns for an epoch."""
     text_tokens: int = 0
     """Tokens of tags the model reads beside the image (a ViLT); 0 is vision only. The paper has 16, 32, 64."""
     mask_padding: bool = True

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from dist_train.config import ModelConfig
 from dist_train.errors import UseError
 from dist_train.models.backbones import TokenTransformer, check_image_size, create_cnn, vit_shape
-from dist_train.models.heads import CLSHead, IFAHead, initialise_classifier
+from dist_train.models.heads import CLSHead, IFAHead, initialise_head
 from dist_train.models.vilt import TextEmbeddings, keep_padding_out
 from dist_train.models.weights import LoadReport, load_weights
 
@@ -78,7 +78,7 @@ def build_model(
             head = IFAHead(shape.dim, shape.depth, num_classes, config.norm_eps)
         else:
             head = CLSHead(shape.dim, num_classes)
-    initialise_classifier(head, config.head_init)
+    initialise_head(head, config.head_init)
 
     model = Classifier(backbone, head, text, config.mask_padding)
     report = load_weights(plain_weights(model), config.weights, config.backbone, config.pos_resize)

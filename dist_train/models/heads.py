@@ -40,12 +40,17 @@ class IFAHead(nn.Module):
         return self.classifier(self.norm(functional.relu(mixture)))
 
 
-def initialise_classifier(head: CLSHead | IFAHead, head_init: Literal["reference", "zero", "default"]) -> None:
-    """Set the start of the classifier: zero, or what PyTorch gave it.
+def initialise_head(head: CLSHead | IFAHead, head_init: Literal["reference", "zero", "default", "mean"]) -> None:
+    """Set the start of the head; what is not named here keeps PyTorch's default.
 
-    `reference` is zero for the CLS head and PyTorch's for the IFA head, as in the paper's code; a comparison of the
-    two heads alone needs `zero` or `default`. The other layers of the IFA head always keep PyTorch's defaults.
+    `reference` is a zero classifier for the CLS head and PyTorch's for the IFA head, as in the paper's code; a
+    comparison of the two heads alone needs one of the others. `mean` makes the IFA head's aggregation the mean over the
+    blocks, with bias 0. PyTorch's default draws the bias, which all channels share, from +-1/sqrt(L): far more than the
+    [CLS] tokens of an untrained transformer, so that a negative one leaves every channel behind the ReLU.
     """
     if head_init == "zero" or (head_init == "reference" and isinstance(head, CLSHead)):
         nn.init.zeros_(head.classifier.weight)
         nn.init.zeros_(head.classifier.bias)
+    if head_init == "mean" and isinstance(head, IFAHead):
+        nn.init.constant_(head.aggregate.weight, 1 / head.aggregate.in_features)
+        nn.init.zeros_(head.aggregate.bias)

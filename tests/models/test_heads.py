@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from dist_train.config import ModelConfig
 from dist_train.models.build import Classifier, build_model
-from dist_train.models.heads import IFAHead
+from dist_train.models.heads import IFAHead, initialise_head
 
 DIM, DEPTH = 192, 12  # of vit_tiny
 
@@ -170,3 +170,11 @@ def test_ifa_needs_at_most_three_times_its_cls_tokens_more_memory_than_cls(mode:
         peaks[head] = watch.peak
     cls_tokens = 4 * DIM * DEPTH * 4
     assert 0 < peaks["ifa"] - peaks["cls"] <= 3 * cls_tokens
+
+
+def test_the_mean_start_aggregates_the_blocks_by_their_mean() -> None:
+    head = IFAHead(dim=6, depth=4, num_classes=3, norm_eps=1e-6)
+    initialise_head(head, "mean")
+    features = torch.randn(5, 6, 4)
+    torch.testing.assert_close(head.aggregate(features).squeeze(-1), features.mean(dim=-1))
+    assert head.classifier.weight.abs().sum() > 0
