@@ -16,11 +16,7 @@ class DataConfig:
     """Where samples come from and how an image becomes a tensor."""
 
     shards: str = "data/demo"
-    """Folder or URL (s3://, gs://, https://, any that fsspec knows) of the shard set, where manifest.json lies."""
-    cache: str = "~/.cache/dist-train/shards"
-    """For a shard set at a URL: the folder in which its shards are kept, shared by the ranks of a node."""
-    cache_gb: float = 50.0
-    """Largest size of that folder, 10**9 bytes; shards that are no longer needed make room."""
+    """Folder of the shard set, the one that holds manifest.json."""
     digest: str | None = None
     """Expected digest of the shard set's manifest; a different set is refused. None accepts any."""
     image_size: int = 128
@@ -42,12 +38,7 @@ class DataConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Divides RGB after the mean is subtracted."""
     tokenizer: str = "bert-base-uncased"
-    """How tags become tokens: WordPiece by a name on the hub or a vocab.txt file; or `tags`, one token a tag, with the
-    vocabulary counted from the shard set. Read only if model.text_tokens > 0."""
-    tag_order: Literal["given", "shuffled", "frequency"] = "given"
-    """Order of a sample's tags before they are cut to model.text_tokens: as in the shard (alphabetical in the paper's
-    data, so that the late alphabet is never seen); shuffled anew per sample and epoch in training; or the most frequent
-    in the set first."""
+    """WordPiece tokenizer for tags: a name on the hub, or a vocab.txt file. Read only if model.text_tokens > 0."""
     streams: int = 0
     """Contiguous ranges an epoch is read in at once; must divide train.batch_size. 0: the largest such <= 64."""
     shuffle_window: int = 4096
