@@ -3,16 +3,17 @@
 Where to crop, whether to flip and how to change the colours come in as per-sample arguments (`augment.py`); DALI's own
 random generators are not used. Crop and resize are one step: cutting image_size of (image_size + crop_margin) from the
 resized square is the same as resizing that share of the original. Images baked to that square are cut without any
-resampling, and then only the region is decoded.
+resampling.
 
-The colour change is the cost on a CPU, so there DALI ends with uint8 pixels and `colour.py` does the rest in one pass;
-the GPU runs DALI's `color_twist` and `crop_mirror_normalize`, which compute the same map.
+On a CPU DALI's resize and colour operators cost more than the decoding, so there DALI only decodes, and of a training
+image only the region that is needed; `resize.py` and `colour.py` do the rest in compiled passes over cached pixels. The
+GPU runs DALI's `resize`, `color_twist` and `crop_mirror_normalize`, which compute the same.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -20,12 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn, types
+from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from dist_train.config import DataConfig
 from dist_train.data.augment import Augmentation, colour_maps
 from dist_train.data.colour import change_colours
+from dist_train.data.resize import resize_region
 
 
 class ImagePipeline:
@@ -49,16 +51,17 @@ class ImagePipeline:
         depth: int,
     ) -> None:
         self.train = train
-        self._cut_only = baked == config.image_size + config.crop_margin
         self.device_id = device_id
         self.depth = depth
+        self._size, self._square = config.image_size, config.image_size + config.crop_margin
+        self._cut_only = baked == (self._square if train else self._size)
         self._fed = 0
-        self._colours: deque[tuple[NDArray[np.float32], NDArray[np.bool_]]] = deque()
+        self._under_way: deque[Augmentation] = deque()
         self._workers = threads
         self._threads = ThreadPoolExecutor(threads)
         mean, std = np.array(config.mean), np.array(config.std)
         self._normalise = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-        graph = _graph(config, train, baked, device_id is not None)
+        graph = _graph(config, train, self._cut_only, device_id is not None)
         self._pipeline: Pipeline = pipeline_def(
             graph, batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=depth
         )()
@@ -70,7 +73,7 @@ class ImagePipeline:
         if self.train:
             inputs["crop"] = augmentation.crop if self._cut_only else augmentation.crop.astype(np.float32)
         if self.device_id is None:
-            self._colours.append((colour_maps(augmentation), augmentation.flip))
+            self._under_way.append(augmentation)
         else:
             for name in ("brightness", "contrast", "saturation"):
                 inputs[name] = getattr(augmentation, name).astype(np.float32)
@@ -84,49 +87,85 @@ class ImagePipeline:
 
     def take(self) -> torch.Tensor:
         """The oldest batch under way: (B, 3, S, S) float32 on the pipeline's device, the caller's to keep."""
-        stream = None if self.device_id is None else torch.cuda.current_stream(self.device_id)
-        (output,) = self._pipeline.share_outputs(cuda_stream=stream)
+        if self.device_id is None:
+            return self._take_on_cpu()
+        (output,) = self._pipeline.share_outputs(cuda_stream=torch.cuda.current_stream(self.device_id))
         tensor = torch.from_dlpack(output.as_tensor())
         self._pipeline.release_outputs()  # DALI reuses the memory only when the tensor is gone
-        return self._change_colours(tensor) if self.device_id is None else tensor
+        return tensor
 
-    def _change_colours(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, S, S, 3) uint8 to (B, 3, S, S) float32, the batch shared out among the threads."""
-        maps, flip = self._colours.popleft()
-        batch, height, width, channels = pixels.shape
-        out = torch.empty(batch, channels, height, width)
-        source, target = pixels.numpy(), out.numpy()
+    def _take_on_cpu(self) -> torch.Tensor:
+        """Resize and colour what DALI decoded, the batch shared out among the threads."""
+        outputs = self._pipeline.share_outputs()
+        augmentation = self._under_way.popleft()
+        batch = len(augmentation.flip)
+        out = torch.empty(batch, 3, self._size, self._size)
+        maps, target = colour_maps(augmentation), out.numpy()
+        if self._cut_only:
+            pixels = np.asarray(outputs[0].as_tensor())
+        else:
+            pixels = np.empty((batch, self._size, self._size, 3), np.uint8)
+            decoded = [np.asarray(image) for image in outputs[0]]
+            start, length, origin, full = self._regions(decoded, augmentation, outputs[1:])
 
         def part(first: int, end: int) -> None:
-            change_colours(source[first:end], maps[first:end], flip[first:end], *self._normalise, target[first:end])
+            if not self._cut_only:
+                for i in range(first, end):
+                    resize_region(decoded[i], origin[i], full[i], start[i], length[i], pixels[i])
+            some = slice(first, end)
+            change_colours(pixels[some], maps[some], augmentation.flip[some], *self._normalise, target[some])
 
         bounds = np.linspace(0, batch, self._workers + 1).astype(int)
         for done in [self._threads.submit(part, *ends) for ends in pairwise(bounds.tolist())]:
             done.result()
+        self._pipeline.release_outputs()
         return out
 
+    def _regions(
+        self, decoded: list[NDArray[np.uint8]], augmentation: Augmentation, places: Sequence[Any]
+    ) -> tuple[NDArray[Any], ...]:
+        """What to resize: start, length, origin of what was decoded, size of the whole; (B, 2), (y, x) in pixels."""
+        if not self.train:
+            full = np.array([image.shape[:2] for image in decoded], np.int32)
+            nothing = np.zeros_like(full)
+            return nothing.astype(np.float64), full.astype(np.float64), nothing, full
+        origin, full = (np.asarray(place.as_tensor()) for place in places)
+        return augmentation.crop / self._square * full, self._size / self._square * full, origin, full
 
-def _graph(config: DataConfig, train: bool, baked: int | None, gpu: bool) -> Callable[[], Any]:
+
+def _graph(config: DataConfig, train: bool, cut_only: bool, gpu: bool) -> Callable[[], Any]:
     size, square = config.image_size, config.image_size + config.crop_margin
-    decoder_device, device = ("mixed", "gpu") if gpu else ("cpu", "cpu")
-    resize = {"device": device, "size": [size, size], "interp_type": types.INTERP_TRIANGULAR}
+    decode = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}
+    resize = {"device": "gpu", "size": [size, size], "interp_type": types.INTERP_TRIANGULAR}
 
     def graph() -> Any:
         encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1, no_copy=True)
-        decode = {"device": decoder_device, "output_type": types.RGB}
-        if train and baked == square:
+        if train and cut_only:
             crop = fn.external_source(name="crop", dtype=types.INT32, ndim=1)
             image = fn.decoders.image_slice(encoded, crop, [size, size], axis_names="HW", **decode)
-        elif train:
+            return _colour_on_gpu(config, image) if gpu else image
+        if train:
             crop = fn.external_source(name="crop", dtype=types.FLOAT, ndim=1) / square
-            image = fn.decoders.image(encoded, **decode)
-            image = fn.resize(image, roi_start=crop, roi_end=crop + size / square, roi_relative=True, **resize)
-        else:
-            image = fn.decoders.image(encoded, **decode)
-            image = image if baked == size else fn.resize(image, **resize)
-        return _colour_on_gpu(config, image) if gpu else image
+            if not gpu:
+                return _decode_region(encoded, crop, size, square, decode)
+            resize.update(roi_start=crop, roi_end=crop + size / square, roi_relative=True)
+        image = fn.decoders.image(encoded, **decode)
+        if gpu:
+            return _colour_on_gpu(config, image if cut_only else fn.resize(image, **resize))
+        return image
 
     return graph
+
+
+def _decode_region(encoded: Any, crop: Any, size: int, square: int, decode: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The pixels that a region's resize reads, where they begin, and the size of the whole image; (y, x) in pixels."""
+    full = fn.cast(fn.slice(fn.peek_image_shape(encoded), [0], [2], axes=[0]), dtype=types.FLOAT)
+    reach = math.floor(full / square) + 2  # the resize reads at most an output pixel and a half beyond the region
+    begin = math.max(math.floor(crop * full) - reach, 0.0)
+    end = math.min(math.ceil((crop + size / square) * full) + reach, full)
+    begin, extent = (fn.cast(value, dtype=types.INT32) for value in (begin, end - begin))
+    image = fn.decoders.image_slice(encoded, begin, extent, axis_names="HW", **decode)
+    return image, begin, fn.cast(full, dtype=types.INT32)
 
 
 def _colour_on_gpu(config: DataConfig, image: Any) -> Any:

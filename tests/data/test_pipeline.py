@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import resize
 
 from dist_train.config import DataConfig
 from dist_train.data.augment import Augmentation, colour_maps, draw_augmentation, no_augmentation
 from dist_train.data.pipeline import ImagePipeline
-from tests.conftest import jpeg_bytes
+from dist_train.data.resize import resize_region
+from tests.conftest import jpeg_bytes, smooth_image
 
 SIZE, MARGIN = 32, 8
 CONFIG = DataConfig(image_size=SIZE, crop_margin=MARGIN, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
@@ -45,8 +48,8 @@ def triangular_weights(source: int, start: float, length: float, target: int) ->
     for i in range(target):
         centre = start + (i + 0.5) * scale
         first, last = int(np.floor(centre - support)), int(np.ceil(centre + support))
-        for j in range(first, last + 1):
-            weights[i, min(max(j, 0), source - 1)] += max(0.0, 1 - abs(j + 0.5 - centre) / support)
+        for j in range(max(first, 0), min(last + 1, source)):
+            weights[i, j] = max(0.0, 1 - abs(j + 0.5 - centre) / support)
     return weights / weights.sum(axis=1, keepdims=True)
 
 
@@ -117,6 +120,39 @@ def test_evaluation_resizes_the_whole_image_and_changes_nothing_else() -> None:
     rows, columns = triangular_weights(50, 0, 50, SIZE), triangular_weights(70, 0, 70, SIZE)
     expected = np.einsum("ih,hwc,jw->ijc", rows, pixels, columns)
     assert np.abs(got - expected).mean() < 1.0
+
+
+@pytest.mark.parametrize("region", [(0, 0, 40), (3, 5, 32), (8, 8, 32), (8, 0, 31)])
+@pytest.mark.parametrize("size", [(97, 140), (20, 31), (40, 40)])
+def test_the_resize_is_torchvisions_antialiased_rounded(
+    size: tuple[int, int], region: tuple[int, int, int]
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    expected = resize(torch.from_numpy(pixels).permute(2, 0, 1).double(), [40, 40], antialias=True)
+    y, x, side = region
+    full = np.array(size, np.int32)
+    start, length = np.array([y, x]) / 40 * full, np.full(2, side) / 40 * full
+    begin = np.maximum(start - full / 40 - 2, 0).astype(np.int32)
+    end = np.ceil(start + length + full / 40 + 2).astype(int)
+    out = np.empty((side, side, 3), np.uint8)
+    part = np.ascontiguousarray(pixels[begin[0] : end[0], begin[1] : end[1]])
+    resize_region(part, begin, full, start, length, out)
+    difference = out - expected.permute(1, 2, 0).numpy()[y : y + side, x : x + side]
+    assert np.abs(difference).max() < 0.501
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_region_of_a_turned_image_is_the_region_of_the_upright_one(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    smooth_image(3, 90, 60).save(file, "JPEG", quality=95, exif=exif)
+    upright = io.BytesIO()
+    ImageOps.exif_transpose(Image.open(file)).save(upright, "PNG")
+    augmentation = some_augmentation(4)
+    got = run_pipeline([file.getvalue()] * 4, augmentation)
+    expected = run_pipeline([upright.getvalue()] * 4, augmentation)
+    assert np.abs(got - expected).mean() < 0.5
 
 
 def test_the_same_pixels_whatever_the_batch_and_the_threads() -> None:
