@@ -124,9 +124,7 @@ def test_evaluation_resizes_the_whole_image_and_changes_nothing_else() -> None:
 
 @pytest.mark.parametrize("region", [(0, 0, 40), (3, 5, 32), (8, 8, 32), (8, 0, 31)])
 @pytest.mark.parametrize("size", [(97, 140), (20, 31), (40, 40)])
-def test_the_resize_is_torchvisions_antialiased_rounded(
-    size: tuple[int, int], region: tuple[int, int, int]
-) -> None:
+def test_the_resize_is_torchvisions_antialiased_rounded(size: tuple[int, int], region: tuple[int, int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     expected = resize(torch.from_numpy(pixels).permute(2, 0, 1).double(), [40, 40], antialias=True)
     y, x, side = region
