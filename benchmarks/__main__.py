@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from dist_train.errors import run_command
+from dist_train.errors import UseError, run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What things cost and gain.")
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    _add_histogram(commands)
+    _add_loader(commands)
+    _add_scale(commands)
+    report = commands.add_parser("report", help="tables and charts of all results: benchmarks/RESULTS.md")
+    report.set_defaults(command=_report)
+    options = parser.parse_args(arguments)
+    return run_command(lambda: options.command(options))
+
+
+def _add_histogram(commands: argparse._SubParsersAction) -> None:
     histogram = commands.add_parser("histogram", help="accuracy that colours alone give on a shard set")
     histogram.add_argument("set", type=Path, metavar="SET", help="folder of the shard set")
     histogram.set_defaults(command=_histogram)
-    options = parser.parse_args(arguments)
-    return run_command(lambda: options.command(options))
 
 
 def _histogram(options: argparse.Namespace) -> int:
@@ -25,6 +34,93 @@ def _histogram(options: argparse.Namespace) -> int:
 
     accuracy, samples = colour_histogram_accuracy(options.set)
     print(f"{options.set}: logistic regression on colour histograms: test top-1 {accuracy:.4f} over {samples} samples")
+    return 0
+
+
+def _add_loader(commands: argparse._SubParsersAction) -> None:
+    loader = commands.add_parser(
+        "loader",
+        help="data loaders side by side, ours and its peers",
+        description="Images/s, processor time, memory and time to the first batch of data loaders on the same images.",
+    )
+    loader.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a shard set, or a folder or CSV that `python -m shards build` takes",
+    )
+    loader.add_argument("--name", required=True, help="of the result: benchmarks/results/loader/NAME.json")
+    loader.add_argument("--bake", type=int, metavar="S", help="build the shards resized to S x S (not for a shard set)")
+    loader.add_argument("--max-side", type=int, metavar="N", help="build the shards with at most N pixels on a side")
+    loader.add_argument("--size", type=int, default=128, help="side of a training image (default: %(default)s)")
+    loader.add_argument("--margin", type=int, default=32, help="resize to size + margin (default: %(default)s)")
+    loader.add_argument("--batch", type=int, default=64, help="images of a batch (default: %(default)s)")
+    loader.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="threads, or worker processes (default: the cores of this machine, %(default)s)",
+    )
+    loader.add_argument("--rounds", type=int, default=7, metavar="N", help="of all loaders (default: %(default)s)")
+    loader.add_argument("--seconds", type=float, default=4, metavar="T", help="of a run (default: %(default)s)")
+    loader.add_argument("--only", metavar="A,B", help="these loaders only (names of modules in benchmarks/peers)")
+    loader.add_argument(
+        "--scratch", type=Path, default=Path("data/benchmark"), metavar="DIR", help="for converted images (%(default)s)"
+    )
+    loader.set_defaults(command=_loader)
+
+
+def _loader(options: argparse.Namespace) -> int:
+    from benchmarks.loader import CONTESTANTS, measure_loaders
+    from benchmarks.peers import Task
+    from dist_train.data.manifest import MANIFEST_NAME
+    from shards.build import build_shard_set
+    from shards.plan import BuildOptions
+    from shards.sources import read_source
+
+    names = options.only.split(",") if options.only else list(CONTESTANTS)
+    if unknown := set(names) - set(CONTESTANTS):
+        raise UseError(f"--only: no loader '{min(unknown)}'; there are {', '.join(CONTESTANTS)}")
+    shards = options.images
+    if not (shards / MANIFEST_NAME).exists():
+        build = BuildOptions(size=options.bake, max_side=options.max_side, workers=options.threads)
+        shards = options.scratch / options.name
+        build_shard_set(read_source(options.images), shards, build)
+    elif options.bake or options.max_side:
+        raise UseError(f"{options.images} is a shard set; --bake and --max-side are for images that are not one yet")
+    task = Task(str(shards), options.size, options.margin, options.batch, options.threads, str(options.scratch))
+    print(measure_loaders(task, names, options.rounds, options.seconds, options.name))
+    return 0
+
+
+def _add_scale(commands: argparse._SubParsersAction) -> None:
+    scale = commands.add_parser(
+        "scale",
+        help="the epoch plan at a size that no machine here holds",
+        description="Time, memory and locality of the epoch plan for many samples, shards and nodes, without any.",
+    )
+    scale.add_argument("--samples", type=int, default=10**9, help="(default: %(default)s)")
+    scale.add_argument("--shards", type=int, default=10**6, help="(default: %(default)s)")
+    scale.add_argument("--nodes", type=int, default=1024, help="(default: %(default)s)")
+    scale.add_argument("--ranks", type=int, default=8, help="of a node (default: %(default)s)")
+    scale.add_argument("--batch", type=int, default=65536, help="global batch (default: %(default)s)")
+    scale.add_argument("--name", required=True, help="of the result: benchmarks/results/scale/NAME.json")
+    scale.set_defaults(command=_scale)
+
+
+def _scale(options: argparse.Namespace) -> int:
+    from benchmarks.scale import measure_scale
+
+    print(measure_scale(options.samples, options.shards, options.nodes, options.ranks, options.batch, options.name))
+    return 0
+
+
+def _report(_: argparse.Namespace) -> int:
+    from benchmarks.report import write_report
+
+    print(write_report())
     return 0
 
 

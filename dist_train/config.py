@@ -40,7 +40,8 @@ class DataConfig:
     tokenizer: str = "bert-base-uncased"
     """WordPiece tokenizer for tags: a name on the hub, or a vocab.txt file. Read only if model.text_tokens > 0."""
     streams: int = 0
-    """Contiguous ranges an epoch is read in at once; must divide train.batch_size. 0: the largest such <= 64."""
+    """Contiguous ranges an epoch is read in at once; must divide train.batch_size. A rank reads only its part of
+    the data where the number of ranks divides the streams. 0: the largest divisor up to 64, or batch_size / 8."""
     shuffle_window: int = 4096
     """Samples of a stream are shuffled within windows of this many."""
     device: Literal["auto", "cpu", "gpu"] = "auto"

@@ -24,7 +24,10 @@ from numpy.typing import NDArray
 from dist_train.data.draws import permutation
 from dist_train.errors import UseError
 
-MAX_AUTO_STREAMS = 64
+# Streams chosen by themselves: enough that a rank with 8 samples of a batch or more has its own, and few enough that a
+# single node does not have too many shards open at once.
+FEWEST_AUTO_STREAMS = 64
+SAMPLES_PER_AUTO_STREAM = 8
 _SHARDS, _WINDOWS = 1, 2  # first counter of a draw: what it is for
 
 
@@ -48,13 +51,14 @@ class Positions:
 
 
 def choose_streams(batch_size: int, streams: int) -> int:
-    """The number of streams: `streams`, or if 0 the largest divisor of the batch size up to 64.
+    """The number of streams: `streams`, or if 0 the largest divisor of the batch size up to an eighth of it, or 64.
 
     Raises UseError where it does not divide the batch size: then a batch would not take equally from each stream.
     """
     divisors = [d for d in range(1, batch_size + 1) if batch_size % d == 0]
     if not streams:
-        return max(d for d in divisors if d <= MAX_AUTO_STREAMS)
+        most = max(FEWEST_AUTO_STREAMS, batch_size // SAMPLES_PER_AUTO_STREAM)
+        return max(d for d in divisors if d <= most)
     if batch_size % streams:
         raise UseError(
             f"data.streams {streams} does not divide train.batch_size {batch_size}; "
@@ -104,6 +108,11 @@ class EpochPlan:
         only a batch in which one epoch ends and the next begins may hand it a few samples of its neighbour's.
         """
         share = rank_batch(self.batch_size, world_size)
+        epoch, first = divmod(consumed, self.samples)
+        if first + self.batch_size <= self.samples:  # the usual batch, within one epoch: without a look at all of it
+            stream, turn = np.divmod(np.arange(rank * share, (rank + 1) * share), self.batch_size // self.streams)
+            positions = first + (stream - first) % self.streams + turn * self.streams
+            return self._locate(np.full(share, epoch), positions)
         run_positions = np.arange(consumed, consumed + self.batch_size, dtype=np.int64)
         epochs, positions = np.divmod(run_positions, self.samples)
         mine = np.argsort(positions % self.streams, kind="stable")[rank * share : (rank + 1) * share]

@@ -43,17 +43,20 @@ def test_252_samples_in_uneven_tars_come_exactly_once_per_epoch_over_three_epoch
 
 @settings(max_examples=60, deadline=None)
 @given(
-    shards=st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(lambda counts: sum(counts) > 0),
+    shards=st.lists(st.one_of(st.just(0), st.integers(0, 60), st.just(700)), min_size=1, max_size=12).filter(any),
     share=st.integers(1, 5),
     world_size=st.integers(1, 64),
     seed=st.integers(0, 2**40),
     window=st.integers(1, 50),
+    data=st.data(),
 )
 def test_any_split_any_world_size_every_epoch_holds_each_sample_once(
-    shards: list[int], share: int, world_size: int, seed: int, window: int
+    shards: list[int], share: int, world_size: int, seed: int, window: int, data: st.DataObject
 ) -> None:
     total = sum(shards)
-    plan = EpochPlan(shards, batch_size=share * world_size, seed=seed, shuffle_window=window)
+    batch = share * world_size
+    streams = data.draw(st.sampled_from([0, *(d for d in range(1, batch + 1) if batch % d == 0)]), "streams")
+    plan = EpochPlan(shards, batch, seed, streams, window)
     steps = -(-2 * total // plan.batch_size)
     seen = Counter()
     for step in range(steps):
@@ -118,6 +121,15 @@ def test_a_rank_keeps_to_its_own_streams_and_so_to_its_part_of_the_shards() -> N
     assert len(set.union(*shards_of)) == 64
 
 
+def test_a_node_of_many_reads_hardly_more_than_its_share() -> None:
+    plan = EpochPlan([100] * 1600, batch_size=512, seed=0, shuffle_window=64)  # 64 streams over 16 nodes of 4 ranks
+    shards = set()
+    for consumed in range(0, 160_000 - 512, 512):
+        for rank in range(20, 24):
+            shards |= set(plan.batch(consumed, rank, 64).shard.tolist())
+    assert len(shards) <= 1.05 * 100
+
+
 def test_epochs_and_seeds_have_different_orders() -> None:
     plan = EpochPlan(TARS, batch_size=252, seed=0)
     orders = [plan.batch(epoch * 252).sample.tolist() for epoch in range(3)]
@@ -149,8 +161,9 @@ def test_evaluation_counts_each_sample_once_with_equally_many_batches_on_every_r
     assert all(len(positions) <= batch for batches in ranks for positions in batches)
 
 
-def test_streams_are_the_largest_divisor_of_the_batch_up_to_64() -> None:
-    assert [choose_streams(batch, 0) for batch in (16, 48, 64, 100, 256, 7, 131)] == [16, 48, 64, 50, 64, 7, 1]
+def test_streams_are_the_largest_divisor_of_the_batch_up_to_64_or_an_eighth_of_it() -> None:
+    batches = (16, 48, 64, 100, 256, 7, 131, 1024, 65536)
+    assert [choose_streams(batch, 0) for batch in batches] == [16, 48, 64, 50, 64, 7, 1, 128, 8192]
     with pytest.raises(UseError, match=r"data\.streams 5 does not divide train\.batch_size 64; these do: 1, 2, 4"):
         choose_streams(64, 5)
 

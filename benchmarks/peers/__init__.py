@@ -1,0 +1,34 @@
+"""The data loaders that ours is measured beside, and the ceilings; each in a module of its own.
+
+A contestant is a function `batches(task) -> Iterator`, endless, a global batch of `task.batch_size` images each time:
+decoded, resized to task.size + task.margin square, cropped to task.size, flipped, jittered, normalised to float32 CHW
+where it can do that; `NOTE` says where it does something else. Its `prepare(task)`, if it has one, converts the data
+once, outside of all measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+MEAN = STD = 0.5
+JITTER = 0.1  # brightness, contrast, saturation and hue
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every contestant does: the train split of `shards`, image side and margin in pixels, threads or workers."""
+
+    shards: str
+    size: int
+    margin: int
+    batch_size: int
+    threads: int
+    scratch: str
+
+    @property
+    def tars(self) -> list[Path]:
+        """The shards of the train split."""
+        from dist_train.data.manifest import read_manifest
+
+        return [Path(self.shards) / shard.file for shard in read_manifest(self.shards).split("train").shards]

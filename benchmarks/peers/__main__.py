@@ -1,0 +1,63 @@
+"""One contestant in a process of its own: `python -m benchmarks.peers NAME TASK`, TASK as JSON.
+
+Answers each line of its standard input with one JSON object a line: "start" makes the loader and takes the first batch;
+"run SECONDS" takes batches for that long, after as many as the loader may have prepared before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+
+from benchmarks.peers import Task
+
+PREPARED = 10  # batches: two workers with four each, or DALI's queue, and what is under way
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # what libraries print must not be taken for an answer
+    name, task = sys.argv[1], Task(**json.loads(sys.argv[2]))
+    contestant = importlib.import_module(f"benchmarks.peers.{name}")
+    stream: Iterator[Any] = iter(())
+    for line in sys.stdin:
+        what, *arguments = line.split()
+        if what == "prepare":
+            answer = {"note": getattr(contestant, "NOTE", "")}
+            if hasattr(contestant, "prepare"):
+                contestant.prepare(task)
+        elif what == "start":
+            begin = time.perf_counter()
+            stream = contestant.batches(task)
+            next(stream)
+            answer = {"first_batch_s": time.perf_counter() - begin}
+        else:
+            answer = run(stream, task.batch_size, float(arguments[0]))
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def run(stream: Iterator[Any], batch_size: int, seconds: float) -> dict[str, float]:
+    """Images and processor seconds (of this process and its workers) of a run of about that many seconds."""
+    for _ in range(PREPARED):
+        next(stream)
+    images, cpu, begin = 0, cpu_seconds(), time.perf_counter()
+    while (elapsed := time.perf_counter() - begin) < seconds:
+        next(stream)
+        images += batch_size
+    return {"images": images, "seconds": elapsed, "cpu_s": cpu_seconds() - cpu}
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and its workers so far."""
+    here = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in [here, *here.children(recursive=True)])
+
+
+main()

@@ -1,0 +1,22 @@
+"""This project's training loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.peers import Task
+from dist_train.config import DataConfig
+from dist_train.data.loader import Place, TrainLoader
+from dist_train.data.manifest import read_manifest
+
+
+def batches(task: Task) -> Iterator[Any]:
+    """Batches of images."""
+    config = DataConfig(
+        shards=task.shards, image_size=task.size, crop_margin=task.margin, threads=task.threads, device="cpu"
+    )
+    loader = TrainLoader(
+        config, read_manifest(task.shards), Place(), batch_size=task.batch_size, micro_batch=task.batch_size, seed=0
+    )
+    return (batch.images for batch in loader)

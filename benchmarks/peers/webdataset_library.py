@@ -1,0 +1,33 @@
+"""The webdataset library in PyTorch's DataLoader, with torchvision's v2 transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import webdataset
+
+from benchmarks.peers import Task
+from benchmarks.peers.torchvision_v2 import data_loader, decode, endless, transforms
+
+NOTE = "transforms as torchvision v2 on tensors; shards are shared out among the workers"
+
+
+def batches(task: Task) -> Iterator[Any]:
+    """Batches of images."""
+    augment = transforms(task)
+
+    def prepare(sample: dict[str, Any]) -> tuple[Any, int]:
+        return augment(decode(bytearray(sample["jpg"]))), int(sample["cls"])
+
+    dataset = (
+        webdataset.WebDataset(
+            [str(tar) for tar in task.tars], shardshuffle=len(task.tars), workersplitter=webdataset.split_by_worker
+        )
+        .shuffle(1000)
+        .map(prepare)
+        .batched(task.batch_size, partial=False)
+        .repeat()
+    )
+    options = {"batch_size": None, "shuffle": False, "drop_last": False}
+    return endless(data_loader(dataset, task, **options))

@@ -1,0 +1,102 @@
+"""Tables and charts from the committed results: `benchmarks/RESULTS.md` and a PNG beside each loader result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.result import RESULTS
+from dist_train.data.manifest import write_atomically
+
+# Columns of each bench's table: key of a row, heading, format.
+COLUMNS = {
+    "loader": [
+        ("loader", "loader", ""),
+        ("images_per_s", "images/s", ",.0f"),
+        ("images_per_s_lowest", "lowest", ",.0f"),
+        ("images_per_s_highest", "highest", ",.0f"),
+        ("ours_is_times", "ours / it", ".2f"),
+        ("cpu_s_per_1000", "CPU s per 1,000", ".3f"),
+        ("peak_mb", "peak MB", ",.0f"),
+        ("first_batch_s", "first batch s", ".2f"),
+        ("note", "what differs", ""),
+    ],
+    "scale": [
+        ("what", "what", ""),
+        ("first_batch_ms", "first batch ms", ",.0f"),
+        ("batch_ms_median", "batch ms", ".3f"),
+        ("batch_ms_highest", "highest", ".1f"),
+        ("memory_mb", "memory MB", ",.0f"),
+        ("shards_read", "shards read", ",.0f"),
+        ("read_over_share", "read / share", ".4f"),
+        ("shards_in_use_at_once", "shards in use at once", ",.0f"),
+    ],
+}
+
+
+def write_report() -> Path:
+    """Write RESULTS.md and the charts anew; returns the path of RESULTS.md."""
+    path = RESULTS.parent / "RESULTS.md"
+    write_atomically(path, render_report().encode())
+    for result in sorted((RESULTS / "loader").glob("*.json")):
+        _chart(json.loads(result.read_bytes()), result.with_suffix(".png"))
+    return path
+
+
+def render_report() -> str:
+    """RESULTS.md: a section for each result, in the order of their names."""
+    sections = ["# Results\n\nWritten by `python -m benchmarks report` from the JSON files in `results/`."]
+    for bench, columns in COLUMNS.items():
+        for result in sorted((RESULTS / bench).glob("*.json")):
+            sections.append(_section(bench, result, json.loads(result.read_bytes()), columns))
+    return "\n\n".join(sections) + "\n"
+
+
+def _section(bench: str, path: Path, result: dict[str, Any], columns: list[tuple[str, str, str]]) -> str:
+    present = [column for column in columns if any(column[0] in row for row in result["rows"])]
+    lines = [
+        "| " + " | ".join(heading for _, heading, _ in present) + " |",
+        "|" + "|".join("---" if not form else "--:" for _, _, form in present) + "|",
+    ]
+    for row in result["rows"]:
+        cells = [format(row[key], form) if key in row else "" for key, _, form in present]
+        if "absent" in row:
+            cells[-1] = f"not measured: {row['absent']}"
+        lines.append("| " + " | ".join(cells) + " |")
+    hardware = result["hardware"]
+    devices = [f"{hardware['cores']} cores of {hardware['cpu']}, {hardware['memory_gb']} GB", *hardware["gpus"]]
+    lines += [
+        "",
+        f"`{result['command']}` at commit {result['commit']}, {result['date'][:10]}, on {', '.join(devices)}: "
+        f"[{path.name}](results/{bench}/{path.name})",
+    ]
+    chart = f"\n![{path.stem}](results/loader/{path.stem}.png)" if bench == "loader" else ""
+    return f"## {bench}: {path.stem}\n\n" + "\n".join(lines) + chart
+
+
+def _chart(result: dict[str, Any], path: Path) -> None:
+    """Images/s of each loader as bars, the spread of the rounds as whiskers."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result["rows"] if "images_per_s" in row and "bytes only" not in row["loader"]][::-1]
+    rates = [row["images_per_s"] for row in rows]
+    spread = [
+        [row["images_per_s"] - row["images_per_s_lowest"] for row in rows],
+        [row["images_per_s_highest"] - row["images_per_s"] for row in rows],
+    ]
+    colours = [
+        "tab:blue" if row["loader"] == "this project" else "lightgrey" if "ceiling" in row["loader"] else "tab:grey"
+        for row in rows
+    ]
+    figure = Figure(figsize=(8, 0.4 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([row["loader"] for row in rows], rates, xerr=spread, color=colours)
+    for i, rate in enumerate(rates):
+        axes.annotate(f" {rate:,.0f}", (rate, i), xytext=(2, 6), textcoords="offset points", fontsize=8)
+    parameters = result["parameters"]
+    axes.set_xlabel(
+        f"images/s to {parameters['size']} px, batch {parameters['batch_size']}, {parameters['threads']} cores"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100, metadata={"Software": None})

@@ -1,0 +1,66 @@
+"""Benchmark results: one JSON file each, with what is needed to judge and repeat it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from dist_train.data.manifest import write_atomically
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "deepspeed", "timm", "webdataset", "ffcv", "numpy", "numba")
+
+
+def write_result(bench: str, name: str, parameters: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    """Write `benchmarks/results/BENCH/NAME.json` (README.md, "Benchmarks"); returns its path."""
+    path = RESULTS / bench / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "bench": bench,
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "parameters": parameters,
+        "rows": rows,
+    }
+    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
+    return path
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, usable cores, memory and GPUs of this machine."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(psutil.Process().cpu_affinity()),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """The commit of the working tree, with "+" if it has changes; "" outside of git."""
+    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **here)
+    changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **here)
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")

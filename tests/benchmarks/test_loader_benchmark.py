@@ -1,0 +1,67 @@
+"""The benchmarks run, write what the README says, and the committed report is made from the committed results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report, result
+from benchmarks.__main__ import main
+from benchmarks.loader import CONTESTANTS
+from benchmarks.scale import most_at_once
+from tests.conftest import REPOSITORY
+
+
+def test_the_loader_benchmark_measures_each_contestant(
+    shard_set: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
+    shards = shard_set({"train": [40, 30]}, baked=40)
+    names = "ours,dali_native,torchvision_v2,dali_decode,bytes_only"
+    arguments = f"--name small --size 32 --margin 8 --batch 8 --threads 1 --rounds 2 --seconds 0.1 --only {names}"
+    assert main(["loader", "--images", str(shards), "--scratch", str(tmp_path / "scratch"), *arguments.split()]) == 0
+    document = json.loads((tmp_path / "results/loader/small.json").read_bytes())
+    assert {"bench", "command", "commit", "date", "hardware", "versions", "parameters", "rows"} == set(document)
+    assert [row["loader"] for row in document["rows"]] == [CONTESTANTS[name] for name in names.split(",")]
+    for row in document["rows"]:
+        assert row["images_per_s_lowest"] <= row["images_per_s"] <= row["images_per_s_highest"]
+        assert row["cpu_s_per_1000"] > 0 and row["peak_mb"] > 10 and row["first_batch_s"] > 0
+    assert document["rows"][0]["ours_is_times"] == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ffcv") is not None, reason="FFCV is installed")
+def test_a_loader_that_is_not_installed_is_reported_not_an_error(
+    shard_set: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
+    shards = shard_set({"train": [40]}, baked=40)
+    assert (
+        main(["loader", "--images", str(shards), "--scratch", str(tmp_path), "--name", "a", "--only", "ffcv_loader"])
+        == 0
+    )
+    assert (
+        "No module named 'ffcv'" in json.loads((tmp_path / "results/loader/a.json").read_bytes())["rows"][0]["absent"]
+    )
+
+
+def test_the_scale_benchmark_finds_that_a_node_reads_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result, "RESULTS", tmp_path)
+    arguments = "--samples 1000000 --shards 10000 --nodes 16 --ranks 2 --batch 1024 --name small"
+    assert main(["scale", *arguments.split()]) == 0
+    rows = json.loads((tmp_path / "scale/small.json").read_bytes())["rows"]
+    assert [row["what"] for row in rows[:2]] == ["start at step 0", "start at step 1,000,000"]
+    assert all(row["read_over_share"] < 1.05 for row in rows[2:])
+
+
+def test_most_at_once_counts_overlapping_uses() -> None:
+    assert most_at_once([0, 1, 5], [3, 5, 9]) == 2
+    assert most_at_once([0, 0, 0], [0, 0, 0]) == 3
+    assert most_at_once([0, 1, 2], [0, 1, 2]) == 1
+
+
+def test_the_committed_report_is_made_from_the_committed_results() -> None:
+    assert (REPOSITORY / "benchmarks/RESULTS.md").read_text() == report.render_report()
