@@ -94,8 +94,8 @@ def test_training_pixels_equal_the_reference_on_real_photos(shared_data: Path) -
     augmentation = some_augmentation(len(images))
     got = run_pipeline(images, augmentation)
     differences = [got[i] - reference_transform(images[i], augmentation, i, SIZE + MARGIN) for i in range(len(images))]
-    assert np.mean([np.abs(d).mean() for d in differences]) < 1.5
-    assert abs(np.mean([d.mean() for d in differences])) < 0.3
+    assert np.mean([np.abs(d).mean() for d in differences]) < 0.5
+    assert abs(np.mean([d.mean() for d in differences])) < 0.05
 
 
 def test_images_baked_to_the_square_are_cut_without_resampling() -> None:
