@@ -198,6 +198,7 @@ def _describe(result: Evaluation, class_counts: Tensor) -> dict[str, Any]:
     by_count = class_counts.argsort(descending=True, stable=True)
     return {
         "samples": result.samples,
+        "bad_samples": result.bad_samples,
         "top1": result.top1,
         "top5": result.top5,
         "loss": result.loss,

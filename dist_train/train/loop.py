@@ -20,6 +20,7 @@ from dist_train.data.draws import random_bits
 from dist_train.data.loader import Batch, EvalLoader, Place, TrainLoader
 from dist_train.data.manifest import Manifest, read_manifest
 from dist_train.data.plan import rank_batch
+from dist_train.data.quarantine import QUARANTINE_NAME
 from dist_train.data.text import TagTokenizer
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import build_model
@@ -85,7 +86,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
             seed=recipe.train.seed,
             samples_consumed=samples_consumed,
             tokenizer=tokenizer,
-            quarantine=run / "quarantine.jsonl",
+            quarantine=run / QUARANTINE_NAME,
         )
 
     train_loader(0)  # says what is wrong with the recipe before the model is built
@@ -263,7 +264,13 @@ def evaluate_split(
 ) -> Evaluation:
     """Evaluate the model on a split, in eval mode."""
     loader = EvalLoader(
-        recipe.data, manifest, split, place, batch_size=recipe.train.eval_batch_size, tokenizer=tokenizer
+        recipe.data,
+        manifest,
+        split,
+        place,
+        batch_size=recipe.train.eval_batch_size,
+        tokenizer=tokenizer,
+        quarantine=Path(recipe.train.run) / QUARANTINE_NAME,
     )
     model.eval()
     result = evaluate(forward, loader, manifest.split(split).samples)
@@ -280,6 +287,7 @@ def evaluation_figures(split: str, step: int, result: Evaluation) -> dict[str, A
         "top5": result.top5,
         "loss": result.loss,
         "samples": result.samples,
+        "bad_samples": result.bad_samples,
     }
 
 
