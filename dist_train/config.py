@@ -2,15 +2,13 @@
 
 A recipe is a YAML file with the sections below; `parse_recipe` (in `cli.py`) reads it together with overrides
 from the command line (`--section.key value`). This module only says which keys there are, what they mean and
-which values they take; it imports nothing of the project but constants.
+which values they take; it imports nothing of the project but its errors.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
-
-from dist_train.data.imagesize import MAX_PIXELS
 
 
 @dataclass
@@ -53,7 +51,7 @@ class DataConfig:
     """Batches prepared ahead of the model."""
     max_bad_samples: int = 16
     """Damaged or undecodable samples a run may meet (and leave out, with a record) before it ends with an error."""
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = 89_478_485
     """An image that announces more pixels than this is left out before it is decoded; the default is Pillow's limit."""
 
 
