@@ -38,7 +38,13 @@ class DataConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Divides RGB after the mean is subtracted."""
     tokenizer: str = "bert-base-uncased"
-    """WordPiece tokenizer for tags: a name on the hub, or a vocab.txt file. Read only if model.text_tokens > 0."""
+    """WordPiece tokenizer for tags: a name on the hub, or a vocab.txt file; or `tags`: one token for each of the
+    tag_vocabulary most frequent tags of the train split. Read only if model.text_tokens > 0."""
+    tag_order: Literal["given", "shuffle", "frequency"] = "given"
+    """Order of a sample's tags before they are cut at model.text_tokens: as given; in training shuffled anew for each
+    sample and epoch, as given in evaluation; or the most frequent of the train split first."""
+    tag_vocabulary: int = 4096
+    """Most frequent tags that data.tokenizer `tags` and data.tag_order `frequency` know; the run folder's tags.txt."""
     streams: int = 0
     """Contiguous ranges an epoch is read in at once; must divide train.batch_size. 0: the largest such <= 64."""
     shuffle_window: int = 4096

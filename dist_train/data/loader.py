@@ -26,7 +26,7 @@ from dist_train.data.manifest import Manifest
 from dist_train.data.pipeline import ImagePipeline
 from dist_train.data.plan import EpochPlan, Positions, evaluation_batches, rank_batch
 from dist_train.data.quarantine import Quarantine
-from dist_train.data.text import TagTokenizer
+from dist_train.data.text import TagTokenizer, check_has_tags, shuffle_tags
 from dist_train.errors import UseError
 
 
@@ -83,11 +83,8 @@ class _Loader:
         quarantine: Path | None,
     ) -> None:
         check_augmentation(config)
-        if tokenizer is not None and not manifest.text:
-            raise UseError(
-                f"model.text_tokens asks for tags, but the shard set {config.shards} has none; "
-                "build it with tags or set model.text_tokens to 0"
-            )
+        if tokenizer is not None:
+            check_has_tags(config, manifest)
         self.config, self.manifest, self.place = config, manifest, place
         self.batch_size, self.train, self.seed = batch_size, train, seed
         self.tokenizer = tokenizer
@@ -149,7 +146,7 @@ class _Loader:
 
     def _finish(self, images: Tensor, positions: Positions, fetched: FetchedBatch) -> Batch:
         weights = torch.tensor([sample not in self.bad for sample in positions.sample.tolist()])
-        ids, mask = self.tokenizer(fetched.texts) if self.tokenizer else (None, None)
+        ids, mask = self._tokens(positions, fetched.texts) if self.tokenizer else (None, None)
         device = images.device if self.place.device_id is None else torch.device("cuda", self.place.device_id)
 
         def on_device(tensor: Tensor | None) -> Tensor | None:
@@ -163,6 +160,11 @@ class _Loader:
             on_device(mask),
             positions.sample,
         )
+
+    def _tokens(self, positions: Positions, texts: list[str]) -> tuple[Tensor, Tensor]:
+        if self.train and self.config.tag_order == "shuffle":
+            texts = shuffle_tags(texts, self.seed, positions.epoch, positions.sample)
+        return self.tokenizer(texts)
 
     def _find_undecodable(self, under_way: deque[tuple[Positions, FetchedBatch]], error: RuntimeError) -> None:
         """Decode the batches under way one image at a time and leave out what fails. Raises `error` if nothing does."""

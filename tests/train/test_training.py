@@ -370,3 +370,28 @@ def test_a_vilt_trains_evaluates_and_predicts_with_tags(
         assert main(["predict", str(run), str(tmp_path / "good.jpg"), "--tags", tags]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] != answers[1]
+
+
+def test_a_vilt_of_whole_tags_keeps_its_vocabulary_in_the_run_folder(shards: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    options = {"model__text_tokens": 4, "data__tokenizer": "tags", "data__tag_order": "frequency"}
+    assert train(shards, run, train__stop_after_steps=3, **options) == 0
+    vocabulary = (run / "tags.txt").read_text()
+    assert vocabulary == "hair\nred\nsmile\ncat\nears\n"
+    edited = vocabulary.replace("hair\nred\n", "red\nhair\n")
+    (run / "tags.txt").write_text(edited)
+    assert train(shards, run, resume="auto", **options) == 0
+    assert (run / "tags.txt").read_text() == edited  # a run that goes on keeps its tags
+    (logged,) = [entry for entry in read_metrics(run) if entry.get("split") == "test"]
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--split", "test"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == logged["top1"]
+    (tmp_path / "good.jpg").write_bytes(jpeg_bytes(3, 20, 20))
+    answers = []
+    for tags in ("red hair smile", "smile hair red", "cat ears"):
+        assert main(["predict", str(run), str(tmp_path / "good.jpg"), "--tags", tags]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+    (run / "tags.txt").unlink()
+    assert main(["evaluate", str(run), "--split", "test"]) == 1
+    assert "tags.txt: cannot be read" in capsys.readouterr().err
