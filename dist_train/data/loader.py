@@ -91,7 +91,9 @@ class _Loader:
         self.bad = Quarantine(quarantine, split, config.max_bad_samples, place.rank)
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
         self.device_id = open_device(config, place)
-        self.fetcher = ShardFetcher(config.shards, manifest.split(split), len(manifest.classes), config.max_pixels)
+        self.fetcher = ShardFetcher(
+            config.shards, manifest.split(split), len(manifest.classes), config.max_pixels, manifest.baked_size()
+        )
 
     def _batches(self, positions: Iterator[Positions], depth: int) -> Iterator[Batch]:
         """Batches for a sequence of non-empty positions, `depth` of them under way; there must be that many."""
@@ -178,14 +180,10 @@ class _Loader:
                 try:
                     probe = probe or self._pipeline(batch_size=1, depth=1)
                     self._feed(probe, positions[one], FetchedBatch(fetched.images[one], fetched.labels[one], []))
-                    height, width = probe.take().shape[2:]
-                    if height == width == self.config.image_size:
-                        continue
-                    reason = f"{width} x {height} pixels, not the {self.manifest.transform} that the manifest says"
+                    probe.take()
                 except RuntimeError as failure:
-                    probe, reason = None, _first_cause(failure)
-                found = True
-                self._leave_out(positions, i, reason)
+                    probe, found = None, True
+                    self._leave_out(positions, i, _first_cause(failure))
         if not found:
             raise error
 

@@ -127,7 +127,7 @@ def test_bit_flips_in_image_header_image_and_class_lose_those_samples_alone(root
     epoch.good.pop(19, None)
     assert_only_bad(epoch, {record["sample"] for record in epoch.records}, sound)  # type: ignore[arg-type]
     reasons = {record["sample"]: record["reason"] for record in epoch.records}
-    assert "not a JPEG" in reasons[13] and "its class is" in reasons[18]
+    assert "not an image" in reasons[13] and "its class is" in reasons[18]
     assert "no image" in reasons[14] and "no .cls" in reasons[16]
 
 
@@ -313,6 +313,19 @@ def test_samples_of_the_same_key_are_samples_of_their_own(tmp_path: Path, sound:
     epoch = run_epoch(root)
     assert epoch.records == []
     assert_labels(epoch)
+
+
+# ---------------------------------------------------------------------- images of another size than the manifest says
+
+
+def test_an_image_of_another_size_than_the_baked_one_is_left_out(tmp_path: Path) -> None:
+    wrong = {4: jpeg_bytes(4, 18, 18), 7: jpeg_bytes(7, 30, 12)}
+    root = write_shard_set(tmp_path / "set", {"train": [12], "val": [9]}, baked=20, replace=wrong | {15: jpeg_bytes(1)})
+    assert {record["sample"] for record in run_epoch(root).records} == {4, 7}
+    config = DataConfig(shards=str(root), image_size=20, crop_margin=0, threads=1)
+    batches = list(EvalLoader(config, read_manifest(root), "val", Place(), batch_size=4))
+    weights = {int(n): float(w) for batch in batches for n, w in zip(batch.samples, batch.weights, strict=True)}
+    assert weights == {n: float(n != 3) for n in range(9)}
 
 
 # ---------------------------------------------------------------------- the record

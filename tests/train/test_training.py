@@ -395,3 +395,26 @@ def test_a_vilt_of_whole_tags_keeps_its_vocabulary_in_the_run_folder(shards: Pat
     (run / "tags.txt").unlink()
     assert main(["evaluate", str(run), "--split", "test"]) == 1
     assert "tags.txt: cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_with_bad_samples_ends_well_records_each_once_and_says_what_it_evaluated(
+    tmp_path: Path, capsys: Any
+) -> None:
+    splits = {"train": [24], "val": [8], "test": [9]}
+    flat = bytearray(jpeg_bytes(26, 20, 20))
+    flat[200:] = b"\xff" * len(flat[200:])  # its frame header stands before
+    broken = {5: b"no image", 26: bytes(flat), 33: b""}
+    shards = write_shard_set(tmp_path / "set", splits, baked=20, replace=broken)
+    run = tmp_path / "run"
+    assert train(shards, run, train__stop_after_steps=1, optim__warmup_steps=0) == 0
+    assert train(shards, run, resume="auto", optim__warmup_steps=0) == 0
+    records = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+    names = {"train-000000.tar:000005", "val-000000.tar:000026", "test-000000.tar:000033"}
+    assert {record["name"] for record in records} == names and len(records) == 3
+    evaluations = [entry for entry in read_metrics(run) if "split" in entry]
+    assert {(e["split"], e["samples"], e["bad_samples"]) for e in evaluations} == {("val", 7, 1), ("test", 8, 1)}
+    assert all(math.isfinite(entry["loss"]) for entry in read_metrics(run))
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--split", "test"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["samples"], figures["bad_samples"], figures["top1"]) == (8, 1, evaluations[-1]["top1"])
