@@ -56,7 +56,8 @@ class DataConfig:
     prefetch: int = 2
     """Batches prepared ahead of the model."""
     max_bad_samples: int = 16
-    """Damaged or undecodable samples a run may meet (and leave out, with a record) before it ends with an error."""
+    """Damaged or undecodable samples that a run may meet over all ranks (and leave out, with a record) before it ends
+    with an error."""
     max_pixels: int = 89_478_485
     """An image that announces more pixels than this is left out before it is decoded; the default is Pillow's limit."""
 

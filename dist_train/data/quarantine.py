@@ -34,7 +34,7 @@ class Quarantine:
         if sample in self:
             return
         log.warning("left out %s: %s", name, reason)
-        self._bad.update(_read(self.file))  # another rank may have met it in an earlier epoch
+        self._bad.update(_read(self.file))  # what other ranks met, perhaps this one in an earlier epoch
         known = sample in self
         self._bad.add((self.split, sample))
         if self.file is not None and not known:
@@ -48,7 +48,6 @@ class Quarantine:
             }
             self.file.parent.mkdir(parents=True, exist_ok=True)
             _append(self.file, json.dumps(entry) + "\n")
-            self._bad.update(_read(self.file))
         if len(self._bad) > self.limit:
             raise WorkError(
                 f"more than data.max_bad_samples ({self.limit}) samples are damaged or cannot be decoded, the last "
