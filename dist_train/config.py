@@ -38,7 +38,13 @@ class DataConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Divides RGB after the mean is subtracted."""
     tokenizer: str = "bert-base-uncased"
-    """WordPiece tokenizer for tags: a name on the hub, or a vocab.txt file. Read only if model.text_tokens > 0."""
+    """WordPiece tokenizer for tags: a name on the hub, or a vocab.txt file; or `tags`: one token for each of the
+    tag_vocabulary most frequent tags of the train split. Read only if model.text_tokens > 0."""
+    tag_order: Literal["given", "shuffle", "frequency"] = "given"
+    """Order of a sample's tags before they are cut at model.text_tokens: as given; in training shuffled anew for each
+    sample and epoch, as given in evaluation; or the most frequent of the train split first."""
+    tag_vocabulary: int = 4096
+    """Most frequent tags that data.tokenizer `tags` and data.tag_order `frequency` know; the run folder's tags.txt."""
     streams: int = 0
     """Contiguous ranges an epoch is read in at once; must divide train.batch_size. A rank reads only its part of
     the data where the number of ranks divides the streams. 0: the largest divisor up to 64, or batch_size / 8."""
@@ -51,7 +57,10 @@ class DataConfig:
     prefetch: int = 2
     """Batches prepared ahead of the model."""
     max_bad_samples: int = 16
-    """Undecodable samples a run may meet (and leave out, with a record) before it ends with an error."""
+    """Damaged or undecodable samples that a run may meet over all ranks (and leave out, with a record) before it ends
+    with an error."""
+    max_pixels: int = 89_478_485
+    """An image that announces more pixels than this is left out before it is decoded; the default is Pillow's limit."""
 
 
 @dataclass

@@ -51,7 +51,7 @@ def load_trained(run: Path, recipe: Recipe, which: str) -> TrainedModel:
     if checkpoint is None:
         raise UseError(f"{run}: no complete checkpoint; train first")
     class_names = read_class_names(checkpoint)
-    tokenizer = build_tokenizer(recipe)
+    tokenizer = build_tokenizer(recipe, run)
     model_config = replace(recipe.model, weights="none")
     vocab_size = tokenizer.vocab_size if tokenizer else 0
     model, _ = build_model(model_config, recipe.data.image_size, len(class_names), vocab_size)
@@ -198,6 +198,7 @@ def _describe(result: Evaluation, class_counts: Tensor) -> dict[str, Any]:
     by_count = class_counts.argsort(descending=True, stable=True)
     return {
         "samples": result.samples,
+        "bad_samples": result.bad_samples,
         "top1": result.top1,
         "top5": result.top5,
         "loss": result.loss,

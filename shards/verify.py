@@ -138,17 +138,18 @@ def _check_samples(tar: Path, samples: list[TarSample], classes: int, text: bool
                 report.differences.append(f"{place}: the key comes twice")
             seen.add(sample.key)
 
-            label = content(sample, "cls").strip() if "cls" in sample.members else None
+            found = sample.find("cls")
+            label = content(sample, found[0]).strip() if found else None
             if label is None:
                 report.differences.append(f"{place}: has no .cls")
             elif not label.isdigit() or int(label) >= classes:
                 report.differences.append(f"{place}: class {label[:20]!r} is not between 0 and {classes - 1}")
             else:
                 report.class_counts[int(label)] += 1
-            if text and "txt" not in sample.members:
+            if text and sample.find("txt") is None:
                 report.differences.append(f"{place}: has no .txt, but the manifest says that samples have tags")
 
-            images = [extension for extension in IMAGE_EXTENSIONS if extension in sample.members]
+            images = [extension for extension in sample.members if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
             if len(images) != 1:
                 report.differences.append(f"{place}: has {len(images)} images")
             for extension in images:

@@ -1,75 +1,146 @@
-"""Sample bytes out of the shards: each tar is memory-mapped when first used, nothing is copied."""
+"""Sample bytes out of the shards: each tar is memory-mapped when first used, nothing is copied.
+
+A sample is looked at when it is first fetched: whether the tar has its members where the index says, what its class is,
+and what its image announces. What is wrong with one sample is reported beside the others, never raised.
+"""
 
 from __future__ import annotations
 
+import logging
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from nvidia.nvimgcodec import CodeStream
 
-from dist_train.data.manifest import SplitInfo
+from dist_train.config import DataConfig
+from dist_train.data.manifest import ShardInfo, SplitInfo
 from dist_train.data.plan import Positions
-from dist_train.data.tarindex import Member, TarSample, index_path, read_index
+from dist_train.data.tarindex import Member, TarSample, index_path, index_tar, read_index
 from dist_train.errors import WorkError
+
+log = logging.getLogger(__name__)
+
+_NOTHING = np.empty(0, np.uint8)
+_NOT_LOOKED_AT = -1
+
+
+class _BadSample(Exception):
+    """Why a sample cannot be used."""
+
+
+class _NotWhereListed(_BadSample):
+    """The tar has not what the list of its samples says."""
 
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A mapped tar and where its samples lie."""
+    """A mapped tar, where its samples lie, and what is known of those looked at: class ids, and what is wrong.
+
+    from_tar: the samples were listed by reading the tar itself, not its index.
+    """
 
     path: Path
     content: NDArray[np.uint8]
     samples: list[TarSample]
+    from_tar: bool
+    labels: NDArray[np.int64]
+    problems: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FetchedBatch:
-    """Samples as they lie in the shards: encoded images (views into the mapping), class ids, tags."""
+    """Samples as they lie in the shards: encoded images (views into the mapping), class ids, tags.
+
+    problems: by place in the batch, why a sample cannot be used; its image is empty and its class 0.
+    """
 
     images: list[NDArray[np.uint8]]
     labels: NDArray[np.int64]
     texts: list[str]
+    problems: dict[int, str] = field(default_factory=dict)
 
 
 class ShardFetcher:
     """Reads samples of one split of a local shard set."""
 
-    def __init__(self, root: str | Path, split: SplitInfo, num_classes: int) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: SplitInfo,
+        num_classes: int,
+        max_pixels: int = DataConfig.max_pixels,
+        baked: int | None = None,
+    ) -> None:
         self.root = Path(root)
         self.split = split
         self.num_classes = num_classes
+        self.max_pixels = max_pixels
+        self.baked = baked
         self._open: dict[int, OpenShard] = {}
 
     def fetch(self, positions: Positions, with_text: bool) -> FetchedBatch:
-        """The samples at `positions`, in order. Raises WorkError naming the shard and sample that is damaged."""
-        images, labels, texts = [], np.empty(len(positions), np.int64), []
+        """The samples at `positions`, in order. Raises WorkError naming a shard that cannot be read at all."""
+        images, labels, texts, problems = [], np.zeros(len(positions), np.int64), [], {}
         for i, (number, place) in enumerate(zip(positions.shard.tolist(), positions.place.tolist(), strict=True)):
             shard = self._shard(number)
+            if shard.labels[place] == _NOT_LOOKED_AT:
+                shard = self._look_at(shard, number, place, with_text)
+            if place in shard.problems:
+                problems[i] = shard.problems[place]
+                images.append(_NOTHING)
+                texts.append("")
+                continue
             sample = shard.samples[place]
-            image = sample.image()
-            if image is None or "cls" not in sample.members:
-                raise WorkError(f"{shard.path}: sample {place} ({sample.key}) has no image or no class")
+            _, image = sample.image()
             images.append(_content(shard, image))
-            labels[i] = self._label(shard, sample)
+            labels[i] = shard.labels[place]
             if with_text:
-                text = sample.members.get("txt")
-                texts.append("" if text is None else bytes(_content(shard, text)).decode("utf-8", "replace").strip())
-        return FetchedBatch(images, labels, texts)
+                text = sample.find("txt")
+                texts.append("" if text is None else bytes(_content(shard, text[1])).decode("utf-8", "replace").strip())
+        return FetchedBatch(images, labels, texts, problems)
 
     def name(self, shard: int, place: int) -> str:
-        """How messages call a sample: SHARD:KEY."""
+        """How messages call a sample: SHARD:KEY, or SHARD:PLACE where the key is not known."""
         opened = self._shard(shard)
-        return f"{opened.path.name}:{opened.samples[place].key or place}"
+        key = opened.samples[place].key if place < len(opened.samples) else ""
+        return f"{opened.path.name}:{key or place}".encode(errors="backslashreplace").decode()
 
-    def _label(self, shard: OpenShard, sample: TarSample) -> int:
-        digits = bytes(_content(shard, sample.members["cls"])).strip()
+    def _look_at(self, shard: OpenShard, number: int, place: int, with_text: bool) -> OpenShard:
+        """Find out class and problems of a sample; the shard is opened anew where its index turns out wrong."""
+        try:
+            shard.labels[place] = self._check(shard, place, with_text)
+        except _NotWhereListed as problem:
+            if not shard.from_tar:
+                self._open[number] = shard = self._open_shard(number, trust_index=False)
+                return self._look_at(shard, number, place, with_text)
+            shard.problems[place] = str(problem)
+        except _BadSample as problem:
+            shard.problems[place] = str(problem)
+        if place in shard.problems:
+            shard.labels[place] = 0
+        return shard
+
+    def _check(self, shard: OpenShard, place: int, with_text: bool) -> int:
+        """Class id of a sample with nothing wrong. Raises _BadSample."""
+        if place >= len(shard.samples):
+            raise _NotWhereListed(f"not in the shard, which holds only {len(shard.samples)} samples")
+        sample = shard.samples[place]
+        image, label = sample.image(), sample.find("cls")
+        if image is None:
+            raise _NotWhereListed(f"has no image, or several (members: {', '.join(sample.members) or 'none'})")
+        if label is None:
+            raise _NotWhereListed("has no .cls")
+        text = sample.find("txt") if with_text else None
+        for found in (image, label, text):
+            if found is not None:
+                _check_header(shard, sample.key, *found)
+        digits = bytes(_content(shard, label[1])[:40]).strip()
         if not digits.isdigit() or int(digits) >= self.num_classes:
-            raise WorkError(
-                f"{shard.path}: class of {sample.key} is {digits[:20]!r}, not a number below {self.num_classes}; "
-                "check the set with `python -m shards verify`"
-            )
+            raise _BadSample(f"its class is {digits!r}, not a number below {self.num_classes}")
+        _check_announcement(_content(shard, image[1]), self.max_pixels, self.baked)
         return int(digits)
 
     def _shard(self, number: int) -> OpenShard:
@@ -77,33 +148,90 @@ class ShardFetcher:
             self._open[number] = self._open_shard(number)
         return self._open[number]
 
-    def _open_shard(self, number: int) -> OpenShard:
+    def _open_shard(self, number: int, trust_index: bool = True) -> OpenShard:
         info = self.split.shards[number]
         path = self.root / info.file
-        cure = "check the set with `python -m shards verify`"
         try:
             with open(path, "rb") as file:
                 content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         except (OSError, ValueError) as error:
-            raise WorkError(f"{path}: cannot be read ({error}); {cure}") from None
-        if len(content) != info.bytes:
-            raise WorkError(f"{path}: {len(content)} bytes, the manifest says {info.bytes}; {cure}")
-        samples = read_index(path)
-        if len(samples) != info.samples:
-            raise WorkError(f"{index_path(path)}: {len(samples)} samples, the manifest says {info.samples}; {cure}")
-        return OpenShard(path, content, samples)
+            raise WorkError(f"{path}: cannot be read ({error}); check the set with `python -m shards verify`") from None
+        samples, from_tar = _list_samples(path, info, trust_index and len(content) == info.bytes)
+        return OpenShard(path, content, samples, from_tar, np.full(info.samples, _NOT_LOOKED_AT))
+
+
+def _list_samples(path: Path, info: ShardInfo, trust_index: bool) -> tuple[list[TarSample], bool]:
+    """The samples of a shard, and whether the tar itself was read for them because its index is of no use."""
+    listed, problem = None, "does not match its tar"
+    try:
+        listed = read_index(path)
+        if len(listed) != info.samples:
+            listed, problem = None, f"lists {len(listed)} samples, the manifest {info.samples}"
+    except WorkError as error:
+        problem = str(error).removeprefix(f"{index_path(path)}: ").partition(";")[0]
+    if listed is not None and trust_index:
+        return listed, False
+
+    try:
+        samples = index_tar(path)
+        damage = f"{path}: {len(samples)} samples, the manifest says {info.samples}"
+    except WorkError as error:
+        samples = index_tar(path, damaged=True)
+        damage = str(error)
+    else:
+        if len(samples) == info.samples:
+            if listed is None or any(a.members != b.members for a, b in zip(listed, samples, strict=True)):
+                log.warning(
+                    "%s: %s; the tar itself is used, write the index again with `python -m shards verify --fix-index`",
+                    index_path(path),
+                    problem,
+                )
+            return samples, True
+    log.warning("%s; what it still holds is used, check the set with `python -m shards verify`", damage)
+    # The places of a damaged tar's samples may have shifted; its index still knows them.
+    return samples if listed is None or len(samples) == info.samples else listed, True
+
+
+def _check_header(shard: OpenShard, key: str, extension: str, member: Member) -> None:
+    """Look at the tar header before a member: a wrong index must not give wrong samples. Raises _BadSample."""
+    header = shard.content[max(member.offset - 512, 0) : max(member.offset, 0)].tobytes()
+    if len(header) != 512 or header[257:262] != b"ustar" or _octal(header[124:136]) != member.size:
+        raise _NotWhereListed(f"the tar has no .{extension} at offset {member.offset}: a damaged header, or a cut tar")
+    if member.offset + member.size > len(shard.content):
+        raise _NotWhereListed(f"its .{extension} is cut short")
+    start = key.encode(errors="surrogateescape") + b"."
+    if shard.from_tar or not key or header.startswith(start):
+        return
+    # Only short plain names stand in this header as they are; others are in the extended headers before it.
+    if key.isascii() and len(start) + len(extension) <= 100 and not header[345:500].rstrip(b"\0"):
+        raise _NotWhereListed(f"the tar has another file than {key}.{extension} at offset {member.offset}")
+
+
+def _check_announcement(encoded: NDArray[np.uint8], max_pixels: int, baked: int | None) -> None:
+    """Look at what an image's header says, before memory is allocated for it. Raises _BadSample.
+
+    The parser is the one that DALI uses: DALI 2.4 goes on reading freed memory, and often crashes, when it meets a
+    header that does not parse in a batch that several threads share.
+    """
+    try:
+        stream = CodeStream(encoded)
+        kind, width, height = stream.codec_name, stream.width, stream.height
+    except RuntimeError:
+        raise _BadSample("not an image, or its header is damaged" if len(encoded) else "its image is empty") from None
+    if kind not in ("jpeg", "png", "webp"):
+        raise _BadSample(f"a {kind} image; samples are JPEG, PNG or WebP")
+    if not 0 < width * height <= max_pixels:
+        raise _BadSample(f"announces {width} x {height} pixels; data.max_pixels is {max_pixels}")
+    if baked and (width, height) != (baked, baked):
+        raise _BadSample(f"{width} x {height} pixels, but the manifest says that all were resized to {baked}x{baked}")
+
+
+def _octal(digits: bytes) -> int:
+    try:
+        return int(digits.strip(b" \0") or b"0", 8)
+    except ValueError:
+        return -1
 
 
 def _content(shard: OpenShard, member: Member) -> NDArray[np.uint8]:
-    """The member's bytes, after a look at the tar header before them: a wrong index must not give wrong samples."""
-    header = shard.content[max(member.offset - 512, 0) : member.offset].tobytes()
-    if (
-        len(header) != 512
-        or header[257:262] != b"ustar"
-        or int(header[124:136].rstrip(b" \0") or b"0", 8) != member.size
-    ):
-        raise WorkError(
-            f"{index_path(shard.path)}: points to offset {member.offset}, where the tar has no such file; "
-            "write it again with `python -m shards verify --fix-index`"
-        )
     return shard.content[member.offset : member.offset + member.size]

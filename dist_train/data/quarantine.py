@@ -1,0 +1,76 @@
+"""Samples that cannot be used: which they are, their record in the run folder, and how many a run bears.
+
+`quarantine.jsonl` has a line for each: split, sample (index in the manifest's order), name (SHARD:KEY), the epoch and
+rank that met it, reason. All ranks append to it and count by it, and a resumed run begins with what it says.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dist_train.errors import WorkError
+
+log = logging.getLogger(__name__)
+
+QUARANTINE_NAME = "quarantine.jsonl"
+
+
+class Quarantine:
+    """The bad samples of one split. file: the record, or None to keep none. limit: bad samples of a run, all splits."""
+
+    def __init__(self, file: Path | None, split: str, limit: int, rank: int) -> None:
+        self.file, self.split, self.limit, self.rank = file, split, limit, rank
+        self._bad: set[tuple[str, int]] = set(_read(file))
+
+    def __contains__(self, sample: int) -> bool:
+        return (self.split, sample) in self._bad
+
+    def add(self, sample: int, name: str, epoch: int, reason: str) -> None:
+        """Leave a sample out from now on; record it unless it is known. Raises WorkError where they are too many."""
+        if sample in self:
+            return
+        log.warning("left out %s: %s", name, reason)
+        self._bad.update(_read(self.file))  # what other ranks met, perhaps this one in an earlier epoch
+        known = sample in self
+        self._bad.add((self.split, sample))
+        if self.file is not None and not known:
+            entry = {
+                "split": self.split,
+                "sample": sample,
+                "name": name,
+                "epoch": epoch,
+                "rank": self.rank,
+                "reason": reason,
+            }
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            _append(self.file, json.dumps(entry) + "\n")
+        if len(self._bad) > self.limit:
+            raise WorkError(
+                f"more than data.max_bad_samples ({self.limit}) samples are damaged or cannot be decoded, the last "
+                f"{name}: {reason}; check the set with `python -m shards verify`"
+            )
+
+
+def _read(file: Path | None) -> Iterator[tuple[str, int]]:
+    """(split, sample) of each line that is whole."""
+    if file is None or not file.exists():
+        return
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            yield entry["split"], int(entry["sample"])
+        except (ValueError, KeyError, TypeError):
+            continue  # cut short when the process was killed
+
+
+def _append(file: Path, line: str) -> None:
+    """One write at the end of the file, so that the lines of several ranks stay whole."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)

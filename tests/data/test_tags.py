@@ -1,0 +1,145 @@
+"""Tags: the same ids as transformers' own tokenizer, one token a tag, and orders that depend on nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_train.config import DataConfig
+from dist_train.data.loader import EvalLoader, Place, TrainLoader
+from dist_train.data.manifest import read_manifest
+from dist_train.data.text import TagTokenizer, find_frequent_tags, shuffle_tags
+from dist_train.errors import UseError
+from tests.conftest import write_shard_set
+
+LINES = [
+    "1girl red_hair cat_ears smile",
+    "",
+    "  hatsune_miku   twintails:3 ^_^ ;) 80's_style",
+    "Éclair ネコ jalapeño_(food) ﬁancée",
+    " ".join(f"tag_{n}_unpronounceable{n}" for n in range(40)),
+    "[SEP] [MASK] [CLS]",
+]
+
+
+@pytest.fixture(scope="module")
+def vocabulary(shared_data: Path) -> Path:
+    return shared_data / "text" / "bert-base-uncased-vocab.txt"
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 64])
+def test_wordpiece_is_that_of_transformers_own_tokenizer(vocabulary: Path, tmp_path: Path, tokens: int) -> None:
+    from transformers import AutoTokenizer
+
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "vocab.txt").write_bytes(vocabulary.read_bytes())
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    ids, mask = TagTokenizer(str(vocabulary), tokens)(LINES)
+    assert ids.shape == mask.shape == (len(LINES), tokens) and ids.dtype == torch.int64 and mask.dtype == torch.bool
+    for line, row, real in zip(LINES, ids.tolist(), mask.tolist(), strict=True):
+        expected = reference(line, truncation=True, max_length=tokens)["input_ids"]
+        assert row == expected + [0] * (tokens - len(expected))
+        assert real == [True] * len(expected) + [False] * (tokens - len(expected))
+
+
+def test_whole_tags_are_one_token_each_with_padding_0_and_unknown_1() -> None:
+    tokenizer = TagTokenizer("tags", 4, ["1girl", "smile", "red_hair"])
+    ids, mask = tokenizer(["smile 1girl", "red_hair nobody smile", "", "1girl smile red_hair smile 1girl"])
+    assert tokenizer.vocab_size == 5
+    assert ids.tolist() == [[3, 2, 0, 0], [4, 1, 3, 0], [0, 0, 0, 0], [2, 3, 4, 3]]
+    assert (mask == (ids > 0)).all()
+    assert tokenizer([])[0].shape == (0, 4)
+
+
+def test_by_frequency_the_rare_and_the_unknown_are_what_is_cut() -> None:
+    frequent = ["1girl", "smile", "red_hair"]
+    ids, _ = TagTokenizer("tags", 3, frequent, by_frequency=True)(["zebra red_hair apple 1girl smile", "b a smile"])
+    assert ids.tolist() == [[2, 3, 4], [3, 1, 1]]
+
+
+def test_wordpiece_reads_the_tags_by_frequency_too(vocabulary: Path) -> None:
+    frequent = TagTokenizer(str(vocabulary), 8, ["smile", "red"], by_frequency=True)
+    plain = TagTokenizer(str(vocabulary), 8)
+    assert frequent(["blue red smile"])[0].tolist() == plain(["smile red blue"])[0].tolist()
+
+
+def test_a_shuffled_line_keeps_its_tags_and_depends_on_seed_epoch_and_sample_alone() -> None:
+    line = " ".join(f"tag{n}" for n in range(12))
+    texts = [line] * 6 + ["", "alone"]
+    epochs, samples = np.array([0, 0, 0, 1, 1, 1, 0, 0]), np.array([5, 6, 7, 5, 6, 7, 8, 9])
+    shuffled = shuffle_tags(texts, 3, epochs, samples)
+    assert [sorted(text.split()) for text in shuffled] == [sorted(text.split()) for text in texts]
+    assert len(set(shuffled)) == 8  # each sample and epoch has an order of its own
+    backwards = shuffle_tags(texts[::-1], 3, epochs[::-1], samples[::-1])
+    assert backwards[::-1] == shuffled
+    one_by_one = [shuffle_tags([t], 3, epochs[[i]], samples[[i]])[0] for i, t in enumerate(texts)]
+    assert one_by_one == shuffled
+    assert shuffle_tags(texts, 4, epochs, samples)[:6] != shuffled[:6]
+
+
+def test_a_shuffle_favours_no_place() -> None:
+    samples = np.arange(6000)
+    shuffled = shuffle_tags(["a b c"] * 6000, 0, np.zeros(6000, np.int64), samples)
+    counts = Counter(shuffled)
+    assert len(counts) == 6
+    assert all(900 < count < 1100 for count in counts.values())  # 3.4 standard deviations
+
+
+def test_the_most_frequent_tags_are_counted_over_the_train_split_alone(tmp_path: Path) -> None:
+    root = write_shard_set(tmp_path / "set", {"train": [4, 3], "val": [9]}, text=True)
+    config = DataConfig(shards=str(root))
+    # Sample n has "red hair [cat ears] * (n mod 3) smile"; a tag counts once a sample, ties go by name.
+    assert find_frequent_tags(config, read_manifest(root)) == ["hair", "red", "smile", "cat", "ears"]
+    assert find_frequent_tags(replace(config, tag_vocabulary=2), read_manifest(root)) == ["hair", "red"]
+    with pytest.raises(UseError, match="asks for tags, but the shard set"):
+        find_frequent_tags(config, read_manifest(write_shard_set(tmp_path / "none", {"train": [4]})))
+
+
+def ids_by_sample(root: Path, order: str, world_size: int, start: int = 0) -> list[dict[int, list[int]]]:
+    """Token ids of each sample in each of two epochs, from `start` samples on."""
+    config = DataConfig(shards=str(root), image_size=16, crop_margin=4, threads=1, tag_order=order)
+    epochs: list[dict[int, list[int]]] = [{}, {}]
+    for rank in range(world_size):
+        loader = TrainLoader(
+            config,
+            read_manifest(root),
+            Place(rank, world_size),
+            batch_size=12,
+            micro_batch=6,
+            seed=1,
+            samples_consumed=start,
+            tokenizer=TagTokenizer("tags", 3, ["hair", "red", "smile", "cat", "ears"]),
+        )
+        steps = (48 - start) // 12
+        for i, batch in enumerate(islice(loader, steps * 2 // world_size)):
+            assert batch.text_ids is not None
+            epoch = (start // 12 + i * world_size // 2) // 2
+            epochs[epoch].update(zip(batch.samples.tolist(), batch.text_ids.tolist(), strict=True))
+    return epochs
+
+
+def test_training_shuffles_tags_alike_over_world_sizes_and_resumption_and_evaluation_does_not(tmp_path: Path) -> None:
+    root = write_shard_set(tmp_path / "set", {"train": [10, 14], "val": [4]}, text=True)
+    given = ids_by_sample(root, "given", 1)
+    shuffled = ids_by_sample(root, "shuffle", 1)
+    assert all(len(epoch) == 24 for epoch in shuffled)
+    assert given[0] == given[1]
+    assert shuffled[0] != shuffled[1] != given[0] != shuffled[0]
+    assert ids_by_sample(root, "shuffle", 2) == shuffled
+    assert ids_by_sample(root, "shuffle", 1, start=24)[1] == shuffled[1]
+    lost = {tuple(sorted({2, 3, 4, 5, 6} - set(ids))) for ids in shuffled[0].values()}
+    assert len(lost) > 3  # the cut at 3 tokens takes other tags
+
+    config = DataConfig(shards=str(root), image_size=16, crop_margin=4, threads=1, tag_order="shuffle")
+    tokenizer = TagTokenizer("tags", 3, ["hair", "red"])
+    (batch,) = EvalLoader(config, read_manifest(root), "val", Place(), batch_size=4, tokenizer=tokenizer)
+    assert batch.text_ids is not None
+    assert [ids[:2] for ids in batch.text_ids.tolist()] == [[3, 2]] * 4  # "red hair ..."
