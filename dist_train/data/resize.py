@@ -76,7 +76,8 @@ def _triangle(full: int, start: float, length: float, origin: int, held: int, si
     for i in range(side):
         centre = start + (i + 0.5) * step
         begin = max(int(np.ceil(centre - support - 0.5)), 0, origin)  # the sources with |j + 0.5 - centre| <= support
-        end = min(int(np.floor(centre + support - 0.5)) + 1, full, origin + held)
+        begin = min(begin, origin + held - 1)  # nothing outside of the array is read, whatever the sizes say
+        end = max(min(int(np.floor(centre + support - 0.5)) + 1, full, origin + held), begin + 1)
         total = 0.0
         for j in range(begin, end):
             weights[i, j - begin] = 1 - abs(j + 0.5 - centre) / support
