@@ -131,9 +131,9 @@ def test_all_files_raw_train_through_an_epoch_and_the_bad_ones_are_recorded_with
         ("loads", "a pnm image; samples are JPEG, PNG or WebP"): 6,
         ("loads", "a tiff image; samples are JPEG, PNG or WebP"): 35,
         ("loads", "a jpeg2k image; samples are JPEG, PNG or WebP"): 4,
-        # 35 GIFs, and 9 JPEGs with stray bytes between the segments of their headers, which Pillow passes over
+        # 35 GIFs, and 9 JPEGs with stray bytes or impossible markers in their headers, which Pillow passes over
         ("loads", "not an image, or its header is damaged"): 44,
-        # PNGs: two animated without a default image, one with a wrong checksum, one with an unknown critical chunk
+        # PNGs: two with a wrong checksum, two with impossible animation chunks
         ("loads", "cannot be decoded"): 4,
     }
 
