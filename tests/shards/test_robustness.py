@@ -113,10 +113,15 @@ def test_all_files_raw_train_through_an_epoch_and_the_bad_ones_are_recorded_with
         reason = reasons.get(sample, "trained").partition(" (")[0]
         announced = re.sub(r"^announces \d+ x \d+ pixels.*", "announces too many pixels, or none", reason)
         found[("loads" if row["load"] == "ok" else "fails", announced)] += 1
+    # What training takes and Pillow does not: JPEGs cut short after much of the picture (DALI's decoder fills the rest
+    # with grey), and PNGs whose damage lies in chunks that do not matter to the picture. Where only a region of a
+    # picture is decoded, damage outside of it may go unseen.
+    taken = found.pop(("fails", "trained"))
+    assert taken + found.pop(("fails", "cannot be decoded")) == 45
+    assert 15 <= taken <= 18
     assert found == {
         ("loads", "trained"): 430,
         ("fails", "not an image, or its header is damaged"): 94,
-        ("fails", "cannot be decoded"): 30,
         ("fails", "announces too many pixels, or none"): 2,
         ("fails", "its image is empty"): 1,
         ("fails", "a jpeg2k image; samples are JPEG, PNG or WebP"): 2,
@@ -126,13 +131,10 @@ def test_all_files_raw_train_through_an_epoch_and_the_bad_ones_are_recorded_with
         ("loads", "a pnm image; samples are JPEG, PNG or WebP"): 6,
         ("loads", "a tiff image; samples are JPEG, PNG or WebP"): 35,
         ("loads", "a jpeg2k image; samples are JPEG, PNG or WebP"): 4,
-        # 35 GIFs, and 9 JPEGs with stray bytes between the segments of their headers, which Pillow passes over
+        # 35 GIFs, and 9 JPEGs with stray bytes or impossible markers in their headers, which Pillow passes over
         ("loads", "not an image, or its header is damaged"): 44,
-        # PNGs: two animated without a default image, one with a wrong checksum, one with an unknown critical chunk
+        # PNGs: two with a wrong checksum, two with impossible animation chunks
         ("loads", "cannot be decoded"): 4,
-        # What training takes and Pillow does not: 10 JPEGs cut short after much of the picture (DALI's decoder fills
-        # the rest with grey), and 5 PNGs whose damage lies in chunks that do not matter to the picture.
-        ("fails", "trained"): 15,
     }
 
 
