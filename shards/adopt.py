@@ -118,6 +118,9 @@ def inspect_tar(tar: Path, classes: int, decode: bool) -> TarReport:
         samples = index_tar(tar)
         size = tar.stat().st_size
         with open(tar, "rb") as file:
+            if file.read(512)[257:262] != b"ustar":
+                report.differences.append(f"{tar}: a tar from before the USTAR format; {_REPACK}")
+            file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if not any("cls" in sample.members for sample in samples):
             what = "none of its samples has a .cls" if samples else "holds no samples"

@@ -36,11 +36,12 @@ class RayCluster:
                     f"no Ray cluster at RAY_ADDRESS {os.environ.get('RAY_ADDRESS', '(not set)')}: {reason}"
                 ) from None
         self.slots = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        self._call = ray.remote(max_retries=0)(_call)
         self._running: dict[Future[Any], Any] = {}  # values: what Ray knows the jobs by
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Start a job on one CPU of the cluster."""
-        reference = self._ray.remote(max_retries=0)(function).remote(*arguments)
+        reference = self._call.remote(function, *arguments)
         future = reference.future()
         self._running[future] = reference
         return future
@@ -67,3 +68,7 @@ class RayCluster:
                 self._ray.cancel(reference, force=True)
         if self._started:
             self._ray.shutdown()
+
+
+def _call(function: Callable[..., Result], *arguments: Any) -> Result:
+    return function(*arguments)
