@@ -93,7 +93,8 @@ def run_jobs(
                         progress.jobs_done += 1
                         yield name, future.result()
                     elif attempts[name] < _ATTEMPTS:
-                        print(f"{what}: {name} failed ({error}); trying it again", file=sys.stderr, flush=True)
+                        reason = " ".join(f"{type(error).__name__}: {error}".split())
+                        print(f"{what}: {name} failed ({reason}); trying it again", file=sys.stderr, flush=True)
                         waiting.append(name)
                     else:
                         failed[name] = error

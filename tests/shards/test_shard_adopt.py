@@ -178,9 +178,7 @@ def test_images_that_do_not_decode_are_listed_and_set_aside_by_the_loader(tmp_pa
     assert batch.weights.tolist() == [1, 0, 1] and batch.labels.tolist() == [0, 1, 1]
 
 
-def test_a_set_with_tags_for_some_samples_counts_as_without(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_set_with_tags_for_some_samples_counts_as_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain_tar(tmp_path / "train-0.tar", *GOOD, ("0.txt", b"smile"), ("1.jpg", jpeg_bytes(1)), ("1.cls", b"0"))
     assert main(["adopt", str(tmp_path), "--workers", "1"]) == 0
     assert "1 of 2 samples have no .txt" in capsys.readouterr().out
