@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ class RayCluster:
             import ray
         except ImportError:
             raise UseError("--workers ray needs Ray: pip install 'dist-train[ray]'") from None
+        _check_address(os.environ.get("RAY_ADDRESS", ""))
         self._ray = ray
         self._started = not ray.is_initialized()
         if self._started:
@@ -32,9 +34,7 @@ class RayCluster:
                 ray.init(log_to_driver=False, logging_level="warning")
             except (ConnectionError, RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0]
-                raise WorkError(
-                    f"no Ray cluster at RAY_ADDRESS {os.environ.get('RAY_ADDRESS', '(not set)')}: {reason}"
-                ) from None
+                raise WorkError(f"no Ray cluster by RAY_ADDRESS or on this machine: {reason}") from None
         self.slots = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._call = ray.remote(max_retries=0)(_call)
         self._running: dict[Future[Any], Any] = {}  # values: what Ray knows the jobs by
@@ -68,6 +68,17 @@ class RayCluster:
                 self._ray.cancel(reference, force=True)
         if self._started:
             self._ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raises WorkError if nothing listens at HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise WorkError(f"RAY_ADDRESS {address}: no Ray cluster can be reached there ({error})") from None
 
 
 def _call(function: Callable[..., Result], *arguments: Any) -> Result:

@@ -111,7 +111,7 @@ def _failure(failed: dict[str, Exception]) -> Exception:
     if not isinstance(error, WorkError | UseError | WorkerDied):
         error.add_note(f"while on {name}")  # a bug: let it show where
         return error
-    others = f" ({len(failed) - 1} more failed: {', '.join(sorted(failed)[1:6])} ...)" if len(failed) > 1 else ""
+    others = f" ({len(failed) - 1} more failed, {sorted(failed)[1]} the first of them)" if len(failed) > 1 else ""
     return WorkError(
         f"{error}; that was {name}{others}, tried {_ATTEMPTS} times, all others are done; "
         "run the same command again to go on"

@@ -15,6 +15,7 @@ from shards.records import LeftOut, Record
 from shards.sources import SPLIT_NAMES, TarContent
 from shards.sources.folders import IMAGE_SUFFIXES
 
+_TAR_NAME = re.compile(r"[^.].*(\.tar(\.\w+)?|\.t[bgx]z2?)", re.IGNORECASE)
 _PACKERS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 
@@ -55,9 +56,7 @@ def read_tars(source: Path, class_key: str | None, class_names: Path | None) -> 
 def tar_files(source: Path) -> list[Path]:
     """The tar `source`, or the tars in that folder, sorted. Raises UseError if there is none or one is compressed."""
     if source.is_dir():
-        files = sorted(
-            path for path in source.iterdir() if re.search(r"\.tar(\.\w+)?$|\.t[bgx]z2?$", path.name.lower())
-        )
+        files = sorted(path for path in source.iterdir() if path.is_file() and _TAR_NAME.fullmatch(path.name))
     else:
         files = [source]
     for path in files:

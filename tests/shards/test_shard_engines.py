@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -112,6 +113,15 @@ def test_a_cluster_named_by_its_address_builds_the_same_bytes(photos: Path, tmp_
     done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+def test_an_address_where_no_cluster_listens_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free.getsockname()[1]}")
+        with pytest.raises(WorkError, match=r"RAY_ADDRESS 127.0.0.1:\d+: no Ray cluster"):
+            next(run_jobs(int, {"one": ("1",)}, "ray", 0, "test"))
 
 
 def test_builds_killed_at_random_moments_end_in_the_undisturbed_bytes(tmp_path: Path) -> None:
