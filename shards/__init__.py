@@ -1,1 +1,1 @@
-"""Offline work on shard sets: build, verify, info, demo. Run as `python -m shards`."""
+"""Offline work on shard sets: build, adopt, verify, info, demo. Run as `python -m shards`."""

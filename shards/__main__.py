@@ -1,4 +1,4 @@
-"""The command `python -m shards`: build, verify, info, demo."""
+"""The command `python -m shards`: build, adopt, verify, info, demo."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from pathlib import Path
 
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError, run_command
+from shards.adopt import UNDECODABLE, adopt_tars
 from shards.build import build_shard_set
 from shards.info import describe, summarise
 from shards.plan import BuildOptions
-from shards.sources import read_source
+from shards.sources import LAYOUTS, read_source
+from shards.splits import SPLITS
 from shards.verify import fix_indexes, verify_shard_set
+
+_FORMATS = """
+
+Found out: a .csv file; a .json or .jsonl file (danbooru); a .tar file or a folder of nothing but tars (webdataset);
+DAF and DAFull by their lists, if only one of their image folders is there; moeimouto and icartoonface by theirs; any
+other folder is folders, or sidecar if any KEY.txt lies beside a KEY.jpg.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,8 +43,34 @@ def _build(arguments: argparse.Namespace) -> int:
         quality=arguments.quality,
         workers=arguments.workers,
     )
-    records = read_source(arguments.source, arguments.format, arguments.class_column, arguments.root)
+    records = read_source(
+        arguments.source,
+        arguments.format,
+        class_column=arguments.class_column,
+        root=arguments.root,
+        class_key=arguments.class_key,
+        class_names=arguments.classes,
+    )
     print(describe(arguments.out, build_shard_set(records, arguments.out, options)))
+    return 0
+
+
+def _adopt(arguments: argparse.Namespace) -> int:
+    manifest = adopt_tars(
+        arguments.folder,
+        classes=arguments.classes,
+        split=arguments.split,
+        ratios=arguments.ratios and _ratios(arguments.ratios),
+        seed=arguments.seed,
+        decode=not arguments.no_decode,
+        workers=arguments.workers,
+    )
+    print(describe(arguments.folder, manifest))
+    if manifest.left_out:
+        print(
+            f"  training will set the {manifest.left_out[UNDECODABLE]:,} undecodable images aside "
+            "(data.max_bad_samples must allow for as many)"
+        )
     return 0
 
 
@@ -82,6 +117,10 @@ def _ratios(text: str) -> tuple[float, float, float]:
     return train, val, test
 
 
+def _workers(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m shards", description="Make, check and describe shard sets: WebDataset tars with a manifest."
@@ -96,21 +135,30 @@ def _parser() -> argparse.ArgumentParser:
         description="Build the shard set OUT from the images of SOURCE. Every image is decoded once, made an upright "
         "RGB JPEG (what is one already is kept byte for byte), and left out, with the reason in left_out.jsonl, if "
         "that fails. An interrupted build goes on when the same command runs again.",
+        epilog="What --format can be:\n"
+        + "\n".join(f"  {name:<14}{lies}" for name, lies in LAYOUTS.items())
+        + _FORMATS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     build.add_argument(
-        "source",
-        type=Path,
-        metavar="SOURCE",
-        help="a folder ROOT/CLASS/*.jpg or "
-        "ROOT/{train,val,test}/CLASS/*.jpg, or a CSV file with the header path,class[,split][,tags]",
+        "source", type=Path, metavar="SOURCE", help="folder or file that holds or lists the images; see --format"
     )
     build.add_argument("out", type=Path, metavar="OUT", help="folder of the shard set")
-    build.add_argument("--format", choices=["folders", "csv"], help="what SOURCE is (default: found out)")
     build.add_argument(
-        "--root", type=Path, metavar="DIR", help="where the paths of a CSV start from (default: the CSV's folder)"
+        "--format",
+        choices=list(LAYOUTS),
+        metavar="NAME",
+        help="what SOURCE is, one of the list below (default: found out)",
     )
     build.add_argument(
-        "--class-column", default="class", metavar="NAME", help="the CSV column that holds the class (default: class)"
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="csv: where the paths start from (default: the CSV's folder); danbooru: the folder of image buckets",
+    )
+    build.add_argument("--class-column", metavar="NAME", help="csv: the column that holds the class (default: class)")
+    build.add_argument(
+        "--class-key", metavar="KEY", help="webdataset: the class is KEY in a sample's .json (default: its .cls)"
     )
     build.add_argument("--size", type=int, metavar="S", help="resize images to S x S pixels (default: keep their size)")
     build.add_argument(
@@ -141,6 +189,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.set_defaults(command=_build)
 
+    adopt = commands.add_parser(
+        "adopt",
+        help="make a shard set of tars that are there, without copying them",
+        description="Index the tars in FOLDER, as the webdataset library or img2dataset wrote them, and write their "
+        "manifest. Each sample needs one image (jpg, jpeg, png, webp) and its class id, decimal, as .cls. Nothing is "
+        "written unless all tars are usable.",
+    )
+    adopt.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the tars; becomes the shard set")
+    adopt.add_argument(
+        "--split", choices=SPLITS, help="the split of all tars (default: by their names, train-..., val-..., test-...)"
+    )
+    adopt.add_argument(
+        "--ratios", metavar="TRAIN,VAL,TEST", help="draw the split of each tar, in these shares of all tars"
+    )
+    adopt.add_argument("--no-decode", action="store_true", help="do not decode every image to find those that fail")
+    adopt.set_defaults(command=_adopt)
+
+    for command in (build, adopt):
+        command.add_argument(
+            "--classes",
+            type=Path,
+            metavar="FILE",
+            help="tars with decimal classes: their names by id, one a line (default: the ids)",
+        )
+
     demo = commands.add_parser(
         "demo",
         help="draw the embedded demo data and build a shard set from it",
@@ -168,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
             help="largest shard in millions of bytes; small splits get smaller shards, so that there "
             "is work for several processes (default: %(default)s)",
         )
+    for command in (build, adopt, demo):
         command.add_argument(
             "--seed",
             type=int,
@@ -193,13 +267,14 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="as JSON, for programs")
     info.set_defaults(command=_info)
 
-    for command in (build, demo, verify):
+    for command in (build, adopt, demo, verify):
         command.add_argument(
             "--workers",
-            type=int,
+            type=_workers,
             default=cores,
             metavar="N",
-            help="worker processes (default: the cores of this machine, %(default)s)",
+            help="worker processes (default: the cores of this machine, %(default)s), or ray: the Ray cluster that "
+            "RAY_ADDRESS names, whose nodes must all have the project and the folders at the same paths",
         )
     return parser
 

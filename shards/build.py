@@ -31,7 +31,7 @@ from dist_train.data.manifest import (
 )
 from dist_train.errors import UseError, WorkError
 from shards.plan import BuildOptions, Plan, make_plan
-from shards.records import Record
+from shards.records import LeftOut, Record
 from shards.workers import run_jobs
 from shards.writer import ShardStatistics, read_statistics, write_shard
 
@@ -39,13 +39,13 @@ BUILD_NAME = "build.json"
 _LOCK_NAME = ".build.lock"
 
 
-def build_shard_set(records: Iterable[Record], out: Path, options: BuildOptions) -> Manifest:
+def build_shard_set(records: Iterable[Record | LeftOut], out: Path, options: BuildOptions) -> Manifest:
     """Build the shard set `out`, or complete it; returns its manifest. A set that is complete is left as it is.
 
     Says on stdout what it goes on from and how long it took.
 
-    Raises UseError if `out` holds something else, or if another build is at work there; WorkError if a worker process
-    dies, `out` cannot be written to, or no image is usable.
+    Raises UseError if `out` holds something else, or if another build is at work there; WorkError if a shard fails
+    again and again, `out` cannot be written to, or no image is usable.
     """
     plan = make_plan(records, options)
     with _locked(out):
@@ -95,11 +95,18 @@ def _assemble(out: Path, plan: Plan, options: BuildOptions, written: dict[str, S
         splits={split: SplitInfo(sum(s.samples for s in its), tuple(its)) for split, its in shards.items()},
         transform=options.transform,
         text=plan.text,
-        left_out=dict(sorted(Counter(entry.reason for entry in left_out).items())),
+        left_out=_count_by_reason(left_out),
         tool=f"dist-train {__version__}",
     )
     write_manifest(out, manifest)
     return manifest
+
+
+def _count_by_reason(left_out: list[LeftOut]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for entry in left_out:
+        counts[entry.reason] += entry.count
+    return dict(sorted(counts.items()))
 
 
 def _claim(out: Path, plan: Plan, options: BuildOptions) -> bool:

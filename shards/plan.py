@@ -15,9 +15,10 @@ from typing import Any
 
 from dist_train.data.draws import permutation
 from dist_train.errors import UseError
-from shards.records import Record
-from shards.sources import FileContent
-from shards.splits import SPLITS, draw_splits
+from shards.records import LeftOut, Record
+from shards.sources import FileContent, TarContent
+from shards.splits import SPLITS, check_ratios, draw_splits
+from shards.workers import check_workers
 
 # First counter after the seed, so that the two uses of random numbers are independent.
 _DRAW_SPLIT, _SHUFFLE = 1, 2
@@ -36,7 +37,7 @@ class BuildOptions:
     the longer side has at most this many pixels (None: not). min_per_class: classes with fewer images are left out.
     shard_mb: largest shard, in millions of bytes, as estimated beforehand. ratios: train, val and test share of the
     images without a split of their own. seed: of the splits and the order. quality: of JPEGs encoded here.
-    workers: processes; they change nothing in the result.
+    workers: processes, or "ray" for a Ray cluster; they change nothing in the result.
 
     Raises UseError on a value that makes no sense.
     """
@@ -48,7 +49,7 @@ class BuildOptions:
     ratios: tuple[float, float, float] = (0.7, 0.1, 0.2)
     seed: int = 0
     quality: int = 92
-    workers: int = 1
+    workers: int | str = 1
 
     def __post_init__(self) -> None:
         if self.size is not None and self.max_side is not None:
@@ -60,14 +61,13 @@ class BuildOptions:
             ("shard_mb", 0.001, None),
             ("seed", 0, 2**63 - 1),
             ("quality", 1, 100),
-            ("workers", 1, None),
         ):
             value = getattr(self, name)
             if value is not None and not (low <= value and (high is None or value <= high)):
                 limits = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise UseError(f"--{name.replace('_', '-')} must be {limits}, not {value}")
-        if len(self.ratios) != 3 or not all(0 <= r <= 1 for r in self.ratios) or abs(sum(self.ratios) - 1) > 1e-6:
-            raise UseError(f"--ratios must be three numbers that sum to 1, not {','.join(map(str, self.ratios))}")
+        check_workers(self.workers)
+        check_ratios(self.ratios)
 
     @property
     def transform(self) -> str | None:
@@ -90,15 +90,6 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """An input image that is not in the set."""
-
-    name: str
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True)
 class ShardPlan:
     """One shard to be: name without suffix ("train-000000"), split, and (record, class id) of its samples in order."""
 
@@ -109,7 +100,8 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A shard set to be. left_out: images of rare classes. text: whether samples carry tags."""
+    """A shard set to be. left_out: what the source left out, and images of rare classes. text: whether samples carry
+    tags."""
 
     class_names: tuple[str, ...]
     shards: tuple[ShardPlan, ...]
@@ -125,12 +117,16 @@ class Plan:
         return digest.hexdigest()
 
 
-def make_plan(records: Iterable[Record], options: BuildOptions) -> Plan:
+def make_plan(found: Iterable[Record | LeftOut], options: BuildOptions) -> Plan:
     """Number the classes, draw the splits, shuffle each split and cut it into shards.
 
     The order in which the records come does not matter. Raises UseError if nothing is left to build, or if a record
     has an unusable class or split.
     """
+    records: list[Record] = []
+    left_out: list[LeftOut] = []
+    for item in found:
+        (records if isinstance(item, Record) else left_out).append(item)
     ordered = sorted(records, key=lambda r: (r.name, r.class_name, r.split or "", r.tags or ""))
     class_sizes = Counter(record.class_name for record in ordered)
     class_names = _in_id_order([name for name, count in class_sizes.items() if count >= options.min_per_class])
@@ -150,12 +146,14 @@ def make_plan(records: Iterable[Record], options: BuildOptions) -> Plan:
             shards.append(ShardPlan(name, split, tuple((record, class_ids[record.class_name]) for record in samples)))
 
     reason = f"class has fewer than {options.min_per_class} images"
-    left_out = tuple(
+    left_out += [
         LeftOut(record.name, reason, f"class {record.class_name}: {class_sizes[record.class_name]}")
         for record in ordered
         if record.class_name not in class_ids
+    ]
+    return Plan(
+        tuple(class_names), tuple(shards), tuple(left_out), text=any(record.tags is not None for record in kept)
     )
-    return Plan(tuple(class_names), tuple(shards), left_out, text=any(record.tags is not None for record in kept))
 
 
 def _in_id_order(names: list[str]) -> list[str]:
@@ -211,7 +209,7 @@ def _estimated_bytes(record: Record, options: BuildOptions) -> float:
     encoded = 0.45 * side**2 + 1_000 if side else None  # photos at quality 92: 0.44 bytes a pixel at 160x160
     if options.size and encoded:
         return encoded + _MEMBER_OVERHEAD
-    on_disk = record.read.size() if isinstance(record.read, FileContent) else None
+    on_disk = record.read.size() if isinstance(record.read, FileContent | TarContent) else None
     if on_disk is None:
         on_disk = _UNKNOWN_BYTES
     return min(on_disk, encoded or on_disk) + _MEMBER_OVERHEAD

@@ -1,4 +1,4 @@
-"""What a source hands to the builder: one record per image."""
+"""What a source hands to the builder: one record per image, and what it leaves out itself."""
 
 from __future__ import annotations
 
@@ -20,3 +20,13 @@ class Record:
     class_name: str
     split: str | None = None
     tags: str | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An input image that is not in the set, with a short reason; or `count` of them that are not told apart."""
+
+    name: str
+    reason: str
+    detail: str
+    count: int = 1

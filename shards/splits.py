@@ -6,8 +6,15 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from dist_train.data.draws import permutation
+from dist_train.errors import UseError
 
 SPLITS = ("train", "val", "test")
+
+
+def check_ratios(ratios: Sequence[float]) -> None:
+    """Raises UseError unless these are a share for each of the three splits."""
+    if len(ratios) != 3 or not all(0 <= ratio <= 1 for ratio in ratios) or abs(sum(ratios) - 1) > 1e-6:
+        raise UseError(f"--ratios must be three numbers that sum to 1, not {','.join(map(str, ratios))}")
 
 
 def split_counts(samples: int, ratios: Sequence[float]) -> list[int]:

@@ -16,10 +16,12 @@ from shards.workers import count_image, run_jobs
 
 @dataclass
 class ShardReport:
-    """What was found in one shard: its samples by class id, and each difference as one line that names the file."""
+    """What was found in one shard: its samples by class id, each difference from what it should be as one line that
+    names the file, and (sample, why) of the images that do not decode."""
 
     class_counts: Counter[int] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
+    undecodable: list[tuple[str, str]] = field(default_factory=list)
 
 
 def verify_shard_set(root: Path, workers: int = 1) -> list[str]:
@@ -66,7 +68,12 @@ def verify_shard(tar: Path, shard: ShardInfo, classes: int, text: bool) -> Shard
         _check_index(tar, samples, report)
         if len(samples) != shard.samples:
             report.differences.append(f"{tar}: has {len(samples):,} samples, {shard.samples:,} by the manifest")
-        _check_samples(tar, samples, classes, text, report)
+        checked = check_samples(tar, samples, classes, text)
+        report.class_counts = checked.class_counts
+        report.differences += checked.differences
+        report.differences += [
+            f"{tar}: sample {key}: its image does not decode ({why})" for key, why in checked.undecodable
+        ]
     except WorkError as error:
         report.differences.append(str(error))
     except OSError as error:
@@ -124,7 +131,11 @@ def _same_places(index: list[TarSample], samples: list[TarSample]) -> bool:
     )
 
 
-def _check_samples(tar: Path, samples: list[TarSample], classes: int, text: bool, report: ShardReport) -> None:
+def check_samples(
+    tar: Path, samples: list[TarSample], classes: int, text: bool, decode_images: bool = True
+) -> ShardReport:
+    """Check that each sample has one image, a class id below `classes` and, with `text`, tags. Raises OSError."""
+    report = ShardReport()
     with open(tar, "rb") as file:
 
         def content(sample: TarSample, extension: str) -> bytes:
@@ -152,9 +163,10 @@ def _check_samples(tar: Path, samples: list[TarSample], classes: int, text: bool
             images = [extension for extension in sample.members if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
             if len(images) != 1:
                 report.differences.append(f"{place}: has {len(images)} images")
-            for extension in images:
+            for extension in images if decode_images else []:
                 try:
                     decode(content(sample, extension))
                 except BadImage as error:
-                    report.differences.append(f"{place}: its image does not decode ({error})")
+                    report.undecodable.append((sample.key, str(error)))
             count_image()
+    return report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import tarfile
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -14,8 +15,8 @@ from dist_train.data.manifest import ShardInfo, write_atomically
 from dist_train.data.tarindex import Member, TarSample, index_path, write_index
 from dist_train.errors import WorkError
 from shards.images import BadImage, convert
-from shards.plan import BuildOptions, LeftOut, ShardPlan
-from shards.records import Record
+from shards.plan import BuildOptions, ShardPlan
+from shards.records import LeftOut, Record
 from shards.workers import count_image
 
 _BLOCK = 512  # a tar is made of blocks of this many bytes
@@ -71,7 +72,8 @@ def write_shard(folder: Path, plan: ShardPlan, text: bool, options: BuildOptions
     Raises WorkError if the folder cannot be written to.
     """
     tar = folder / f"{plan.name}.tar"
-    temporary = folder / f".{plan.name}.tar.{os.getpid()}.tmp"
+    # Also the host's name: two hosts may write a shard at once, where a cluster takes one for lost that is not.
+    temporary = folder / f".{plan.name}.tar.{socket.gethostname()}.{os.getpid()}.tmp"
     index: list[TarSample] = []
     class_counts: Counter[int] = Counter()
     left_out: list[LeftOut] = []
@@ -100,6 +102,7 @@ def write_shard(folder: Path, plan: ShardPlan, text: bool, options: BuildOptions
         statistics = ShardStatistics(shard, dict(sorted(class_counts.items())), tuple(left_out))
         write_atomically(statistics_path(folder, plan.name), (json.dumps(asdict(statistics)) + "\n").encode())
     except OSError as error:
+        temporary.unlink(missing_ok=True)  # it may be what fills the disk
         raise WorkError(f"{tar}: cannot be written ({error.strerror}); run the same command again to go on") from None
     return statistics
 
@@ -129,5 +132,7 @@ def read_statistics(folder: Path, name: str) -> ShardStatistics | None:
 def _read(record: Record) -> bytes:
     try:
         return record.read()
+    except FileNotFoundError as error:
+        raise BadImage("missing file", str(error.strerror)) from None
     except OSError as error:
         raise BadImage("unreadable file", error.strerror or str(error)) from None

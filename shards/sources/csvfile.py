@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dist_train.errors import UseError
 from shards.records import Record
-from shards.sources import SPLIT_NAMES, FileContent
+from shards.sources import SPLIT_NAMES, FileContent, check_any_found
 
 
 def read_csv(file: Path, class_column: str = "class", root: Path | None = None) -> list[Record]:
@@ -26,8 +26,7 @@ def read_csv(file: Path, class_column: str = "class", root: Path | None = None) 
         raise UseError(f"{file}: cannot be read as a CSV file in UTF-8 ({error})") from None
     if not records:
         raise UseError(f"{file}: lists no images")
-    if not any(record.read.size() is not None for record in records):
-        raise UseError(f"{file}: none of its {len(records):,} images is found under {base}; name their folder, --root")
+    check_any_found(records, file, f"under {base}; name their folder, --root")
     return records
 
 

@@ -162,22 +162,22 @@ def test_what_fails_is_left_out_and_listed_by_reason(photos: Path, tmp_path: Pat
         "class has fewer than 2 images": 1,
         "empty file": 1,
         "not an image": 1,
+        "missing file": 1,
         "truncated": 1,
-        "unreadable file": 1,
     }
     assert [(info.name, info.count) for info in manifest.classes] == [("a", 5)]
     assert list(manifest.splits) == ["train"]
     listed = {}
     for line in (out / "left_out.jsonl").read_text().splitlines():
         entry = json.loads(line)
-        assert set(entry) == {"name", "reason", "detail"} and entry["detail"]
+        assert set(entry) == {"name", "reason", "detail", "count"} and entry["detail"]
         listed[entry["name"]] = entry["reason"]
     assert listed == {
         "rare/1.jpg": "class has fewer than 2 images",
         "a/empty.png": "empty file",
         "a/page.jpg": "not an image",
         "a/cut.jpg": "truncated",
-        "a/gone.jpg": "unreadable file",
+        "a/gone.jpg": "missing file",
     }
     kept = members(out, "train")
     assert {sample["jpg"] for sample in kept.values()} == {whole}

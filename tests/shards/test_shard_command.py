@@ -31,6 +31,16 @@ def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "build PHOTOS OUT --ratios 0.5,0.5,0.5",
         "build PHOTOS OUT --quality 0",
         "build PHOTOS OUT --workers 0",
+        "build PHOTOS OUT --workers two",
+        "build PHOTOS OUT --format sidecar",
+        "build PHOTOS OUT --format danbooru",
+        "build PHOTOS OUT --format daf",
+        "build PHOTOS OUT --format webdataset",
+        "build PHOTOS OUT --class-key label",
+        "adopt NOWHERE --split train",
+        "adopt PHOTOS --split train",
+        "adopt MADE",
+        "adopt PHOTOS --ratios 1,1,1",
         "build PHOTOS OUT --min-per-class 1000",
         "build PHOTOS OUT --format csv",
         "build PHOTOS OUT --seed -1",
@@ -84,7 +94,7 @@ def test_info_says_what_is_in_the_set(made: Path, capsys: pytest.CaptureFixture[
 
 
 def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("build", "verify", "info", "demo"):
+    for command in ("build", "adopt", "verify", "info", "demo"):
         with pytest.raises(SystemExit) as exit:
             main([command, "--help"])
         assert exit.value.code == 0

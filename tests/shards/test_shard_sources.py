@@ -106,5 +106,5 @@ def test_sources_that_are_none_are_refused(tmp_path: Path) -> None:
         read_source(tmp_path / "loose.jpg")
     with pytest.raises(UseError, match="--format csv needs a file"):
         read_source(tmp_path, "csv")
-    with pytest.raises(UseError, match="belong to CSV"):
+    with pytest.raises(UseError, match="belongs to sources of --format csv"):
         read_source(tmp_path, root=tmp_path)

@@ -1,0 +1,175 @@
+"""Makes a shard set of tars that others wrote, where they lie: indexes and a manifest, no image is copied.
+
+Everything is checked before anything is written; the manifest comes last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dist_train import __version__
+from dist_train.data.draws import permutation
+from dist_train.data.manifest import (
+    LEFT_OUT_NAME,
+    MANIFEST_NAME,
+    ClassInfo,
+    Manifest,
+    ShardInfo,
+    SplitInfo,
+    write_atomically,
+    write_manifest,
+)
+from dist_train.data.tarindex import TarSample, index_tar, write_index
+from dist_train.errors import UseError, WorkError
+from shards.build import BUILD_NAME
+from shards.records import LeftOut
+from shards.sources.tars import read_class_names, split_in_name, tar_files
+from shards.splits import SPLITS, check_ratios, split_counts
+from shards.verify import ShardReport, check_samples
+from shards.workers import run_jobs
+
+UNDECODABLE = "in the tar but undecodable"
+"""Reason of images that training will meet and set aside: they could not be left out of a tar that is not copied."""
+
+_MOST_NAMELESS_CLASSES = 1_000_000  # a larger id without a name is no class id
+_REPACK = "`python -m shards build --format webdataset` packs such tars anew"
+
+
+@dataclass(frozen=True)
+class TarReport:
+    """What was found in one tar. texts: samples with a .txt. report: with a difference for each obstacle."""
+
+    shard: ShardInfo
+    texts: int
+    report: ShardReport
+
+
+def adopt_tars(
+    folder: Path,
+    classes: Path | None = None,
+    split: str | None = None,
+    ratios: Sequence[float] | None = None,
+    seed: int = 0,
+    decode: bool = True,
+    workers: int | str = 1,
+) -> Manifest:
+    """Index the tars of `folder` and write its manifest; returns it.
+
+    classes: a file with the class names by id, one a line; else the ids are the names. split: of all tars; ratios:
+    train, val and test share of the tars, drawn by `seed`; else the names of the tars hold their splits. decode:
+    decode every image; those that fail are listed in left_out.jsonl and stay in their tars.
+
+    Raises UseError if the folder is a set already, has no tars or compressed ones, or the splits are not known;
+    WorkError, one line for each obstacle, if a tar cannot be used as it is. Then nothing has been written.
+    """
+    if not folder.is_dir():
+        raise UseError(f"{folder}: no such folder")
+    for name, cure in ((MANIFEST_NAME, "delete that file to adopt the tars anew"), (BUILD_NAME, "complete that build")):
+        if (folder / name).exists():
+            raise UseError(f"{folder}: has a {name} already; {cure}")
+    tars = tar_files(folder)
+    splits = _splits(tars, split, ratios, seed)
+    names = read_class_names(classes) if classes else None
+
+    jobs = {tar.name: (tar, len(names) if names else _MOST_NAMELESS_CLASSES, decode) for tar in tars}
+    reports = dict(run_jobs(inspect_tar, jobs, workers, 0, "adopt"))
+    obstacles = [line for tar in tars for line in reports[tar.name].report.differences]
+    if obstacles:
+        raise WorkError("\n".join([*obstacles, f"{folder}: not adopted, nothing was written"]))
+
+    counts = sum((reports[tar.name].report.class_counts for tar in tars), Counter())
+    samples = counts.total()
+    texts = sum(reports[tar.name].texts for tar in tars)
+    if 0 < texts < samples:
+        print(f"{folder}: {samples - texts:,} of {samples:,} samples have no .txt, so the set counts as without text")
+    for _ in run_jobs(index_in_place, {tar.name: (tar,) for tar in tars}, workers, 0, "index"):
+        pass
+    left_out = [
+        LeftOut(f"{tar.name}:{key}", UNDECODABLE, why)
+        for tar in tars
+        for key, why in reports[tar.name].report.undecodable
+    ]
+    write_atomically(folder / LEFT_OUT_NAME, "".join(json.dumps(asdict(entry)) + "\n" for entry in left_out).encode())
+    class_names = names or [str(number) for number in range(max(counts) + 1)]
+    manifest = Manifest(
+        classes=tuple(ClassInfo(name, counts[number]) for number, name in enumerate(class_names)),
+        splits={
+            name: SplitInfo(sum(shard.samples for shard in shards), shards)
+            for name in SPLITS
+            if (shards := tuple(reports[t.name].shard for t, its in zip(tars, splits, strict=True) if its == name))
+        },
+        text=texts == samples,
+        left_out={UNDECODABLE: len(left_out)} if left_out else {},
+        tool=f"dist-train {__version__}",
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def inspect_tar(tar: Path, classes: int, decode: bool) -> TarReport:
+    """Check that the loader can read every sample of a tar; runs in a worker process."""
+    report, samples, size, sha256 = ShardReport(), [], 0, ""
+    try:
+        samples = index_tar(tar)
+        size = tar.stat().st_size
+        with open(tar, "rb") as file:
+            if file.read(512)[257:262] != b"ustar":
+                report.differences.append(f"{tar}: a tar from before the USTAR format; {_REPACK}")
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if not any("cls" in sample.members for sample in samples):
+            what = "none of its samples has a .cls" if samples else "holds no samples"
+            report.differences.append(f"{tar}: {what}; {_REPACK}, with --class-key for a class in the .json")
+        else:
+            report = check_samples(tar, samples, classes, text=False, decode_images=decode)
+        report.differences += _unlistable(tar, samples)
+    except WorkError as error:
+        report.differences.append(str(error))
+    except OSError as error:
+        report.differences.append(f"{tar}: cannot be read ({error.strerror})")
+    texts = sum("txt" in sample.members for sample in samples)
+    return TarReport(ShardInfo(tar.name, len(samples), size, sha256), texts, report)
+
+
+def index_in_place(tar: Path) -> None:
+    """Write the index beside a tar; runs in a worker process."""
+    write_index(tar, index_tar(tar))
+
+
+def _splits(tars: list[Path], split: str | None, ratios: Sequence[float] | None, seed: int) -> list[str]:
+    """The split of each tar."""
+    if split is not None and ratios is not None:
+        raise UseError("--split and --ratios exclude each other: give one")
+    if split is not None:
+        return [split] * len(tars)
+    if ratios is not None:
+        check_ratios(ratios)
+        numbers = split_counts(len(tars), ratios)
+        empty = [name for name, number, ratio in zip(SPLITS, numbers, ratios, strict=True) if ratio and not number]
+        if empty:
+            raise UseError(f"{len(tars)} tars divided by these --ratios leave none for {' and '.join(empty)}")
+        by_rank = [name for name, number in zip(SPLITS, numbers, strict=True) for _ in range(number)]
+        drawn = dict(zip(permutation(len(tars), seed).tolist(), by_rank, strict=True))
+        return [drawn[i] for i in range(len(tars))]
+    named = [split_in_name(tar.name) for tar in tars]
+    if None in named:
+        raise UseError(
+            f"{tars[named.index(None)]}: its name does not say which split it is (train-..., val-..., test-...); "
+            "say so with --split train for all tars, or have them divided with --ratios 0.7,0.1,0.2"
+        )
+    return [name for name in named if name]
+
+
+def _unlistable(tar: Path, samples: list[TarSample]) -> list[str]:
+    """A line for each sample whose names an index, which is lines of fields between blanks, cannot hold."""
+    lines = []
+    for sample in samples:
+        name = sample.key + "".join(sample.members)
+        if " " in "".join(sample.members) or len(name.splitlines()) > 1 or not name.isprintable():
+            lines.append(f"{tar}: sample {sample.key!r} has a name that no index can hold; {_REPACK}")
+    return lines
