@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from dist_train.data.manifest import ShardInfo, write_atomically
-from dist_train.data.remote import download_shard
+from dist_train.data.remote import download
 from dist_train.data.tarindex import TarSample, format_index, index_path, index_tar, read_index
 from dist_train.errors import UseError, WorkError
 
@@ -141,7 +141,7 @@ class ShardCache:
             if self.path(shard).exists():
                 return None  # finished just before our opening
             self._reserve(file, shard.bytes)
-            download_shard(url, shard, file, stopped)
+            download(url, shard.bytes, shard.sha256, file, stopped)
             self._keep(shard, file, part)
             undo.pop_all()
             return file
@@ -183,6 +183,7 @@ class ShardCache:
                     pass  # it is then made anew by each reader
             os.rename(part, self.path(shard))
             fcntl.flock(file, fcntl.LOCK_SH)
+        file.seek(0)
 
     def _make_room(self, size: int) -> None:
         """Remove leftovers of killed processes, then shards that nobody reads, until `size` bytes more are allowed."""

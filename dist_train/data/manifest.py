@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dist_train.data.remote import file_url, is_url, read_file
 from dist_train.errors import UseError, WorkError
 
 MANIFEST_NAME = "manifest.json"
@@ -119,8 +120,6 @@ def read_manifest(root: str | Path) -> Manifest:
 
     Raises UseError where there is no set or an incomplete one, WorkError where the manifest is damaged.
     """
-    from dist_train.data.remote import file_url, is_url, read_file  # it needs what is defined here
-
     remote = is_url(root)
     path = file_url(str(root), MANIFEST_NAME) if remote else Path(root) / MANIFEST_NAME
     if not remote and not Path(root).is_dir():

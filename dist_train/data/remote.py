@@ -14,9 +14,8 @@ from typing import IO, Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import fsspec
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
-from dist_train.data.manifest import ShardInfo
 from dist_train.errors import UseError, WorkError
 
 log = logging.getLogger(__name__)
@@ -61,32 +60,32 @@ def read_file(url: str) -> bytes:
     return _persistently(url, read)
 
 
-def download_shard(url: str, shard: ShardInfo, file: IO[bytes], stopped: Callable[[], bool]) -> None:
-    """Write the shard at `url` to the beginning of `file`; its size and SHA-256 are the manifest's when this returns.
+def download(url: str, size: int, sha256: str, file: IO[bytes], stopped: Callable[[], bool]) -> None:
+    """Write what is at `url` to the beginning of `file`; it has that size and SHA-256 when this returns.
 
     Raises WorkError naming the URL where it cannot be had or stays damaged; Stopped soon after `stopped()` is true.
     """
 
-    def download() -> None:
+    def attempt() -> None:
         file.seek(0)
         digest, received = hashlib.sha256(), 0
         with _open(url) as stream:
-            while chunk := stream.read(min(CHUNK, shard.bytes + 1 - received)):
+            while chunk := stream.read(min(CHUNK, size + 1 - received)):
                 if stopped():
                     raise Stopped
                 received += len(chunk)
-                if received > shard.bytes:
+                if received > size:
                     break
                 _write(file, chunk)
                 digest.update(chunk)
-        if received != shard.bytes:
-            found = "more" if received > shard.bytes else f"{received:,}"
-            raise _Damaged(f"{found} bytes arrived, {shard.bytes:,} by the manifest")
-        if digest.hexdigest() != shard.sha256:
+        if received != size:
+            found = "more" if received > size else f"{received:,}"
+            raise _Damaged(f"{found} bytes arrived, {size:,} by the manifest")
+        if digest.hexdigest() != sha256:
             raise _Damaged("its SHA-256 is not the manifest's; has the set changed?")
 
     try:
-        _persistently(url, download, stopped)
+        _persistently(url, attempt, stopped)
     except FileNotFoundError:
         raise WorkError(f"{url}: no such file, though the manifest lists it; upload the shard set again") from None
 
@@ -131,7 +130,7 @@ def _persistently(url: str, work: Callable[[], T], stopped: Callable[[], bool] =
 
     retrying = Retrying(
         stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_exponential_jitter(FIRST_WAIT_S, LONGEST_WAIT_S, jitter=FIRST_WAIT_S),
+        wait=wait_exponential(FIRST_WAIT_S, LONGEST_WAIT_S) + wait_random(0, FIRST_WAIT_S),
         retry=retry_if_exception(lambda error: _may_pass(error) and not stopped()),
         before_sleep=report,
         reraise=True,

@@ -72,8 +72,8 @@ class FaultyProxy:
     """Passes requests on to a server, but for the faults that wait for a path: one each time, in order.
 
     A number is an answer with that status; `truncated` ends the body half way (with its full length announced),
-    `short` announces half, `corrupt` changes a byte, `late` waits before it answers, `held` stops half way until
-    `release` is set.
+    `short` announces half, `corrupt` changes a byte, `silent` says nothing and `held` stops half way until `release` is
+    set.
     """
 
     def __init__(self, port: int) -> None:
@@ -109,8 +109,8 @@ class FaultyProxy:
             body = body[:1000] + bytes([body[1000] ^ 1]) + body[1001:]
         if fault == "short":
             body = body[: len(body) // 2]
-        if fault == "late":
-            time.sleep(0.5)
+        if fault == "silent":
+            self.release.wait(60)
         half = len(body) // 2
         request.send_response(status)
         request.send_header("Content-Length", str(len(body)))
