@@ -134,6 +134,27 @@ def test_evaluation_of_a_url_has_the_order_and_pixels_of_a_local_set(
         assert_same(*[list(loader) for loader in loaders])
 
 
+def test_shards_come_ahead_of_their_use(nginx: Nginx, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    batches = iter(train_loader(config_for(f"http://127.0.0.1:{nginx.port}/set", cache)))
+    next(batches)
+    wait_until(lambda: len(list(cache.glob("*.tar"))) == len(TARS))
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_shards_left_behind_are_unmapped(nginx: Nginx, served: Path, tmp_path: Path, remote: bool) -> None:
+    root = write_shard_set(served / "left", {"train": [6] * 40})
+    config = config_for(f"http://127.0.0.1:{nginx.port}/left" if remote else root, tmp_path / "cache")
+    batches = iter(train_loader(config))
+    most = 0
+    for _ in range(40):
+        next(batches)
+        folder = tmp_path / "cache" if remote else root
+        most = max(most, sum(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines()))
+    # Two windows of two streams, each over at most three shards, and what batches under way still hold.
+    assert 2 <= most <= 16
+
+
 def test_two_processes_download_each_shard_once(nginx: Nginx, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{nginx.port}/set"
     processes = [start_reader(url, tmp_path / "cache", rank, 2) for rank in range(2)]
