@@ -251,6 +251,7 @@ def test_a_shard_with_views_in_use_is_not_removed_and_makes_room_afterwards(
     url = f"http://127.0.0.1:{nginx.port}/set"
     one, other = read_manifest(url).split("train").shards[1:4:2]
     cache = ShardCache(tmp_path / "cache", one.bytes + other.bytes // 2)
+    cache.open(f"{url}/{one.file}", one).close()
     with cache.open(f"{url}/{one.file}", one) as file:
         view = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[1000:2000]
     with pytest.raises(WorkError, match=r"data\.cache_gb"):
@@ -317,6 +318,24 @@ def test_an_entry_of_the_wrong_size_is_downloaded_again(nginx: Nginx, tmp_path: 
     cache.path(shard).write_bytes(b"cut short")
     cache.open(f"{url}/{SHARD}", shard).close()
     assert_whole(tmp_path / "cache", 1)
+
+
+def test_what_a_killed_process_left_makes_room(nginx: Nginx, tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{nginx.port}/set"
+    shard = read_manifest(url).split("train").shards[1]
+    cache = ShardCache(tmp_path / "cache", shard.bytes + 10_000)
+    for name in (f"{'1' * 64}.part", f"{'2' * 64}.idx", f".{'3' * 64}.idx.77.tmp"):
+        (tmp_path / "cache" / name).write_bytes(bytes(9_000))
+    (tmp_path / "cache" / "notes.part").write_text("not ours")
+    cache.open(f"{url}/{SHARD}", shard).close()
+    names = {f"{shard.sha256}.tar", f"{shard.sha256}.idx", "cache.lock", "notes.part"}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == names
+
+
+def test_a_signature_stays_at_the_end_of_a_url() -> None:
+    url = remote_module.file_url("https://host/a%20set/?signature=x%2Fy", "odd name#1.tar")
+    assert url == "https://host/a%20set/odd%20name%231.tar?signature=x%2Fy"
+    assert remote_module.file_url("s3://bucket/set/", "odd name.tar") == "s3://bucket/set/odd name.tar"
 
 
 def test_a_hash_from_the_manifest_cannot_name_a_file_elsewhere(nginx: Nginx, tmp_path: Path) -> None:
