@@ -16,7 +16,11 @@ class DataConfig:
     """Where samples come from and how an image becomes a tensor."""
 
     shards: str = "data/demo"
-    """Folder of the shard set, the one that holds manifest.json."""
+    """Folder or URL (s3://, gs://, https://, any that fsspec knows) of the shard set, where manifest.json lies."""
+    cache: str | None = None
+    """Folder for the shards of a set at a URL, shared by the ranks of a node. None: ~/.cache/dist-train/shards."""
+    cache_gb: float = 50.0
+    """Largest size of that folder, 10**9 bytes; shards that are no longer needed make room."""
     digest: str | None = None
     """Expected digest of the shard set's manifest; a different set is refused. None accepts any."""
     image_size: int = 128

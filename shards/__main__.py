@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from dist_train.data.manifest import read_manifest
+from dist_train.data.remote import is_url
 from dist_train.errors import UseError, run_command
 from shards.adopt import UNDECODABLE, adopt_tars
 from shards.build import build_shard_set
@@ -86,10 +87,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    if is_url(arguments.set):
+        raise UseError(f"{arguments.set}: verify reads folders; copy the set to one first (training checks each shard)")
+    root = Path(arguments.set)
     if arguments.fix_index:
-        for path in fix_indexes(arguments.set):
+        for path in fix_indexes(root):
             print(f"{path}: written again")
-    differences = verify_shard_set(arguments.set, arguments.workers)
+    differences = verify_shard_set(root, arguments.workers)
     if differences:
         print("\n".join(differences))
         return 1
@@ -256,14 +260,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare the shard set SET with its manifest and indexes, and decode every image. Prints one line "
         "per difference and exits 1 if there is any.",
     )
-    verify.add_argument("set", type=Path, metavar="SET", help="folder of the shard set")
+    verify.add_argument("set", metavar="SET", help="folder of the shard set")
     verify.add_argument("--fix-index", action="store_true", help="first write wrong .idx files again from their tars")
     verify.set_defaults(command=_verify)
 
     info = commands.add_parser(
         "info", help="say what is in a shard set", description="Say what is in the shard set SET, by its manifest."
     )
-    info.add_argument("set", type=Path, metavar="SET", help="folder of the shard set")
+    info.add_argument("set", metavar="SET", help="folder or URL of the shard set")
     info.add_argument("--json", action="store_true", help="as JSON, for programs")
     info.set_defaults(command=_info)
 

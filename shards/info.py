@@ -38,7 +38,7 @@ def summarise(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def describe(root: Path, manifest: Manifest) -> str:
+def describe(root: str | Path, manifest: Manifest) -> str:
     """The same for a person, over several lines."""
     facts = summarise(manifest)
     lines = [f"{root}: {facts['samples']:,} samples, {facts['classes']:,} classes"]
@@ -54,7 +54,7 @@ def describe(root: Path, manifest: Manifest) -> str:
     lines.append(f"  images    {facts['transform'] or 'as in the source'}")
     lines.append(f"  text      {'tags' if facts['text'] else 'none'}")
     if facts["left_out"]:
-        lines.append(f"  left out  {sum(facts['left_out'].values()):,} images, see {root / LEFT_OUT_NAME}")
+        lines.append(f"  left out  {sum(facts['left_out'].values()):,} images, see {root}/{LEFT_OUT_NAME}")
         lines += [f"  {count:>12,} {reason}" for reason, count in facts["left_out"].items()]
     lines.append(f"  digest    {facts['digest']}")
     return "\n".join(lines)

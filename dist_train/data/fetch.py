@@ -1,5 +1,8 @@
 """Sample bytes out of the shards: each tar is memory-mapped when first used, nothing is copied.
 
+The tars lie in a folder, or at a URL and then in the local cache; the reader of the plan keeps open only those that
+its current windows touch.
+
 A sample is looked at when it is first fetched: whether the tar has its members where the index says, what its class is,
 and what its image announces. What is wrong with one sample is reported beside the others, never raised.
 """
@@ -8,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import mmap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +22,8 @@ from nvidia.nvimgcodec import CodeStream
 
 from dist_train.config import DataConfig
 from dist_train.data.manifest import ShardInfo, SplitInfo
-from dist_train.data.plan import Positions
+from dist_train.data.plan import Need, Positions
+from dist_train.data.readahead import RemoteShards
 from dist_train.data.tarindex import Member, TarSample, index_path, index_tar, read_index
 from dist_train.errors import WorkError
 
@@ -64,7 +70,7 @@ class FetchedBatch:
 
 
 class ShardFetcher:
-    """Reads samples of one split of a local shard set."""
+    """Reads samples of one split of the shard set in the folder `root`, or of `remote` if given."""
 
     def __init__(
         self,
@@ -73,13 +79,45 @@ class ShardFetcher:
         num_classes: int,
         max_pixels: int = DataConfig.max_pixels,
         baked: int | None = None,
+        remote: RemoteShards | None = None,
     ) -> None:
         self.root = Path(root)
         self.split = split
         self.num_classes = num_classes
         self.max_pixels = max_pixels
         self.baked = baked
+        self.remote = remote
         self._open: dict[int, OpenShard] = {}
+        self._needs: Iterator[Need] = iter(())
+        self._next_need: Need | None = None
+
+    @contextmanager
+    def following(self, needs: Callable[[], Iterator[Need]]) -> Iterator[None]:
+        """While this lasts, shards are let go when `needs` no longer names them; remote ones are read ahead."""
+        self._needs = needs()
+        self._next_need = next(self._needs, None)
+        with self.remote.reading_ahead(needs()) if self.remote else nullcontext():
+            try:
+                yield
+            finally:
+                self._let_go(set(self._open))
+
+    def advance(self, position: int) -> None:
+        """Say that the samples fetched from now on belong to `position` of the needs or a later one."""
+        need = None
+        while self._next_need is not None and self._next_need.position <= position:
+            need, self._next_need = self._next_need, next(self._needs, None)
+        if self.remote and need is not None:
+            self.remote.advance(position)
+        if need is not None:
+            self._let_go(self._open.keys() - set(need.shards))
+
+    def _let_go(self, numbers: set[int]) -> None:
+        """Forget shards; each mapping ends with the last image that still lies in it."""
+        for number in numbers:
+            del self._open[number]
+            if self.remote:
+                self.remote.let_go(number)
 
     def fetch(self, positions: Positions, with_text: bool) -> FetchedBatch:
         """The samples at `positions`, in order. Raises WorkError naming a shard that cannot be read at all."""
@@ -106,7 +144,7 @@ class ShardFetcher:
         """How messages call a sample: SHARD:KEY, or SHARD:PLACE where the key is not known."""
         opened = self._shard(shard)
         key = opened.samples[place].key if place < len(opened.samples) else ""
-        return f"{opened.path.name}:{key or place}".encode(errors="backslashreplace").decode()
+        return f"{self.split.shards[shard].file}:{key or place}".encode(errors="backslashreplace").decode()
 
     def _look_at(self, shard: OpenShard, number: int, place: int, with_text: bool) -> OpenShard:
         """Find out class and problems of a sample; the shard is opened anew where its index turns out wrong."""
@@ -150,13 +188,16 @@ class ShardFetcher:
 
     def _open_shard(self, number: int, trust_index: bool = True) -> OpenShard:
         info = self.split.shards[number]
-        path = self.root / info.file
+        path = self.remote.path(number) if self.remote else self.root / info.file
         try:
-            with open(path, "rb") as file:
+            with self.remote.open(number) if self.remote else open(path, "rb") as file:
                 content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         except (OSError, ValueError) as error:
             raise WorkError(f"{path}: cannot be read ({error}); check the set with `python -m shards verify`") from None
-        samples, from_tar = _list_samples(path, info, trust_index and len(content) == info.bytes)
+        if self.remote:
+            samples, from_tar = self.remote.index(number), True
+        else:
+            samples, from_tar = _list_samples(path, info, trust_index and len(content) == info.bytes)
         return OpenShard(path, content, samples, from_tar, np.full(info.samples, _NOT_LOOKED_AT))
 
 

@@ -24,8 +24,9 @@ from dist_train.data.augment import check_augmentation, draw_augmentation, no_au
 from dist_train.data.fetch import FetchedBatch, ShardFetcher
 from dist_train.data.manifest import Manifest
 from dist_train.data.pipeline import ImagePipeline
-from dist_train.data.plan import EpochPlan, Positions, evaluation_batches, rank_batch
+from dist_train.data.plan import EpochPlan, Need, Positions, evaluation_batches, needs_of, rank_batch
 from dist_train.data.quarantine import Quarantine
+from dist_train.data.readahead import open_remote
 from dist_train.data.text import TagTokenizer, check_has_tags, shuffle_tags
 from dist_train.errors import UseError
 
@@ -92,7 +93,12 @@ class _Loader:
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
         self.device_id = open_device(config, place)
         self.fetcher = ShardFetcher(
-            config.shards, manifest.split(split), len(manifest.classes), config.max_pixels, manifest.baked_size()
+            config.shards,
+            manifest.split(split),
+            len(manifest.classes),
+            config.max_pixels,
+            manifest.baked_size(),
+            open_remote(config, manifest.split(split).shards, place.local_world_size),
         )
 
     def _batches(self, positions: Iterator[Positions], depth: int) -> Iterator[Batch]:
@@ -242,13 +248,22 @@ class TrainLoader(_Loader):
                 f"these do: {', '.join(str(d) for d in range(1, self.share + 1) if self.share % d == 0)}"
             )
         self.start = samples_consumed
+        if self.fetcher.remote:
+            ranks = place.local_world_size
+            node = self.plan.shards_ahead(self.start, place.rank // ranks * ranks, place.world_size, ranks)
+            self.fetcher.remote.check_room(node, (config.prefetch + 1) * batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._batches(self._positions(), self.config.prefetch)
+        with self.fetcher.following(self._needs):
+            yield from self._batches(self._positions(), self.config.prefetch)
+
+    def _needs(self) -> Iterator[Need]:
+        return self.plan.shards_ahead(self.start, self.place.rank, self.place.world_size)
 
     def _positions(self) -> Iterator[Positions]:
         consumed = self.start
         while True:
+            self.fetcher.advance(consumed)
             step = self.plan.batch(consumed, self.place.rank, self.place.world_size)
             for first in range(0, self.share, self.batch_size):
                 yield step[first : first + self.batch_size]
@@ -291,10 +306,16 @@ class EvalLoader(_Loader):
     def __iter__(self) -> Iterator[Batch]:
         filled = [positions for positions in self.batches if len(positions)]
         if filled:
-            yield from self._batches(iter(filled), min(self.config.prefetch, len(filled)))
+            with self.fetcher.following(lambda: needs_of(filled)):
+                yield from self._batches(self._positions(filled), min(self.config.prefetch, len(filled)))
         side = self.config.image_size
         for empty in self.batches[len(filled) :]:
             yield self._finish(torch.zeros(0, 3, side, side), empty, FetchedBatch([], np.zeros(0, np.int64), []))
+
+    def _positions(self, filled: list[Positions]) -> Iterator[Positions]:
+        for i, positions in enumerate(filled):
+            self.fetcher.advance(i)
+            yield positions
 
 
 def _first_cause(error: RuntimeError) -> str:

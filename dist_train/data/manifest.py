@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dist_train.data.remote import file_url, is_url, read_file
 from dist_train.errors import UseError, WorkError
 
 MANIFEST_NAME = "manifest.json"
@@ -115,17 +116,19 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(root: str | Path) -> Manifest:
-    """Read and check the manifest of a shard set.
+    """Read and check the manifest of a shard set in a folder or at a URL.
 
     Raises UseError where there is no set or an incomplete one, WorkError where the manifest is damaged.
     """
-    root = Path(root)
-    path = root / MANIFEST_NAME
-    if not root.is_dir():
+    remote = is_url(root)
+    path = file_url(str(root), MANIFEST_NAME) if remote else Path(root) / MANIFEST_NAME
+    if not remote and not Path(root).is_dir():
         raise UseError(f"{root}: no such shard set; build one with `python -m shards build` or `python -m shards demo`")
     try:
-        document: dict[str, Any] = json.loads(path.read_bytes())
+        document: dict[str, Any] = json.loads(read_file(path) if remote else Path(path).read_bytes())
     except FileNotFoundError:
+        if remote:
+            raise UseError(f"{path}: not found, so there is no complete shard set at this URL") from None
         raise UseError(
             f"{root}: no {MANIFEST_NAME}, so this is no complete shard set; run the same "
             "`python -m shards build` command again to complete it"

@@ -15,8 +15,9 @@ the same to resume at, and the plan's memory is a few numbers per shard and the 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,16 @@ class Positions:
 
     def __getitem__(self, chosen: slice | NDArray[np.int64]) -> Positions:
         return Positions(self.epoch[chosen], self.sample[chosen], self.shard[chosen], self.place[chosen])
+
+
+class Need(NamedTuple):
+    """From this position on (until that of the next need) a reader takes samples of these shards alone.
+
+    position counts as its maker says; shards are in the order of first use.
+    """
+
+    position: int
+    shards: tuple[int, ...]
 
 
 def choose_streams(batch_size: int, streams: int) -> int:
@@ -107,16 +118,52 @@ class EpochPlan:
         The batch's positions are ordered by stream and cut into equal parts, so a rank keeps to its own streams;
         only a batch in which one epoch ends and the next begins may hand it a few samples of its neighbour's.
         """
+        return self._locate(*self._share(consumed, rank, world_size))
+
+    def shards_ahead(self, consumed: int, rank: int = 0, world_size: int = 1, ranks: int = 1) -> Iterator[Need]:
+        """Which shards the batches after `consumed` samples of the run touch, without end; positions are in samples.
+
+        Those of `ranks` ranks together, from `rank` on. All streams enter a new window at the same position, so only
+        the batches in which windows or epochs change are looked at. Uses nothing that `batch` changes: a thread of its
+        own may run it.
+        """
+        lines: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        while True:
+            epochs, positions = self._share(consumed, rank, world_size, ranks)
+            windows = positions // (self.streams * self.window)
+            turns = np.unique(np.stack([epochs, windows, positions % self.streams]), axis=1)
+            lines = {epoch: lines.get(epoch) or self._make_line(epoch) for epoch in np.unique(epochs).tolist()}
+            shards = dict.fromkeys(shard for turn in turns.T.tolist() for shard in self._touched(*turn, lines))
+            yield Need(consumed, tuple(shards))
+            epoch, position = divmod(consumed, self.samples)
+            window_end = (position // (self.streams * self.window) + 1) * self.streams * self.window
+            change = epoch * self.samples + min(window_end, self.samples)
+            consumed += max(1, (change - consumed) // self.batch_size) * self.batch_size
+
+    def _touched(
+        self, epoch: int, window: int, stream: int, lines: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
+    ) -> list[int]:
+        """Shards that lie under one window of a stream, in the line's order."""
+        order, starts = lines[epoch]
+        begin, length = (int(value) for value in self._stream_range(np.int64(stream)))
+        ends = begin + window * self.window, begin + min((window + 1) * self.window, length) - 1
+        first, last = np.searchsorted(starts, ends, side="right") - 1
+        return order[first : last + 1].tolist()
+
+    def _share(
+        self, consumed: int, rank: int, world_size: int, ranks: int = 1
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Epochs and positions in them that `ranks` ranks from `rank` on take of a global batch, ordered by stream."""
         share = rank_batch(self.batch_size, world_size)
         epoch, first = divmod(consumed, self.samples)
         if first + self.batch_size <= self.samples:  # the usual batch, within one epoch: without a look at all of it
-            stream, turn = np.divmod(np.arange(rank * share, (rank + 1) * share), self.batch_size // self.streams)
-            positions = first + (stream - first) % self.streams + turn * self.streams
-            return self._locate(np.full(share, epoch), positions)
+            index = np.arange(rank * share, (rank + ranks) * share)
+            stream, turn = np.divmod(index, self.batch_size // self.streams)
+            return np.full_like(index, epoch), first + (stream - first) % self.streams + turn * self.streams
         run_positions = np.arange(consumed, consumed + self.batch_size, dtype=np.int64)
         epochs, positions = np.divmod(run_positions, self.samples)
-        mine = np.argsort(positions % self.streams, kind="stable")[rank * share : (rank + 1) * share]
-        return self._locate(epochs[mine], positions[mine])
+        mine = np.argsort(positions % self.streams, kind="stable")[rank * share : (rank + ranks) * share]
+        return epochs[mine], positions[mine]
 
     def _locate(self, epochs: NDArray[np.int64], positions: NDArray[np.int64]) -> Positions:
         shard = np.empty_like(positions)
@@ -133,19 +180,25 @@ class EpochPlan:
     def _line(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shards in the epoch's order, without the empty ones, and the place in the line where each begins."""
         if epoch not in self._lines:
-            order = permutation(len(self.counts), self.seed, _SHARDS, epoch)
-            order = order[self.counts[order] > 0]
-            self._lines[epoch] = order, np.cumsum(self.counts[order]) - self.counts[order]
+            self._lines[epoch] = self._make_line(epoch)
             while len(self._lines) > 2:  # a batch sees at most the end of one epoch and the beginning of the next,
                 self._lines.popitem(last=False)  # but for splits smaller than a batch, which are cheap
         return self._lines[epoch]
 
+    def _make_line(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        order = permutation(len(self.counts), self.seed, _SHARDS, epoch)
+        order = order[self.counts[order] > 0]
+        return order, np.cumsum(self.counts[order]) - self.counts[order]
+
+    def _stream_range(self, stream: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where streams begin in the line, and their lengths."""
+        short, longer = divmod(self.samples, self.streams)  # the first `longer` streams hold one sample more
+        return stream * short + np.minimum(stream, longer), short + (stream < longer)
+
     def _line_places(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Places in the epoch's line that the positions take: steps 2 to 4 of the module's description."""
         stream, turn = positions % self.streams, positions // self.streams
-        short, longer = divmod(self.samples, self.streams)  # the first `longer` streams hold one sample more
-        begin = stream * short + np.minimum(stream, longer)
-        length = short + (stream < longer)
+        begin, length = self._stream_range(stream)
         window, offset = np.divmod(turn, self.window)
         places = np.empty_like(positions)
         for i in range(len(positions)):
@@ -182,3 +235,8 @@ def evaluation_batches(shard_samples: Sequence[int], batch_size: int, rank: int,
         shard = np.searchsorted(first_sample, sample, side="right") - 1
         batches.append(Positions(np.zeros_like(sample), sample, shard, sample - first_sample[shard]))
     return batches
+
+
+def needs_of(batches: Sequence[Positions]) -> Iterator[Need]:
+    """The shards of each batch; positions are their numbers."""
+    return (Need(i, tuple(np.unique(positions.shard).tolist())) for i, positions in enumerate(batches))

@@ -101,6 +101,11 @@ def index_path(tar: Path) -> Path:
 
 def write_index(tar: Path, samples: list[TarSample]) -> None:
     """Write the `.idx` beside `tar`, atomically."""
+    write_atomically(index_path(tar), format_index(samples))
+
+
+def format_index(samples: list[TarSample]) -> bytes:
+    """What the `.idx` of these samples holds."""
     with_names = not any(" " in sample.key or "\n" in sample.key for sample in samples)
     lines = [f"{'v1.2' if with_names else 'v1.1'} {len(samples)}"]
     for sample in samples:
@@ -110,7 +115,7 @@ def write_index(tar: Path, samples: list[TarSample]) -> None:
             if with_names:
                 fields.append(f"{sample.key}.{extension}")
         lines.append(" ".join(fields))
-    write_atomically(index_path(tar), ("\n".join(lines) + "\n").encode(errors="surrogateescape"))
+    return ("\n".join(lines) + "\n").encode(errors="surrogateescape")
 
 
 def read_index(tar: Path) -> list[TarSample]:

@@ -20,7 +20,8 @@ from dist_train.config import DataConfig
 from dist_train.data.draws import random_bits
 from dist_train.data.fetch import ShardFetcher
 from dist_train.data.manifest import Manifest
-from dist_train.data.plan import evaluation_batches
+from dist_train.data.plan import evaluation_batches, needs_of
+from dist_train.data.readahead import open_remote
 from dist_train.errors import UseError, WorkError
 
 TAGS_NAME = "tags.txt"
@@ -121,11 +122,15 @@ def find_frequent_tags(config: DataConfig, manifest: Manifest) -> list[str]:
     """
     check_has_tags(config, manifest)
     split = manifest.split("train")
-    fetcher = ShardFetcher(config.shards, split, len(manifest.classes), config.max_pixels)
+    remote = open_remote(config, split.shards, local_world_size=1)
+    fetcher = ShardFetcher(config.shards, split, len(manifest.classes), config.max_pixels, remote=remote)
     counts: Counter[str] = Counter()
-    for positions in evaluation_batches(split.shard_samples, 4096, rank=0, world_size=1):
-        for text in fetcher.fetch(positions, with_text=True).texts:
-            counts.update(set(text.split()))
+    batches = evaluation_batches(split.shard_samples, 4096, rank=0, world_size=1)
+    with fetcher.following(lambda: needs_of(batches)):
+        for i, positions in enumerate(batches):
+            fetcher.advance(i)
+            for text in fetcher.fetch(positions, with_text=True).texts:
+                counts.update(set(text.split()))
     return sorted(counts, key=lambda tag: (-counts[tag], tag))[: config.tag_vocabulary]
 
 

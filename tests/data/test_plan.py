@@ -173,3 +173,40 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_would() -
         rank_batch(64, 3)
     with pytest.raises(UseError, match="2 does not divide over 3 ranks; use 3,"):
         rank_batch(2, 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shards=st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(lambda counts: sum(counts) > 0),
+    share=st.integers(1, 5),
+    world_size=st.integers(1, 4),
+    start=st.integers(0, 300),
+    window=st.integers(1, 50),
+)
+def test_shards_ahead_name_what_each_batch_touches_and_what_its_windows_hold(
+    shards: list[int], share: int, world_size: int, start: int, window: int
+) -> None:
+    batch = share * world_size
+    plan = EpochPlan(shards, batch, seed=1, shuffle_window=window)
+    start -= start % batch
+    end = start + 2 * sum(shards) + batch
+    # Everything that any rank touches while a window of every stream passes, before and after.
+    reach = plan.streams * window + batch
+    touched = {
+        at: set(plan.batch(at).shard.tolist()) for at in range(max(0, start - reach // batch * batch), end, batch)
+    }
+    named_by_rank = []
+    for rank in range(world_size):
+        named, needs = {}, plan.shards_ahead(start, rank, world_size)
+        now, after = next(needs), next(needs)
+        for at in range(start, end, batch):
+            while after.position <= at:
+                now, after = after, next(needs)
+            named[at] = set(now.shards)
+            assert set(plan.batch(at, rank, world_size).shard.tolist()) <= named[at]
+            if at + reach < end:
+                assert named[at] <= set().union(*(touched[t] for t in touched if abs(t - at) <= reach))
+        named_by_rank.append(named)
+    needs = plan.shards_ahead(start, 0, world_size, ranks=world_size)
+    first = next(needs)
+    assert set(first.shards) == set().union(*(named[start] for named in named_by_rank))
