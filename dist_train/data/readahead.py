@@ -88,7 +88,8 @@ class RemoteShards:
 
         needs: of all ranks of the node together. under_way: how far behind the last position samples are still in use.
         """
-        if sum(shard.bytes for shard in self.shards) <= self.cache.limit:
+        total = sum(shard.bytes for shard in self.shards)
+        if total <= self.cache.limit:
             return
         in_use: deque[Need] = deque()
         most = 0
@@ -99,7 +100,7 @@ class RemoteShards:
             at_once = {number for one in in_use for number in one.shards}
             most = max(most, sum(self.shards[number].bytes for number in at_once))
         # One more on its way and one of an evaluation, for each rank.
-        most += 2 * self.ranks * max(shard.bytes for shard in self.shards)
+        most = min(total, most + 2 * self.ranks * max(shard.bytes for shard in self.shards))
         if most > self.cache.limit:
             raise UseError(
                 f"data.cache_gb {self.cache.limit / GB:.3g} is too small: the ranks of a node read from shards of "
