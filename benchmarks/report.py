@@ -48,6 +48,20 @@ COLUMNS = {
         ("default_backward_ms_per_million", "in backward", ".2f"),
         ("default_step_ms_per_million", "in step", ".2f"),
     ],
+    "kill": [
+        ("ranks", "ranks", "d"),
+        ("kills", "kills", "d"),
+        ("in_step", "in a step", "d"),
+        ("in_evaluation", "in an evaluation", "d"),
+        ("in_checkpoint", "in a checkpoint", "d"),
+        ("in_between", "between", "d"),
+        ("half_written", "checkpoints left half-written", "d"),
+        ("steps", "steps", "d"),
+        ("steps_lost", "steps made again", "d"),
+        ("identical_weights", "weights bit-identical", ""),
+        ("each_sample_once", "each sample once per epoch", ""),
+        ("seconds", "seconds", ",d"),
+    ],
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -32,10 +33,12 @@ from dist_train.train.checkpoint import (
 )
 from dist_train.train.engine import build_engine, init_process_group
 from dist_train.train.engine_state import gather_state, restore_state
+from dist_train.train.record import start_console_log
 from tests.conftest import REPOSITORY, write_shard_set
 from tests.train.forked_ranks import train_on
 
 TRAIN = [37, 50, 9]
+ENVIRONMENT = dict(os.environ)  # before a run in this process says in it where it stands
 
 
 @pytest.fixture(scope="module")
@@ -195,13 +198,13 @@ def cut(file: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    copy: Path, damage: Any, name: str, finding: str, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+    copy: Path, damage: Any, name: str, finding: str, capsys: Any
 ) -> None:
-    monkeypatch.setattr("dist_train.train.checkpoint.log.parent.propagate", True)
+    start_console_log(0)
     older, newest = list_checkpoints(copy)
     damage(newest / name)
     assert checkpoint_to_resume(copy, "auto") == older
-    (line,) = caplog.messages
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{newest} is damaged, so the one before it is used: {finding}")
     with pytest.raises(WorkError, match=r"is damaged: .*; --resume auto uses the newest that is not"):
         checkpoint_to_resume(copy, str(newest))
@@ -246,7 +249,7 @@ sys.exit(code)
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", inside, str(run), sys.executable, code]
     if subprocess.run([*command[:3], "true"], capture_output=True).returncode:
         pytest.skip("file systems cannot be mounted here")
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert line.startswith(f"error: {run}/checkpoints: no room for step-00000008: it needs 0.0")
