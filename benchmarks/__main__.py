@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_histogram(commands)
     _add_loader(commands)
     _add_scale(commands)
+    _add_engine(commands)
     report = commands.add_parser("report", help="tables and charts of all results: benchmarks/RESULTS.md")
     report.set_defaults(command=_report)
     options = parser.parse_args(arguments)
@@ -114,6 +115,41 @@ def _scale(options: argparse.Namespace) -> int:
     from benchmarks.scale import measure_scale
 
     print(measure_scale(options.samples, options.shards, options.nodes, options.ranks, options.batch, options.name))
+    return 0
+
+
+def _add_engine(commands: argparse._SubParsersAction) -> None:
+    engine = commands.add_parser(
+        "engine",
+        help="DeepSpeed's engine beside a bare PyTorch loop",
+        description="Time of a training step through DeepSpeed against a bare loop on the same batch, in turns.",
+    )
+    engine.add_argument("--backbone", default="vit_base_patch16", help="(default: %(default)s)")
+    engine.add_argument("--size", type=int, default=128, help="side of an image (default: %(default)s)")
+    engine.add_argument("--stages", default="0,1,2,3", metavar="A,B", help="ZeRO stages (default: %(default)s)")
+    engine.add_argument("--micro-batches", default="8,16,32,64", metavar="A,B", help="(default: %(default)s)")
+    engine.add_argument("--pairs", type=int, default=3, metavar="N", help="turns at least (default: %(default)s)")
+    engine.add_argument(
+        "--seconds", type=float, default=60, metavar="T", help="more turns up to this time (%(default)s)"
+    )
+    engine.add_argument("--name", required=True, help="of the result: benchmarks/results/engine/NAME.json")
+    engine.set_defaults(command=_engine)
+
+
+def _engine(options: argparse.Namespace) -> int:
+    from benchmarks.engine import measure_engine
+
+    try:
+        stages, micro_batches = (
+            [int(number) for number in text.split(",")] for text in (options.stages, options.micro_batches)
+        )
+    except ValueError:
+        raise UseError("--stages and --micro-batches are numbers separated by commas") from None
+    print(
+        measure_engine(
+            options.backbone, options.size, stages, micro_batches, options.pairs, options.seconds, options.name
+        )
+    )
     return 0
 
 

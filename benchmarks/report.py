@@ -32,6 +32,22 @@ COLUMNS = {
         ("read_over_share", "read / share", ".4f"),
         ("shards_in_use_at_once", "shards in use at once", ",.0f"),
     ],
+    "engine": [
+        ("zero_stage", "ZeRO", "d"),
+        ("micro_batch", "micro-batch", "d"),
+        ("turns", "turns", "d"),
+        ("bare_ms", "bare step ms", ",.0f"),
+        ("ours_ratio", "ours / bare", ".3f"),
+        ("default_ratio", "DeepSpeed's defaults / bare", ".3f"),
+        ("ours_excess_ms_per_million", "ours: excess ms per 10^6 parameters", ".2f"),
+        ("ours_forward_ms_per_million", "in forward", ".2f"),
+        ("ours_backward_ms_per_million", "in backward", ".2f"),
+        ("ours_step_ms_per_million", "in step", ".2f"),
+        ("default_excess_ms_per_million", "defaults: excess", ".2f"),
+        ("default_forward_ms_per_million", "in forward", ".2f"),
+        ("default_backward_ms_per_million", "in backward", ".2f"),
+        ("default_step_ms_per_million", "in step", ".2f"),
+    ],
 }
 
 

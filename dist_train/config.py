@@ -150,6 +150,10 @@ class TrainConfig:
     """Save and end after this many optimizer steps of the whole run, as if by SIGTERM; 0: run to the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, beside the best."""
+    profile_steps: int = 0
+    """Optimizer steps to trace with torch's profiler, after the first ten; rank 0 writes RUN/trace.json."""
+    wandb_project: str | None = None
+    """Also send the metrics to this Weights & Biases project (pip install wandb; WANDB_* variables apply)."""
 
 
 @dataclass

@@ -117,8 +117,8 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     """SGD with momentum or AdamW over the trainable parameters; the rate is set at each step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, config.lr, config.betas, weight_decay=config.weight_decay)
+        return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def build_engine(model: nn.Module, recipe: Recipe, place: Place, micro_batch: int) -> deepspeed.DeepSpeedEngine:
@@ -132,4 +132,7 @@ def build_engine(model: nn.Module, recipe: Recipe, place: Place, micro_batch: in
         optimizer=build_optimizer(recipe.optim, model),
         config=deepspeed_settings(recipe, place.world_size, micro_batch),
     )
+    if place.world_size == 1 and recipe.deepspeed.zero_stage == 0:
+        # One process has nothing to reduce, but DeepSpeed would copy all gradients into one buffer and back.
+        engine.enable_backward_allreduce = False
     return engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +39,15 @@ from dist_train.train.engine import (
     uses_autocast,
 )
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
-from dist_train.train.meters import StepMeter, device_peak, peak_memory_mb, training_flops_per_sample
+from dist_train.train.meters import (
+    StepMeter,
+    StepTrace,
+    device_name,
+    device_peak,
+    peak_memory_mb,
+    training_flops_per_sample,
+)
+from dist_train.train.ranks import StopSignal, average_batch_statistics, gather, mean_over_ranks, warn_of_stragglers
 from dist_train.train.record import RunRecord, check_run_folder, start_console_log
 from dist_train.train.schedule import check_schedule, learning_rate
 
@@ -129,8 +137,10 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     meter = StepMeter(device, flops, device_peak(device, dtype) * place.world_size)
     throughput: list[float] = []
 
+    hosts = gather(f"{socket.gethostname()}: {device_name(device)}", place)
     with RunRecord(run, recipe, place.rank, state.step) as record:
         # -------------------------------------------------------------- steps
+        trace = StepTrace(recipe.train.profile_steps, run, place.rank)
         batches = iter(train_loader(state.samples_consumed))
         loss_since_log = torch.zeros((), device=device)
         last: dict[str, Evaluation] = {}
@@ -146,6 +156,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
             state.step += 1
             state.samples_consumed += recipe.train.batch_size
             meter.step(recipe.train.batch_size)
+            trace.step()
             finished = state.step == total_steps
             stopping = stop.requested(place) or state.step == recipe.train.stop_after_steps
 
@@ -159,6 +170,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
                     "lr": rate,
                 } | meter.read()
                 record.step(figures, total_steps, recipe.train.epochs)
+                warn_of_stragglers(meter, place)
                 throughput.append(figures["images_per_s"])
                 if not math.isfinite(loss):
                     raise WorkError(
@@ -186,6 +198,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
                 return
 
         # -------------------------------------------------------------- result
+        trace.close()
         if "test" in manifest.splits:
             last["test"] = evaluate_split("test", recipe, manifest, place, tokenizer, engine, forward)
             record.evaluation(evaluation_figures("test", state.step, last["test"]))
@@ -207,6 +220,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
                 "seconds": round(time.perf_counter() - started, 1),
                 "images_per_s": sorted(throughput)[len(throughput) // 2] if throughput else None,
                 "peak_memory_mb": round(peak_memory_mb(device), 1),
+                "hosts": hosts,
                 "manifest_digest": manifest.digest,
             }
         )
@@ -236,8 +250,10 @@ def optimizer_step(
     for micro in range(accumulation):
         batch = meter.wait(lambda: next(batches))
         torch.manual_seed(int(random_bits(recipe.train.seed, _DROPOUT, step, micro, rank) >> 1))
+        with meter.in_forward():
+            logits = forward(batch).float()
         losses = functional.cross_entropy(
-            forward(batch).float(), batch.labels, reduction="none", label_smoothing=recipe.optim.label_smoothing
+            logits, batch.labels, reduction="none", label_smoothing=recipe.optim.label_smoothing
         )
         loss = (losses * batch.weights).sum() / len(losses)
         engine.backward(loss)
@@ -331,45 +347,3 @@ def one_sample(recipe: Recipe) -> tuple[Tensor, ...]:
     if not tokens:
         return (image,)
     return image, torch.zeros(1, tokens, dtype=torch.int64), torch.ones(1, tokens, dtype=torch.bool)
-
-
-def mean_over_ranks(value: Tensor, world_size: int) -> float:
-    """The mean of every rank's `value`."""
-    if world_size > 1:
-        torch.distributed.all_reduce(value)
-    return float(value) / world_size
-
-
-def average_batch_statistics(model: nn.Module, world_size: int) -> None:
-    """Give every rank the mean of all ranks' running statistics, so that the model is one model."""
-    if world_size == 1:
-        return
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    torch.distributed.all_reduce(flat)
-    flat /= world_size
-    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
-
-
-class StopSignal:
-    """SIGTERM or SIGUSR1 asks the run to end after the step; all ranks agree on which."""
-
-    def __init__(self) -> None:
-        self._received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: object) -> None:
-        self._received = True
-
-    def requested(self, place: Place) -> bool:
-        """Whether any rank was asked to stop; all ranks call this after each step."""
-        if place.world_size > 1:
-            # On the CPU, so that no rank waits for its GPU here.
-            if not hasattr(self, "_group"):
-                self._group = torch.distributed.new_group(backend="gloo")
-            flag = torch.tensor(int(self._received))
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
-            self._received = bool(flag)
-        return self._received

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import platform
 import resource
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+_STRAGGLES = 1.2  # times the median of the ranks
 
 # Dense peak of bf16/fp16 tensor cores, FLOP/s, from the vendor's data sheets; the first name found counts.
 _PEAK_16_BIT = {
@@ -67,6 +76,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
     return 2 * side**3 / best
 
 
+def device_name(device: torch.device) -> str:
+    """What the device calls itself: the GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type == "cuda":
@@ -80,6 +99,24 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
+def memory_figures(device: torch.device) -> dict[str, float]:
+    """memory_mb: `peak_memory_mb`. On a GPU also the most that torch reserved, how often it had to free its cache and
+    try again, and how often it ran out of memory."""
+    figures: dict[str, float] = {"memory_mb": round(peak_memory_mb(device), 1)}
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        figures["memory_reserved_mb"] = round(stats["reserved_bytes.all.peak"] / 1e6, 1)
+        figures["allocation_retries"] = stats["num_alloc_retries"]
+        figures["out_of_memory"] = stats["num_ooms"]
+    return figures
+
+
+def find_stragglers(own_ms: list[float]) -> dict[int, float]:
+    """Ranks whose own time of a step is more than 20 % above the median of all: rank -> ratio to the median."""
+    usual = statistics.median(own_ms)
+    return {rank: time / usual for rank, time in enumerate(own_ms) if time > _STRAGGLES * usual}
+
+
 @dataclass
 class StepMeter:
     """Times the steps between two logged ones. flops_per_sample and peak (FLOP/s of all ranks) give the MFU."""
@@ -90,6 +127,7 @@ class StepMeter:
     steps: int = 0
     samples: int = 0
     data_wait: float = 0.0
+    forward: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
     def wait(self, fetch: Callable[[], T]) -> T:
@@ -98,6 +136,13 @@ class StepMeter:
         result = fetch()
         self.data_wait += time.perf_counter() - start
         return result
+
+    @contextmanager
+    def in_forward(self) -> Iterator[None]:
+        """What happens inside is this rank's own work: no rank waits for another (but in ZeRO 3)."""
+        start = time.perf_counter()
+        yield
+        self.forward += time.perf_counter() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -113,8 +158,16 @@ class StepMeter:
         self.steps += 1
         self.samples += samples
 
+    def own_ms(self) -> float:
+        """Milliseconds of a step that this rank spent on its own: waiting for data and in the forward pass.
+
+        The whole step takes all ranks equally long, as they wait for each other in the backward pass. On a GPU the
+        forward pass only counts as far as the host waits in it.
+        """
+        return 1000 * (self.data_wait + self.forward) / self.steps
+
     def read(self) -> dict[str, float]:
-        """Figures since the last reset: images_per_s, step_ms, data_wait_ms, mfu, memory_mb."""
+        """Figures since the last reset: images_per_s, step_ms, data_wait_ms, mfu, and the memory."""
         synchronize(self.device)
         elapsed = time.perf_counter() - self.started
         rate = self.samples / elapsed
@@ -123,10 +176,37 @@ class StepMeter:
             "step_ms": round(1000 * elapsed / self.steps, 2),
             "data_wait_ms": round(1000 * self.data_wait / self.steps, 2),
             "mfu": round(rate * self.flops_per_sample / self.peak, 4),
-            "memory_mb": round(peak_memory_mb(self.device), 1),
-        }
+        } | memory_figures(self.device)
 
     def reset(self) -> None:
         """Begin a new interval now."""
-        self.steps, self.samples, self.data_wait = 0, 0, 0.0
+        self.steps, self.samples, self.data_wait, self.forward = 0, 0, 0.0, 0.0
         self.started = time.perf_counter()
+
+
+class StepTrace:
+    """A torch profiler trace of `steps` optimizer steps of rank 0, after the first ten: RUN/trace.json (Perfetto)."""
+
+    def __init__(self, steps: int, run: Path, rank: int) -> None:
+        self._profiler: profile | None = None
+        if steps < 1 or rank != 0:
+            return
+        self._path = run / "trace.json"
+        self._profiler = profile(
+            schedule=schedule(wait=9, warmup=1, active=steps, repeat=1), on_trace_ready=self._write, profile_memory=True
+        )
+        self._profiler.start()
+
+    def step(self) -> None:
+        """Say that an optimizer step has ended."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def close(self) -> None:
+        """End the trace; a run that ends before its last step to trace has none."""
+        if self._profiler is not None:
+            self._profiler.stop()
+
+    def _write(self, traced: profile) -> None:
+        traced.export_chrome_trace(str(self._path))
+        log.info("trace of the steps: %s", self._path)

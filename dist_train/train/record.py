@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ import yaml
 from dist_train.config import Recipe
 from dist_train.data.manifest import write_atomically
 from dist_train.errors import UseError
+from dist_train.train.meters import device_name
 
 METRICS_NAME = "metrics.jsonl"
 RECIPE_NAME = "recipe.yaml"
@@ -49,6 +51,7 @@ class RunRecord:
         run.mkdir(parents=True, exist_ok=True)
         self._start_log(run / "log.txt")
         write_atomically(run / RECIPE_NAME, yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False).encode())
+        self._wandb = _start_wandb(recipe, run) if recipe.train.wandb_project else None
         kept = [line for line in _read_lines(run / METRICS_NAME) if json.loads(line)["step"] <= resumed_step]
         write_atomically(run / METRICS_NAME, "".join(kept).encode())
         self._metrics = open(run / METRICS_NAME, "a", encoding="utf-8")
@@ -60,7 +63,7 @@ class RunRecord:
             return
         self._write(figures, "train")
         log.info(
-            "step %d/%d  epoch %.2f/%d  loss %.4f  lr %.3g  %.1f images/s  wait %.1f ms  mfu %.2f  %.0f MB",
+            "step %d/%d  epoch %.2f/%d  loss %.4f  lr %.3g  %.1f images/s  wait %.1f ms  mfu %.2f  %.0f MB  %s left",
             figures["step"],
             total_steps,
             figures["epoch"],
@@ -71,6 +74,7 @@ class RunRecord:
             figures["data_wait_ms"],
             figures["mfu"],
             figures["memory_mb"],
+            timedelta(seconds=round((total_steps - figures["step"]) * figures["step_ms"] / 1000)),
         )
 
     def evaluation(self, figures: dict[str, Any]) -> None:
@@ -100,6 +104,8 @@ class RunRecord:
         if self.active:
             self._metrics.close()
             self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish()
             self._log_file.close()
             log.removeHandler(self._log_file)
 
@@ -114,14 +120,26 @@ class RunRecord:
     def _write(self, figures: dict[str, Any], group: str) -> None:
         self._metrics.write(json.dumps(figures) + "\n")
         self._metrics.flush()
-        for name, value in figures.items():
-            if name not in ("step", "split"):
-                self._board.add_scalar(f"{group}/{name}", value, figures["step"])
+        values = {f"{group}/{name}": value for name, value in figures.items() if name not in ("step", "split")}
+        for name, value in values.items():
+            self._board.add_scalar(name, value, figures["step"])
+        if self._wandb is not None:
+            self._wandb.log(values, step=figures["step"])
 
     def _start_log(self, path: Path) -> None:
         self._log_file = logging.FileHandler(path, encoding="utf-8")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._log_file)
+
+
+def _start_wandb(recipe: Recipe, run: Path) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UseError("train.wandb_project needs the package: pip install wandb") from None
+    return wandb.init(
+        project=recipe.train.wandb_project, name=run.name, dir=str(run), config=asdict(recipe), resume="allow"
+    )
 
 
 def start_console_log(rank: int) -> None:
@@ -140,7 +158,7 @@ def describe_software() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
         "commit": _git_commit(),
-        "hardware": {"cpu": _cpu_name(), "cores": torch.get_num_threads(), "gpus": gpus},
+        "hardware": {"cpu": device_name(torch.device("cpu")), "cores": torch.get_num_threads(), "gpus": gpus},
     }
 
 
@@ -158,13 +176,6 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None if answer.returncode == 0 else None
-
-
-def _cpu_name() -> str:
-    for line in _read_lines(Path("/proc/cpuinfo")):
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -30,6 +30,7 @@ from dist_train.data.manifest import read_manifest
 from dist_train.models.build import build_model
 from dist_train.train.checkpoint import list_checkpoints, newest_checkpoint, read_state, read_weights
 from dist_train.train.evaluate import evaluate
+from dist_train.train.meters import find_stragglers
 from dist_train.train.schedule import learning_rate
 from tests.conftest import CLASSES, REPOSITORY, jpeg_bytes, write_shard_set
 
@@ -115,11 +116,27 @@ def test_a_run_leaves_all_its_files_and_counts_every_sample(finished: Path, shar
     assert summary["manifest_digest"] == read_manifest(shards).digest
     assert summary["evaluations"]["test"]["samples"] == sum(TEST)
     assert {"versions", "hardware", "commit", "seconds", "images_per_s", "peak_memory_mb"} <= set(summary)
+    assert len(summary["hosts"]) == 1 and summary["hosts"][0].startswith(f"{socket.gethostname()}: ")
+    last_step = [line for line in (finished / "log.txt").read_text().splitlines() if f"step {total}/{total}" in line]
+    assert last_step[0].endswith("0:00:00 left")
     assert list((finished / "tensorboard").glob("events.*")) and (finished / "log.txt").stat().st_size > 0
     recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
     assert recipe["model"]["head"] == "ifa" and recipe["train"]["batch_size"] == 24
     assert (finished / "checkpoints" / "latest").read_text().strip() == newest_checkpoint(finished).name
     assert not list(finished.rglob("*.tmp"))
+
+
+def test_a_trace_of_the_steps_is_written_where_asked_for(shards: Path, tmp_path: Path) -> None:
+    assert train(shards, tmp_path / "run", train__profile_steps=2, train__stop_after_steps=13, train__epochs=4) == 0
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events]
+    assert sorted({name for name in names if name.startswith("ProfilerStep")}) == ["ProfilerStep#10", "ProfilerStep#11"]
+    assert any("addmm" in name for name in names)
+
+
+def test_a_rank_more_than_a_fifth_slower_than_the_median_is_a_straggler() -> None:
+    assert find_stragglers([100, 101, 125, 99]) == {2: pytest.approx(125 / 100.5)}
+    assert find_stragglers([100, 119]) == {} and find_stragglers([50.0]) == {}
 
 
 def test_training_through_deepspeed_follows_a_plain_pytorch_loop(finished: Path, shards: Path, tmp_path: Path) -> None:

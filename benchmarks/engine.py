@@ -1,0 +1,173 @@
+"""What DeepSpeed's engine costs over a bare PyTorch loop on the same batch, and where.
+
+One process; the bare loop, our engine and an engine as DeepSpeed configures itself take turns at every step, so that
+whatever else the machine does meets all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from benchmarks.result import write_result
+from dist_train.config import ModelConfig, Recipe
+from dist_train.errors import WorkError
+from dist_train.models.build import build_model
+from dist_train.train.engine import build_engine, build_optimizer, deepspeed_settings, init_process_group
+
+CLASSES = 40
+PHASES = ("forward", "backward", "step")
+
+
+def measure_engine(
+    backbone: str, size: int, stages: list[int], micro_batches: list[int], pairs: int, seconds: float, name: str
+) -> Path:
+    """Measure every combination of ZeRO stage and micro-batch in a process of its own and write the result.
+
+    pairs: turns at least; more of them as far as `seconds` allow. Returns the path of the result.
+    """
+    rows = []
+    points = [(stage, micro_batch) for stage in stages for micro_batch in micro_batches]
+    for stage, micro_batch in tqdm(points, desc="engine", disable=not sys.stderr.isatty()):
+        point = {"backbone": backbone, "size": size, "zero_stage": stage, "micro_batch": micro_batch}
+        limits = {"pairs": pairs, "seconds": seconds}
+        command = [sys.executable, "-m", "benchmarks.engine", json.dumps(point | limits)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise WorkError(f"ZeRO {stage}, micro-batch {micro_batch}: {done.stderr.strip().splitlines()[-1]}")
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    parameters = {
+        "backbone": backbone,
+        "size": size,
+        "head": "cls",
+        "optimizer": "sgd",
+        "threads": torch.get_num_threads(),
+    }
+    return write_result("engine", name, parameters, rows)
+
+
+def measure_point(point: dict[str, Any]) -> dict[str, Any]:
+    """One row: the three loops in turns."""
+    place = init_process_group()
+    recipe = make_recipe(point["backbone"], point["micro_batch"], point["zero_stage"])
+    images = torch.randn(point["micro_batch"], 3, point["size"], point["size"])
+    labels = torch.arange(point["micro_batch"]) % CLASSES
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return build_model(recipe.model, point["size"], CLASSES, 0)[0]
+
+    parameters = sum(parameter.numel() for parameter in model().parameters())
+    loops = {
+        "bare": bare_loop(model(), recipe),
+        "ours": engine_loop(build_engine(model(), recipe, place, point["micro_batch"])),
+        "default": engine_loop(default_engine(model(), recipe, point["micro_batch"])),
+    }
+    turns: dict[str, list[dict[str, float]]] = {which: [] for which in loops}
+    for step in loops.values():  # the first step allocates
+        step(images, labels)
+    end = time.perf_counter() + point["seconds"]
+    while len(turns["bare"]) < point["pairs"] or time.perf_counter() < end:
+        order = list(loops) if len(turns["bare"]) % 2 == 0 else list(loops)[::-1]
+        for which in order:
+            turns[which].append(loops[which](images, labels))
+    return {
+        "zero_stage": point["zero_stage"],
+        "micro_batch": point["micro_batch"],
+        "turns": len(turns["bare"]),
+    } | figures(turns, parameters / 1e6)
+
+
+def figures(turns: dict[str, list[dict[str, float]]], millions: float) -> dict[str, float]:
+    """Medians over the turns of ratios and differences to the bare loop's step of the same turn."""
+    totals = {which: [sum(turn.values()) for turn in its] for which, its in turns.items()}
+    row: dict[str, float] = {"bare_ms": round(statistics.median(totals["bare"]), 1)}
+    for which in ("ours", "default"):
+        pairs = list(zip(totals[which], totals["bare"], strict=True))
+        row[f"{which}_ratio"] = round(statistics.median(mine / bare for mine, bare in pairs), 4)
+        excess = statistics.median(mine - bare for mine, bare in pairs)
+        row[f"{which}_excess_ms_per_million"] = round(excess / millions, 3)
+        for phase in PHASES:
+            differences = [mine[phase] - bare[phase] for mine, bare in zip(turns[which], turns["bare"], strict=True)]
+            row[f"{which}_{phase}_ms_per_million"] = round(statistics.median(differences) / millions, 3)
+    return row
+
+
+def make_recipe(backbone: str, micro_batch: int, zero_stage: int) -> Recipe:
+    """SGD with momentum at a rate that changes next to nothing."""
+    recipe = Recipe()
+    return replace(
+        recipe,
+        model=ModelConfig(backbone=backbone, head="cls", head_init="default"),
+        optim=replace(recipe.optim, lr=1e-6),
+        train=replace(recipe.train, batch_size=micro_batch),
+        deepspeed=replace(recipe.deepspeed, zero_stage=zero_stage),
+    )
+
+
+def default_engine(model: nn.Module, recipe: Recipe, micro_batch: int) -> deepspeed.DeepSpeedEngine:
+    """DeepSpeed with torch's plain optimizer and nothing set but what decides the result."""
+    wanted = (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_clipping",
+        "zero_allow_untested_optimizer",
+    )
+    settings = {key: value for key, value in deepspeed_settings(recipe, 1, micro_batch).items() if key in wanted}
+    optim = recipe.optim
+    return deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), optim.lr, optim.momentum, weight_decay=optim.weight_decay),
+        config=settings | {"zero_optimization": {"stage": recipe.deepspeed.zero_stage}, "steps_per_print": 1 << 30},
+    )[0]
+
+
+def bare_loop(model: nn.Module, recipe: Recipe) -> Callable[[Tensor, Tensor], dict[str, float]]:
+    """One step of PyTorch alone, with the optimizer that our engine has; returns the milliseconds of each phase."""
+    optimizer = build_optimizer(recipe.optim, model)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return timed_step(model, lambda loss: loss.backward(), update)
+
+
+def engine_loop(engine: deepspeed.DeepSpeedEngine) -> Callable[[Tensor, Tensor], dict[str, float]]:
+    """One step of an engine; returns the milliseconds of each phase."""
+    return timed_step(engine, engine.backward, engine.step)
+
+
+def timed_step(
+    model: nn.Module, backward: Callable[[Tensor], Any], update: Callable[[], Any]
+) -> Callable[[Tensor, Tensor], dict[str, float]]:
+    """The step that these make."""
+
+    def step(images: Tensor, labels: Tensor) -> dict[str, float]:
+        times = [time.perf_counter()]
+        loss = functional.cross_entropy(model(images), labels)
+        times.append(time.perf_counter())
+        backward(loss)
+        times.append(time.perf_counter())
+        update()
+        times.append(time.perf_counter())
+        return {phase: 1000 * (times[i + 1] - times[i]) for i, phase in enumerate(PHASES)}
+
+    return step
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_point(json.loads(sys.argv[1]))))

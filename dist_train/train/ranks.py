@@ -1,0 +1,85 @@
+"""What the ranks of a run tell each other, beside gradients. All ranks call each of these together."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.data.loader import Place
+from dist_train.train.meters import StepMeter, find_stragglers
+
+log = logging.getLogger(__name__)
+
+
+def mean_over_ranks(value: Tensor, world_size: int) -> float:
+    """The mean of every rank's `value`."""
+    if world_size > 1:
+        torch.distributed.all_reduce(value)
+    return float(value) / world_size
+
+
+def gather(value: Any, place: Place) -> list[Any]:
+    """Every rank's value, by rank."""
+    if place.world_size == 1:
+        return [value]
+    values = [None] * place.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def warn_of_stragglers(meter: StepMeter, place: Place) -> None:
+    """Log each rank whose own work takes more than 20 % longer than the others'."""
+    mine = (meter.own_ms(), 1000 * meter.data_wait / meter.steps, socket.gethostname())
+    everyone = gather(mine, place)
+    for rank, ratio in find_stragglers([own for own, _, _ in everyone]).items():
+        own, wait, host = everyone[rank]
+        if place.rank == 0:
+            log.warning(
+                "straggler: rank %d on %s takes %.0f ms a step before it meets the others (%.0f ms of it for data), "
+                "%.2f times the median",
+                rank,
+                host,
+                own,
+                wait,
+                ratio,
+            )
+
+
+def average_batch_statistics(model: nn.Module, world_size: int) -> None:
+    """Give every rank the mean of all ranks' running statistics, so that the model is one model."""
+    if world_size == 1:
+        return
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    torch.distributed.all_reduce(flat)
+    flat /= world_size
+    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+class StopSignal:
+    """SIGTERM or SIGUSR1 asks the run to end after the step; all ranks agree on which."""
+
+    def __init__(self) -> None:
+        self._received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self._received = True
+
+    def requested(self, place: Place) -> bool:
+        """Whether any rank was asked to stop; all ranks call this after each step."""
+        if place.world_size > 1:
+            # On the CPU, so that no rank waits for its GPU here.
+            if not hasattr(self, "_group"):
+                self._group = torch.distributed.new_group(backend="gloo")
+            flag = torch.tensor(int(self._received))
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
+            self._received = bool(flag)
+        return self._received
