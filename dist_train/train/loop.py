@@ -48,8 +48,10 @@ from dist_train.train.meters import (
     training_flops_per_sample,
 )
 from dist_train.train.ranks import StopSignal, average_batch_statistics, gather, mean_over_ranks, warn_of_stragglers
-from dist_train.train.record import RunRecord, check_run_folder, start_console_log
+from dist_train.train.record import RunRecord, start_console_log
+from dist_train.train.runfolder import held_run_folder
 from dist_train.train.schedule import check_schedule, learning_rate
+from dist_train.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -62,15 +64,18 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     Ends normally when the run is complete, when train.stop_after_steps is reached, or after SIGTERM or SIGUSR1, having
     saved a checkpoint.
     """
+    place = init_process_group(recipe.train.timeout_s)
+    start_console_log(place.rank)
+    with Watch(place, recipe.train.timeout_s), held_run_folder(Path(recipe.train.run), place, resume):
+        _train(recipe, resume, place)
+
+
+def _train(recipe: Recipe, resume: str, place: Place) -> None:
     # ------------------------------------------------------------------ where this process stands
     started = time.perf_counter()
     run = Path(recipe.train.run)
-    place = init_process_group()
-    start_console_log(place.rank)
     device = torch_device(place)
-    check_run_folder(run, resume)
-    torch.distributed.barrier()  # all ranks have looked before rank 0 begins to write
-    stop = StopSignal()
+    stop = StopSignal(recipe.train.timeout_s)
     for key in ("epochs", "batch_size", "eval_batch_size", "eval_every", "log_every", "keep_checkpoints"):
         if getattr(recipe.train, key) < 1:
             raise UseError(f"train.{key} must be at least 1, not {getattr(recipe.train, key)}")
