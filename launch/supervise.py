@@ -62,9 +62,8 @@ def main(arguments: list[str]) -> int:
             say(f"failed with status {status}; {failures} failures and no checkpoint newer than step {step}: giving up")
             return 1
         wait = min(options.backoff * 2 ** (failures - 1), _LONGEST_WAIT)
-        say(
-            f"failed with status {status}; newest checkpoint: {f'step {step}' if step >= 0 else 'none'}; again in {wait:g} s"
-        )
+        where = f"newest checkpoint: step {step}" if step >= 0 else "no checkpoint yet"
+        say(f"failed with status {status}; {where}; again in {wait:g} s")
         if stop.asked.wait(wait):
             return 1
         words = resumed(words, run)
