@@ -150,6 +150,11 @@ class TrainConfig:
     """Save and end after this many optimizer steps of the whole run, as if by SIGTERM; 0: run to the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, beside the best."""
+    timeout_s: float = 1800.0
+    """Longest that ranks wait for each other, seconds: a rank that died ends the job at once, one that is silent or
+    hangs within this time. Must be longer than anything that rank 0 does alone, such as writing weights."""
+    skip_bad_steps: int = 0
+    """Steps whose loss may be NaN or infinite: they change no weights and are logged; one more ends the run."""
     profile_steps: int = 0
     """Optimizer steps to trace with torch's profiler, after the first ten; rank 0 writes RUN/trace.json."""
     wandb_project: str | None = None

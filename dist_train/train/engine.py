@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,80 @@ from torch import nn
 
 from dist_train.config import DeepSpeedConfig, OptimConfig, Recipe
 from dist_train.data.loader import Place
-from dist_train.errors import UseError
+from dist_train.errors import UseError, WorkError
 
 # What the recipe decides; a DeepSpeed JSON file may repeat such a key but not contradict it.
 _SILENT_STEPS = 1 << 30
+# Seconds for all ranks to come to the meeting point, where train.timeout_s is shorter.
+_START_S = 300.0
 
 
-def init_process_group() -> Place:
-    """Join the process group that the launcher describes; alone, form a group of one. Returns this process's place."""
+def init_process_group(timeout_s: float = 1800) -> Place:
+    """Join the process group that the launcher or SLURM describes; alone, form a group of one.
+
+    timeout_s: longest wait for the other ranks, here and in every collective. Returns this process's place. Raises
+    WorkError where the ranks do not find each other.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-        os.environ.update({key: str(value) for key, value in alone.items()})
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    # DeepSpeed would compile a collective of tensor-parallel inference here, for a minute, on every rank of a new host.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _describe_ranks()
     gpu = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"])
     if gpu:
         torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
-    world_size = torch.distributed.get_world_size()
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    failed = (
+        f"the ranks did not find each other at {where}: a host is down, a port is closed or in use, or "
+        "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME do not name the interface between the hosts"
+    )
+    patience = timedelta(seconds=max(timeout_s, _START_S))  # hosts take unequally long to import
+    try:
+        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=patience))
+        torch.distributed.init_process_group(
+            backend="nccl" if gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        torch.distributed.barrier()  # NCCL connects at the first collective
+    except RuntimeError as error:
+        raise WorkError(f"{failed} ({' '.join(str(error).splitlines()[:1])[:200]})") from None
     return Place(
-        rank=torch.distributed.get_rank(),
+        rank=rank,
         world_size=world_size,
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size),
         device_id=local_rank if gpu else None,
     )
+
+
+def _describe_ranks() -> None:
+    """Put what torch.distributed wants to know into the environment, unless a launcher has."""
+    if "RANK" in os.environ:
+        return
+    if "SLURM_STEP_NUM_TASKS" in os.environ:  # srun sets it, sbatch alone does not
+        if "MASTER_ADDR" not in os.environ:
+            raise UseError(
+                "under srun MASTER_ADDR must name the first host; start with launch/slurm.sbatch, which does"
+            )
+        tasks_per_node = os.environ["SLURM_STEP_TASKS_PER_NODE"]  # such as 8(x2),4
+        slurm = {
+            "RANK": os.environ["SLURM_PROCID"],
+            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+            "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_WORLD_SIZE": tasks_per_node.split("(")[0].split(",")[0],
+        }
+        # All ranks of a job come to the same port, other jobs on the host to others.
+        port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
+        os.environ.update({"MASTER_PORT": str(port)} | dict(os.environ) | slurm)
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    os.environ.update({key: str(value) for key, value in alone.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
 def torch_device(place: Place) -> torch.device:

@@ -22,8 +22,9 @@ from dist_train.data.manifest import Manifest, read_manifest, write_atomically
 from dist_train.data.plan import rank_batch
 from dist_train.data.quarantine import QUARANTINE_NAME
 from dist_train.data.text import TAGS_NAME, WHOLE_TAGS, TagTokenizer, find_frequent_tags, read_frequent_tags
-from dist_train.errors import UseError, WorkError
+from dist_train.errors import UseError
 from dist_train.models.build import build_model
+from dist_train.train.badsteps import BadSteps
 from dist_train.train.checkpoint import (
     RunState,
     checkpoint_to_resume,
@@ -48,8 +49,10 @@ from dist_train.train.meters import (
     training_flops_per_sample,
 )
 from dist_train.train.ranks import StopSignal, average_batch_statistics, gather, mean_over_ranks, warn_of_stragglers
-from dist_train.train.record import RunRecord, check_run_folder, start_console_log
+from dist_train.train.record import RunRecord, start_console_log
+from dist_train.train.runfolder import held_run_folder
 from dist_train.train.schedule import check_schedule, learning_rate
+from dist_train.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -62,15 +65,18 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     Ends normally when the run is complete, when train.stop_after_steps is reached, or after SIGTERM or SIGUSR1, having
     saved a checkpoint.
     """
+    place = init_process_group(recipe.train.timeout_s)
+    start_console_log(place.rank)
+    with Watch(place, recipe.train.timeout_s), held_run_folder(Path(recipe.train.run), place, resume):
+        _train(recipe, resume, place)
+
+
+def _train(recipe: Recipe, resume: str, place: Place) -> None:
     # ------------------------------------------------------------------ where this process stands
     started = time.perf_counter()
     run = Path(recipe.train.run)
-    place = init_process_group()
-    start_console_log(place.rank)
     device = torch_device(place)
-    check_run_folder(run, resume)
-    torch.distributed.barrier()  # all ranks have looked before rank 0 begins to write
-    stop = StopSignal()
+    stop = StopSignal(recipe.train.timeout_s)
     for key in ("epochs", "batch_size", "eval_batch_size", "eval_every", "log_every", "keep_checkpoints"):
         if getattr(recipe.train, key) < 1:
             raise UseError(f"train.{key} must be at least 1, not {getattr(recipe.train, key)}")
@@ -104,6 +110,13 @@ def train(recipe: Recipe, resume: str = "none") -> None:
             quarantine=run / QUARANTINE_NAME,
         )
 
+    bad_steps = BadSteps(
+        recipe.train.skip_bad_steps,
+        share // micro_batch,
+        run,
+        place,
+        lambda step: train_loader(step * recipe.train.batch_size).names_of_first_batch(),
+    )
     train_loader(0)  # says what is wrong with the recipe before the model is built
 
     # ------------------------------------------------------------------ model and engine
@@ -148,7 +161,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
         while state.step < total_steps:
             rate = learning_rate(recipe.optim, recipe.train.batch_size, state.step, total_steps, train_samples)
             loss_since_log += optimizer_step(
-                engine, forward, batches, meter, rate, share // micro_batch, recipe, state.step, place.rank
+                engine, forward, batches, meter, rate, share // micro_batch, recipe, state.step, place.rank, bad_steps
             )
             if has_batch_statistics:
                 average_batch_statistics(engine.module, place.world_size)
@@ -161,7 +174,8 @@ def train(recipe: Recipe, resume: str = "none") -> None:
             stopping = stop.requested(place) or state.step == recipe.train.stop_after_steps
 
             if state.step % recipe.train.log_every == 0 or finished or stopping:
-                loss = mean_over_ranks(loss_since_log / meter.steps, place.world_size)
+                steps_counted = meter.steps - bad_steps.skipped_since_log
+                loss = mean_over_ranks(loss_since_log / steps_counted, place.world_size)
                 figures = {
                     "step": state.step,
                     "epoch": round(state.samples_consumed / train_samples, 4),
@@ -172,12 +186,10 @@ def train(recipe: Recipe, resume: str = "none") -> None:
                 record.step(figures, total_steps, recipe.train.epochs)
                 warn_of_stragglers(meter, place)
                 throughput.append(figures["images_per_s"])
-                if not math.isfinite(loss):
-                    raise WorkError(
-                        f"the loss is {loss} at step {state.step}; lower optim.lr, set optim.clip_norm or raise "
-                        "deepspeed.precision, then --resume auto"
-                    )
+                if steps_counted and not math.isfinite(loss):
+                    bad_steps.end_run(state.step)
                 loss_since_log.zero_()
+                bad_steps.skipped_since_log = 0
                 meter.reset()
 
             # ---------------------------------------------------------- end of an epoch
@@ -237,8 +249,11 @@ def optimizer_step(
     recipe: Recipe,
     step: int,
     rank: int,
+    bad_steps: BadSteps,
 ) -> Tensor:
     """One optimizer step over `accumulation` micro-batches. Returns this rank's mean loss, on the device.
+
+    A step that `bad_steps` skips changes nothing and has loss 0.
 
     Stand-ins for undecodable samples have weight 0; the sum is divided by the full micro-batch all the same, so that
     every other sample counts as much as ever.
@@ -250,12 +265,15 @@ def optimizer_step(
     for micro in range(accumulation):
         batch = meter.wait(lambda: next(batches))
         torch.manual_seed(int(random_bits(recipe.train.seed, _DROPOUT, step, micro, rank) >> 1))
+        bad_steps.before_forward(engine.module)
         with meter.in_forward():
             logits = forward(batch).float()
         losses = functional.cross_entropy(
             logits, batch.labels, reduction="none", label_smoothing=recipe.optim.label_smoothing
         )
         loss = (losses * batch.weights).sum() / len(losses)
+        if bad_steps.skips(engine.module, loss, step):
+            return total
         engine.backward(loss)
         engine.step()
         total += loss.detach() / accumulation
