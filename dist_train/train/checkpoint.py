@@ -1,34 +1,47 @@
-"""Checkpoints of a run: complete or absent, never half-written.
+"""Checkpoints of a run: complete and undamaged, or not used.
 
 RUN/checkpoints/step-00000123/ holds
-    state.json            where the run stood: step, samples consumed, seed, manifest digest, best result; the names of
-                          the classes; the recipe
-    weights.safetensors   the plain weights, float32, names as in the model
-    engine/               DeepSpeed's own files: weights, optimizer, loss scale, one per rank
-and RUN/checkpoints/latest names the newest. A checkpoint is written under a temporary name, synced, and renamed.
-Random numbers need no state: order and augmentation are functions of the position, dropout is seeded by the step.
+    state.json              where the run stood: step, samples consumed, seed, manifest digest, best result; the names
+                            of the classes; the recipe; fp16's loss scale
+    weights.safetensors     the weights, float32, names as in the model
+    optimizer.safetensors   the optimizer's state by KEY/NAME of the parameter
+    extra.safetensors       further named tensors of the run, if it has any
+    checksums.json          size and SHA-256 of each of them
+and RUN/checkpoints/latest names the newest. Nothing in it depends on the number of ranks, the ZeRO stage or the
+precision, and nothing is a pickle. A checkpoint is written under a temporary name, synced, and renamed. Random numbers
+need no state: order and augmentation are functions of the position, dropout is seeded by the step.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_train.config import Recipe
 from dist_train.data.manifest import write_atomically
 from dist_train.errors import UseError, WorkError
+from dist_train.train.engine_state import gather_state, read_loss_scale, restore_loss_scale, restore_state
 
 WEIGHTS_NAME = "weights.safetensors"
+OPTIMIZER_NAME = "optimizer.safetensors"
+EXTRA_NAME = "extra.safetensors"
 STATE_NAME = "state.json"
-_ENGINE_TAG = "engine"
+CHECKSUMS_NAME = "checksums.json"
+_SLACK = 1 << 20  # bytes that the small files and the file system's own records take beside the tensors
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -48,117 +61,130 @@ class RunState:
     best_step: int = -1
 
 
+# ---------------------------------------------------------------------- which checkpoint
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Where the checkpoint after `step` optimizer steps lies."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(folder for folder in (run / "checkpoints").glob("step-*[0-9]") if (folder / STATE_NAME).is_file())
+    """Checkpoints of a run, oldest first; each was complete when it was written."""
+    return sorted(folder for folder in (run / "checkpoints").glob("step-*[0-9]") if folder.is_dir())
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    return next(reversed(list_checkpoints(run)), None)
+    """The newest undamaged checkpoint, or None if there is none at all. Damaged ones are named in a warning each.
+
+    Raises WorkError where there are checkpoints, but all are damaged.
+    """
+    checkpoints = list_checkpoints(run)
+    for checkpoint in reversed(checkpoints):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        log.warning("%s is damaged, so the one before it is used: %s", checkpoint, damage)
+    if checkpoints:
+        raise WorkError(f"{run / 'checkpoints'}: every checkpoint is damaged; delete {run} to start anew")
+    return None
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of the best val result if it is known and still there, else the newest."""
+    """The checkpoint of the best val result if it is known, still there and undamaged, else the newest."""
     newest = newest_checkpoint(run)
     if newest is None:
         return None
     best = checkpoint_folder(run, read_state(newest).best_step)
-    return best if best.is_dir() else newest
+    return best if best.is_dir() and find_damage(best) is None else newest
 
 
 def checkpoint_to_resume(run: Path, resume: str) -> Path | None:
-    """The checkpoint that `resume` (none, auto, best or a path) means; None to start anew."""
+    """The undamaged checkpoint that `resume` (none, auto, best or a path) means; None to start anew.
+
+    Raises UseError where a path is no checkpoint, WorkError where it is damaged.
+    """
     if resume == "none":
         return None
     if resume in ("auto", "best"):
         return newest_checkpoint(run) if resume == "auto" else best_checkpoint(run)
     if not Path(resume).is_dir():
         raise UseError(f"--resume {resume}: no such checkpoint; use auto, none or the folder of one")
+    damage = find_damage(Path(resume))
+    if damage is not None:
+        raise WorkError(f"{resume} is damaged: {damage}; --resume auto uses the newest that is not")
     return Path(resume)
 
 
+def find_damage(checkpoint: Path) -> str | None:
+    """The first thing by which a checkpoint is not what was written, or None; reads all of its files."""
+    try:
+        described = json.loads((checkpoint / CHECKSUMS_NAME).read_text(encoding="utf-8"))
+        for name, file in described.items():
+            size = (checkpoint / name).stat().st_size
+            if size != file["bytes"]:
+                return f"{name} has {size} bytes instead of {file['bytes']}"
+            if _sha256(checkpoint / name) != file["sha256"]:
+                return f"{name} has another SHA-256 than when it was written"
+    except OSError as error:
+        return f"{Path(error.filename or CHECKSUMS_NAME).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{CHECKSUMS_NAME} is not what was written"
+    return None
+
+
+# ---------------------------------------------------------------------- reading
 def read_state(checkpoint: Path) -> RunState:
     """The state of a checkpoint. Raises WorkError naming the file if it is damaged."""
-    path = checkpoint / STATE_NAME
     try:
-        return RunState(**json.loads(path.read_text(encoding="utf-8"))["state"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WorkError(f"{path}: cannot be read ({error}); delete {checkpoint} to use the one before") from None
+        return RunState(**_read_document(checkpoint)["state"])
+    except TypeError as error:
+        raise WorkError(
+            f"{checkpoint / STATE_NAME}: cannot be read ({error}); was it written by another version?"
+        ) from None
 
 
 def read_class_names(checkpoint: Path) -> list[str]:
     """Names of the classes that the checkpoint's model tells apart, in id order."""
-    return list(json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))["classes"])
+    return list(_read_document(checkpoint)["classes"])
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The plain weights of a checkpoint."""
-    path = checkpoint / WEIGHTS_NAME
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors raises its own kinds for a damaged file
-        raise WorkError(f"{path}: cannot be read ({error}); delete {checkpoint} to use the one before") from None
+    return _read_tensors(checkpoint / WEIGHTS_NAME)
 
 
-def save_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, run: Path, state: RunState, recipe: Recipe, class_names: list[str]
-) -> None:
-    """Write the checkpoint of `state`; all ranks call this together.
-
-    Of the older ones, the newest train.keep_checkpoints - 1 and the best stay.
-    """
-    rank = torch.distributed.get_rank()
-    final = checkpoint_folder(run, state.step)
-    temporary = final.with_name(f"{final.name}.tmp")
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    torch.distributed.barrier()
-    engine.save_checkpoint(str(temporary), tag=_ENGINE_TAG, save_latest=False)
-    weights = gather_weights(engine)
-    torch.distributed.barrier()
-    if rank == 0:
-        save_file(weights, temporary / WEIGHTS_NAME)
-        document = {"state": asdict(state), "classes": class_names, "recipe": asdict(recipe)}
-        (temporary / STATE_NAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        _sync_tree(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _sync(final.parent)
-        write_atomically(final.parent / "latest", f"{final.name}\n".encode())
-        _remove_old(run, state, recipe.train.keep_checkpoints)
-    torch.distributed.barrier()
+def read_extra(checkpoint: Path) -> dict[str, Tensor]:
+    """The further tensors that were given to `CheckpointWriter.save`; {} if none were."""
+    return _read_tensors(checkpoint / EXTRA_NAME) if (checkpoint / EXTRA_NAME).exists() else {}
 
 
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, expected: RunState) -> RunState:
-    """Put the engine back to where `checkpoint` was written. `expected` is what the recipe asks for.
+def load_weights(model: nn.Module, checkpoint: Path, expected: RunState, recipe: Recipe) -> RunState:
+    """Put the checkpoint's weights into the model, before an engine is built around it, and return its state.
 
-    Raises UseError where the checkpoint belongs to another run: other data, seed, batch or classes.
+    `expected` and `recipe` are what is asked for now. Raises UseError where the checkpoint is of another run (other
+    data, seed, batch or classes) or of a model of another shape. Ranks, ZeRO stage and precision may change.
     """
     state = read_state(checkpoint)
-    check_resumable(checkpoint, state, expected)
-    loaded, _ = engine.load_checkpoint(str(checkpoint), tag=_ENGINE_TAG)
-    if loaded is None:
-        raise WorkError(f"{checkpoint}: DeepSpeed's files are missing; delete it to use the one before")
-    return state
+    _check_same_run(checkpoint, state, expected)
+    _check_same_model(checkpoint, model, recipe)
+    model.load_state_dict(read_weights(checkpoint))
+    now = replace(state, world_size=expected.world_size, zero_stage=expected.zero_stage, precision=expected.precision)
+    if now != state:
+        log.info("%s was written by %s; going on with %s", checkpoint, _topology(state), _topology(now))
+    return now
 
 
-def check_resumable(checkpoint: Path, state: RunState, expected: RunState) -> None:
-    """Raise UseError naming the first thing in which the checkpoint differs from what the recipe asks for."""
+def load_optimizer(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> None:
+    """Put the engine back to where the checkpoint was written; its model has the weights of `load_weights`."""
+    restore_state(engine, read_weights(checkpoint), _read_tensors(checkpoint / OPTIMIZER_NAME))
+    restore_loss_scale(engine, _read_document(checkpoint)["loss_scale"])
+
+
+def _check_same_run(checkpoint: Path, state: RunState, expected: RunState) -> None:
     names = {
         "num_classes": "classes of the shard set",
         "manifest_digest": "manifest digest of the shard set",
         "seed": "train.seed",
         "batch_size": "train.batch_size",
-        "world_size": "number of ranks",
-        "zero_stage": "deepspeed.zero_stage",
-        "precision": "deepspeed.precision",
     }
     for field, name in names.items():
         saved, wanted = getattr(state, field), getattr(expected, field)
@@ -169,33 +195,149 @@ def check_resumable(checkpoint: Path, state: RunState, expected: RunState) -> No
             )
 
 
-def gather_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
-    """The model's weights and buffers on rank 0 as float32 CPU tensors (integers as they are); {} on other ranks.
+def _check_same_model(checkpoint: Path, model: nn.Module, recipe: Recipe) -> None:
+    """Raise UseError naming the keys by which the recipe's model has other tensors than the checkpoint's."""
+    with safe_open(checkpoint / WEIGHTS_NAME, "pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if saved == wanted:
+        return
+    before = _read_document(checkpoint)["recipe"]
+    now = json.loads(json.dumps(asdict(recipe)))
+    different = [
+        f"{section}.{key} was {before[section].get(key)}, now it is {now[section][key]}"
+        for section, keys in (("model", now["model"]), ("data", ("image_size", "tokenizer", "tag_vocabulary")))
+        for key in keys
+        if before[section].get(key) != now[section][key]
+    ]
+    name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+    shapes = f"{name} was {saved.get(name, 'not there')}, now it is {wanted.get(name, 'not there')}"
+    raise UseError(
+        f"{checkpoint} cannot be resumed, its model has another shape: {'; '.join(different) or shapes}; "
+        "resume with what it was, or start a new run with another train.run"
+    )
 
-    All ranks call this together. ZeRO-3's shards are brought together one parameter at a time.
+
+def _topology(state: RunState) -> str:
+    return f"{state.world_size} ranks at ZeRO {state.zero_stage} in {state.precision}"
+
+
+def _read_document(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / STATE_NAME
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WorkError(f"{path}: cannot be read ({error}); delete {checkpoint} to use the one before") from None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own kinds for a damaged file
+        raise WorkError(f"{path}: cannot be read ({error}); delete {path.parent} to use the one before") from None
+
+
+# ---------------------------------------------------------------------- writing
+class CheckpointWriter:
+    """Writes a run's checkpoints: all ranks copy their state to rank 0 together, a thread of rank 0 writes the files
+    while training goes on. One is written at a time; until then rank 0's memory holds the copy.
     """
-    rank = torch.distributed.get_rank()
-    weights: dict[str, Tensor] = {}
-    for name, tensor in [*engine.module.named_parameters(), *engine.module.named_buffers()]:
-        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-            if rank == 0:
-                plain = tensor.detach().cpu()
-                weights[name] = (plain.float() if plain.is_floating_point() else plain).clone().contiguous()
-    return weights
+
+    def __init__(self, run: Path, recipe: Recipe, class_names: list[str]) -> None:
+        self._run, self._recipe, self._class_names = run, recipe, class_names
+        self._rank = torch.distributed.get_rank()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")  # the interpreter waits for it at its end
+        self._writing: Future[None] | None = None
+
+    def save(self, engine: deepspeed.DeepSpeedEngine, state: RunState, extra: dict[str, Tensor] | None = None) -> None:
+        """Take the state and begin to write the checkpoint; all ranks call this together.
+
+        extra: further tensors by name, of rank 0, that `read_extra` gives back. Of the older checkpoints the newest
+        train.keep_checkpoints - 1 and the best stay; newer ones, of a past that was left by resuming before them, go.
+        Raises WorkError on rank 0 where the former checkpoint failed or the file system has no room for this one.
+        """
+        self.finish()
+        weights, optimizer = gather_state(engine)
+        if self._rank != 0:
+            return
+        document = {
+            "state": asdict(state),
+            "classes": self._class_names,
+            "recipe": asdict(self._recipe),
+            "loss_scale": read_loss_scale(engine),
+        }
+        files = {WEIGHTS_NAME: weights, OPTIMIZER_NAME: optimizer}
+        if extra:
+            files[EXTRA_NAME] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in extra.items()}
+        final = checkpoint_folder(self._run, state.step)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(final, files)
+        self._writing = self._thread.submit(self._write, final, document, files, replace(state))
+
+    def check(self) -> None:
+        """Raise WorkError if the checkpoint in the background has failed."""
+        if self._writing is not None and self._writing.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint in the background. Raises WorkError if it has failed."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(
+        self, final: Path, document: dict[str, Any], files: dict[str, dict[str, Tensor]], state: RunState
+    ) -> None:
+        for left_over in final.parent.glob("step-*.tmp"):  # by a process that was killed
+            shutil.rmtree(left_over)
+        temporary = final.with_name(f"{final.name}.tmp")
+        try:
+            temporary.mkdir()
+            for name, tensors in files.items():
+                save_file(tensors, temporary / name)
+            (temporary / STATE_NAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            described = {
+                path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in temporary.iterdir()
+            }
+            (temporary / CHECKSUMS_NAME).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+            for path in [*temporary.iterdir(), temporary]:
+                _sync(path)
+            shutil.rmtree(final, ignore_errors=True)  # damaged, else the run would have gone on from it
+            os.replace(temporary, final)
+            _sync(final.parent)
+            write_atomically(final.parent / "latest", f"{final.name}\n".encode())
+            _remove_others(self._run, state, self._recipe.train.keep_checkpoints)
+        except Exception as error:  # safetensors raises its own kinds for a full disk
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise WorkError(
+                f"{final}: the checkpoint could not be written ({error}); older ones are untouched: "
+                f"see to {final.parent}, then --resume auto"
+            ) from None
 
 
-def _remove_old(run: Path, state: RunState, keep: int) -> None:
-    best = checkpoint_folder(run, state.best_step)
-    for folder in list_checkpoints(run)[: -max(1, keep)]:
-        if folder != best:
+def _check_space(final: Path, files: dict[str, dict[str, Tensor]]) -> None:
+    needed = _SLACK + sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    free = shutil.disk_usage(final.parent).free
+    if free < needed:
+        raise WorkError(
+            f"{final.parent}: no room for {final.name}: it needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; "
+            "make room or lower train.keep_checkpoints, then --resume auto"
+        )
+
+
+def _remove_others(run: Path, state: RunState, keep: int) -> None:
+    """Remove all checkpoints but the best and the newest `keep` up to this step."""
+    folders = list_checkpoints(run)
+    past = [folder for folder in folders if folder <= checkpoint_folder(run, state.step)]
+    kept = {*past[-max(1, keep) :], checkpoint_folder(run, state.best_step)}
+    for folder in folders:
+        if folder not in kept:
             shutil.rmtree(folder)
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            _sync(path)
-    _sync(folder)
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

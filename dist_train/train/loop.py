@@ -26,10 +26,11 @@ from dist_train.errors import UseError
 from dist_train.models.build import build_model
 from dist_train.train.badsteps import BadSteps
 from dist_train.train.checkpoint import (
+    CheckpointWriter,
     RunState,
     checkpoint_to_resume,
-    load_checkpoint,
-    save_checkpoint,
+    load_optimizer,
+    load_weights,
 )
 from dist_train.train.engine import (
     build_engine,
@@ -48,7 +49,14 @@ from dist_train.train.meters import (
     peak_memory_mb,
     training_flops_per_sample,
 )
-from dist_train.train.ranks import StopSignal, average_batch_statistics, gather, mean_over_ranks, warn_of_stragglers
+from dist_train.train.ranks import (
+    StopSignal,
+    average_batch_statistics,
+    from_rank_zero,
+    gather,
+    mean_over_ranks,
+    warn_of_stragglers,
+)
 from dist_train.train.record import RunRecord, start_console_log
 from dist_train.train.runfolder import held_run_folder
 from dist_train.train.schedule import check_schedule, learning_rate
@@ -86,7 +94,7 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
     train_samples = manifest.split("train").samples
     share = rank_batch(recipe.train.batch_size, place.world_size)
     micro_batch = recipe.train.micro_batch_size or share
-    checkpoint = checkpoint_to_resume(run, resume)
+    checkpoint = from_rank_zero(lambda: checkpoint_to_resume(run, resume), place)
     if needs_frequent_tags(recipe) and checkpoint is None:
         if place.rank == 0:
             run.mkdir(parents=True, exist_ok=True)
@@ -127,8 +135,6 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
     flops = training_flops_per_sample(model, *one_sample(recipe))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     has_batch_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    engine = build_engine(model, recipe, place, micro_batch)
-    forward = make_forward(engine, recipe, device)
 
     # ------------------------------------------------------------------ resume
     state = RunState(
@@ -143,8 +149,13 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
         manifest_digest=manifest.digest,
     )
     if checkpoint is not None:
-        state = load_checkpoint(engine, checkpoint, expected=state)
+        state = load_weights(model, checkpoint, state, recipe)
+    engine = build_engine(model, recipe, place, micro_batch)
+    if checkpoint is not None:
+        load_optimizer(engine, checkpoint)
         log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
+    writer = CheckpointWriter(run, recipe, manifest.class_names)
+    forward = make_forward(engine, recipe, device)
 
     dtype = compute_dtype(recipe.deepspeed)
     meter = StepMeter(device, flops, device_peak(device, dtype) * place.world_size)
@@ -202,10 +213,12 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
                         record.evaluation(evaluation_figures("val", state.step, last["val"]))
                         if last["val"].top1 > state.best_top1:
                             state.best_top1, state.best_step = last["val"].top1, state.step
-                    save_checkpoint(engine, run, state, recipe, manifest.class_names)
+                    writer.save(engine, state)
                     # Other work on the machine can only lower a measured peak: the highest counts.
                     meter.peak = max(meter.peak, device_peak(device, dtype) * place.world_size)
+            writer.check()
             if stopping and not finished:
+                writer.finish()
                 log.info("stopped after step %d; --resume auto continues", state.step)
                 return
 
@@ -214,6 +227,7 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
         if "test" in manifest.splits:
             last["test"] = evaluate_split("test", recipe, manifest, place, tokenizer, engine, forward)
             record.evaluation(evaluation_figures("test", state.step, last["test"]))
+        writer.finish()
         record.summary(
             {
                 "run": str(run),

@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dist_train.data.loader import Place
+from dist_train.errors import UseError, WorkError
 from dist_train.train.meters import StepMeter, find_stragglers
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def mean_over_ranks(value: Tensor, world_size: int) -> float:
@@ -31,6 +34,21 @@ def gather(value: Any, place: Place) -> list[Any]:
     values = [None] * place.world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def from_rank_zero(function: Callable[[], T], place: Place) -> T:
+    """What the function returns on rank 0, which alone calls it; its UseError or WorkError is raised on every rank."""
+    answer: list[Any] = [None, None]
+    if place.rank == 0:
+        try:
+            answer[0] = function()
+        except (UseError, WorkError) as error:
+            answer[1] = error
+    if place.world_size > 1:
+        torch.distributed.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def warn_of_stragglers(meter: StepMeter, place: Place) -> None:
