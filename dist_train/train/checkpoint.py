@@ -4,6 +4,7 @@ RUN/checkpoints/step-00000123/ holds
     state.json            where the run stood: step, samples consumed, seed, manifest digest, best result; the names of
                           the classes; the recipe
     weights.safetensors   the plain weights, float32, names as in the model
+    ema.safetensors       the averaged weights, if the run has such, likewise
     engine/               DeepSpeed's own files: weights, optimizer, loss scale, one per rank
 and RUN/checkpoints/latest names the newest. A checkpoint is written under a temporary name, synced, and renamed.
 Random numbers need no state: order and augmentation are functions of the position, dropout is seeded by the step.
@@ -27,6 +28,7 @@ from dist_train.data.manifest import write_atomically
 from dist_train.errors import UseError, WorkError
 
 WEIGHTS_NAME = "weights.safetensors"
+AVERAGE_NAME = "ema.safetensors"
 STATE_NAME = "state.json"
 _ENGINE_TAG = "engine"
 
@@ -99,17 +101,33 @@ def read_class_names(checkpoint: Path) -> list[str]:
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The plain weights of a checkpoint."""
-    path = checkpoint / WEIGHTS_NAME
+    return _read_tensors(checkpoint / WEIGHTS_NAME)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises its own kinds for a damaged file
-        raise WorkError(f"{path}: cannot be read ({error}); delete {checkpoint} to use the one before") from None
+        raise WorkError(f"{path}: cannot be read ({error}); delete {path.parent} to use the one before") from None
+
+
+def read_averaged_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint. Raises UseError where the run has none."""
+    path = checkpoint / AVERAGE_NAME
+    if not path.is_file():
+        raise UseError(f"{checkpoint}: holds no averaged weights; they are there with train.ema above 0 from the start")
+    return _read_tensors(path)
 
 
 def save_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, run: Path, state: RunState, recipe: Recipe, class_names: list[str]
+    engine: deepspeed.DeepSpeedEngine,
+    run: Path,
+    state: RunState,
+    recipe: Recipe,
+    class_names: list[str],
+    averaged: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the checkpoint of `state`; all ranks call this together.
+    """Write the checkpoint of `state`, with averaged weights if there are; all ranks call this together.
 
     Of the older ones, the newest train.keep_checkpoints - 1 and the best stay.
     """
@@ -125,6 +143,8 @@ def save_checkpoint(
     torch.distributed.barrier()
     if rank == 0:
         save_file(weights, temporary / WEIGHTS_NAME)
+        if averaged is not None:
+            save_file({name: tensor.contiguous() for name, tensor in averaged.items()}, temporary / AVERAGE_NAME)
         document = {"state": asdict(state), "classes": class_names, "recipe": asdict(recipe)}
         (temporary / STATE_NAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         _sync_tree(temporary)

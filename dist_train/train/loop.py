@@ -13,7 +13,6 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dist_train.config import Recipe
 from dist_train.data.draws import random_bits
@@ -28,8 +27,10 @@ from dist_train.train.checkpoint import (
     RunState,
     checkpoint_to_resume,
     load_checkpoint,
+    read_averaged_weights,
     save_checkpoint,
 )
+from dist_train.train.ema import WeightAverage
 from dist_train.train.engine import (
     build_engine,
     compute_dtype,
@@ -39,6 +40,7 @@ from dist_train.train.engine import (
     uses_autocast,
 )
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
+from dist_train.train.losses import Objective
 from dist_train.train.meters import (
     StepMeter,
     StepTrace,
@@ -47,13 +49,14 @@ from dist_train.train.meters import (
     peak_memory_mb,
     training_flops_per_sample,
 )
+from dist_train.train.mixing import check_mixing, mix_neighbours
 from dist_train.train.ranks import StopSignal, average_batch_statistics, gather, mean_over_ranks, warn_of_stragglers
 from dist_train.train.record import RunRecord, check_run_folder, start_console_log
 from dist_train.train.schedule import check_schedule, learning_rate
 
 log = logging.getLogger(__name__)
 
-_DROPOUT, _WEIGHTS = 4, 5  # first counters of draws: dropout masks, initial weights (data has 1 to 3 and 6)
+_DROPOUT, _WEIGHTS = 4, 5  # first counters of draws: dropout masks, initial weights (data has 1 to 3 and 6; mixing 7)
 
 
 def train(recipe: Recipe, resume: str = "none") -> None:
@@ -90,6 +93,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     tokenizer = build_tokenizer(recipe, run)
     total_steps = math.ceil(recipe.train.epochs * train_samples / recipe.train.batch_size)
     check_schedule(recipe.optim, total_steps)
+    check_mixing(recipe, micro_batch)
 
     def train_loader(samples_consumed: int) -> TrainLoader:
         return TrainLoader(
@@ -116,6 +120,8 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     has_batch_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     engine = build_engine(model, recipe, place, micro_batch)
     forward = make_forward(engine, recipe, device)
+    objective = Objective(recipe.optim, [info.count for info in manifest.classes], device)
+    average = WeightAverage(engine.module, recipe.train.ema) if recipe.train.ema else None
 
     # ------------------------------------------------------------------ resume
     state = RunState(
@@ -131,6 +137,8 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     )
     if checkpoint is not None:
         state = load_checkpoint(engine, checkpoint, expected=state)
+        if average is not None:
+            average.load(read_averaged_weights(checkpoint))
         log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
 
     dtype = compute_dtype(recipe.deepspeed)
@@ -144,17 +152,30 @@ def train(recipe: Recipe, resume: str = "none") -> None:
         batches = iter(train_loader(state.samples_consumed))
         loss_since_log = torch.zeros((), device=device)
         last: dict[str, Evaluation] = {}
+
+        def measure(split: str) -> None:
+            """Evaluate the raw weights, and the averaged ones as SPLIT_ema; record both."""
+            last[split] = evaluate_split(split, recipe, manifest, place, tokenizer, engine, forward)
+            record.evaluation(evaluation_figures(split, state.step, last[split]))
+            if average is not None:
+                name = f"{split}_ema"
+                with average.applied():
+                    last[name] = evaluate_split(split, recipe, manifest, place, tokenizer, engine, forward)
+                record.evaluation(evaluation_figures(name, state.step, last[name]))
+
         meter.reset()
         while state.step < total_steps:
             rate = learning_rate(recipe.optim, recipe.train.batch_size, state.step, total_steps, train_samples)
             loss_since_log += optimizer_step(
-                engine, forward, batches, meter, rate, share // micro_batch, recipe, state.step, place.rank
+                engine, forward, objective, batches, meter, rate, share // micro_batch, recipe, state.step, place.rank
             )
             if has_batch_statistics:
                 average_batch_statistics(engine.module, place.world_size)
             epoch_before = state.samples_consumed // train_samples
             state.step += 1
             state.samples_consumed += recipe.train.batch_size
+            if average is not None:
+                average.update(state.step)
             meter.step(recipe.train.batch_size)
             trace.step()
             finished = state.step == total_steps
@@ -186,11 +207,10 @@ def train(recipe: Recipe, resume: str = "none") -> None:
                 with meter.paused():
                     due = finished or (epoch > epoch_before and epoch % recipe.train.eval_every == 0)
                     if due and "val" in manifest.splits:
-                        last["val"] = evaluate_split("val", recipe, manifest, place, tokenizer, engine, forward)
-                        record.evaluation(evaluation_figures("val", state.step, last["val"]))
+                        measure("val")
                         if last["val"].top1 > state.best_top1:
                             state.best_top1, state.best_step = last["val"].top1, state.step
-                    save_checkpoint(engine, run, state, recipe, manifest.class_names)
+                    save_checkpoint(engine, run, state, recipe, manifest.class_names, average and average.state())
                     # Other work on the machine can only lower a measured peak: the highest counts.
                     meter.peak = max(meter.peak, device_peak(device, dtype) * place.world_size)
             if stopping and not finished:
@@ -200,8 +220,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
         # -------------------------------------------------------------- result
         trace.close()
         if "test" in manifest.splits:
-            last["test"] = evaluate_split("test", recipe, manifest, place, tokenizer, engine, forward)
-            record.evaluation(evaluation_figures("test", state.step, last["test"]))
+            measure("test")
         record.summary(
             {
                 "run": str(run),
@@ -230,6 +249,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
 def optimizer_step(
     engine: deepspeed.DeepSpeedEngine,
     forward: Forward,
+    objective: Objective,
     batches: Iterator[Batch],
     meter: StepMeter,
     rate: float,
@@ -238,24 +258,19 @@ def optimizer_step(
     step: int,
     rank: int,
 ) -> Tensor:
-    """One optimizer step over `accumulation` micro-batches. Returns this rank's mean loss, on the device.
-
-    Stand-ins for undecodable samples have weight 0; the sum is divided by the full micro-batch all the same, so that
-    every other sample counts as much as ever.
-    """
+    """One optimizer step over `accumulation` micro-batches. Returns this rank's mean loss, on the device."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_scale"]
     total = torch.zeros((), device=engine.device)
     engine.train()
     for micro in range(accumulation):
         batch = meter.wait(lambda: next(batches))
+        position = (rank * accumulation + micro) * len(batch.labels)
+        batch, mix = mix_neighbours(recipe.data, batch, recipe.train.seed, step, position)
         torch.manual_seed(int(random_bits(recipe.train.seed, _DROPOUT, step, micro, rank) >> 1))
         with meter.in_forward():
             logits = forward(batch).float()
-        losses = functional.cross_entropy(
-            logits, batch.labels, reduction="none", label_smoothing=recipe.optim.label_smoothing
-        )
-        loss = (losses * batch.weights).sum() / len(losses)
+        loss = objective(logits, batch.labels, batch.weights, mix)
         engine.backward(loss)
         engine.step()
         total += loss.detach() / accumulation
@@ -266,12 +281,12 @@ def make_forward(model: nn.Module, recipe: Recipe, device: torch.device) -> Forw
     """A function from batch to logits in the recipe's precision."""
     config = recipe.deepspeed
     dtype = torch.float32 if uses_autocast(config) else compute_dtype(config)
+    layout = torch.channels_last if recipe.train.channels_last else torch.preserve_format
 
     def forward(batch: Batch) -> Tensor:
+        images = batch.images.to(dtype, memory_format=layout)
         with precision_context(config, device):
-            if batch.text_ids is None:
-                return model(batch.images.to(dtype))
-            return model(batch.images.to(dtype), batch.text_ids, batch.text_mask)
+            return model(images) if batch.text_ids is None else model(images, batch.text_ids, batch.text_mask)
 
     return forward
 
