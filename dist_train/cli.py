@@ -148,6 +148,7 @@ def _command_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--checkpoint", default="auto", help="auto (the newest), best (on val), or a folder (default: auto)"
         )
+        command.add_argument("--ema", action="store_true", help="the averaged weights of train.ema, not the raw ones")
     return parser
 
 

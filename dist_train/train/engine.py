@@ -18,6 +18,8 @@ from torch import nn
 from dist_train.config import DeepSpeedConfig, OptimConfig, Recipe
 from dist_train.data.loader import Place
 from dist_train.errors import UseError, WorkError
+from dist_train.models.build import compile_blocks
+from dist_train.models.layers import head_layer, is_decayed, layer_of
 
 # What the recipe decides; a DeepSpeed JSON file may repeat such a key but not contradict it.
 _SILENT_STEPS = 1 << 30
@@ -128,11 +130,12 @@ def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int) -> dic
         "gradient_accumulation_steps": recipe.train.batch_size // (world_size * micro_batch),
         # DeepSpeed clips to 1.0 when this key is missing, silently.
         "gradient_clipping": recipe.optim.clip_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": config.zero_stage, **_offload(config)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.precision == "bf16" and not uses_autocast(config)},
-        "fp16": {"enabled": config.precision == "fp16"},
+        # The loss scale starts at 2**16 and follows overflows.
+        "fp16": {"enabled": config.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
         "steps_per_print": _SILENT_STEPS,
     }
     if config.config is None:
@@ -143,6 +146,15 @@ def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int) -> dic
     except (OSError, ValueError) as error:
         raise UseError(f"deepspeed.config {path}: cannot be read as JSON ({error})") from None
     return _merge(extra, settings, path, "")
+
+
+def _offload(config: DeepSpeedConfig) -> dict[str, Any]:
+    in_main_memory = {"device": "cpu"}
+    return {
+        "none": {},
+        "optimizer": {"offload_optimizer": in_main_memory},
+        "parameters": {"offload_optimizer": in_main_memory, "offload_param": in_main_memory},
+    }[config.offload]
 
 
 def _merge(extra: dict[str, Any], settings: dict[str, Any], path: Path, prefix: str) -> dict[str, Any]:
@@ -161,19 +173,56 @@ def _merge(extra: dict[str, Any], settings: dict[str, Any], path: Path, prefix: 
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW over the trainable parameters; the rate is set at each step."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """SGD with momentum or AdamW over the trainable parameters of a `Classifier`.
+
+    Parameters of one rate and decay make a group; the rate is set at each step, times the group's `rate_scale`.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            depth = 0 if config.layer_decay == 1 else head_layer(model) - layer_of(model, name)
+            decay = config.weight_decay if config.decay_all or is_decayed(name, parameter) else 0.0
+            groups.setdefault((config.layer_decay**depth, decay), []).append(parameter)
+    described = [
+        {"params": parameters, "rate_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.AdamW(parameters, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.SGD(described, config.lr, config.momentum, fused=True)
+    return torch.optim.AdamW(described, config.lr, config.betas, fused=True)
+
+
+def check_combination(recipe: Recipe, device: torch.device) -> None:
+    """Raise UseError for settings that do not go together, or not on this device."""
+    config, stage = recipe.deepspeed, recipe.deepspeed.zero_stage
+    if config.precision == "fp16" and device.type == "cpu":
+        raise UseError("deepspeed.precision fp16 needs a GPU; on the CPU use bf16 or float32")
+    if config.offload == "optimizer" and stage == 0:
+        raise UseError("deepspeed.offload optimizer needs deepspeed.zero_stage 1, 2 or 3")
+    if config.offload == "parameters" and stage != 3:
+        raise UseError(f"deepspeed.offload parameters needs deepspeed.zero_stage 3, not {stage}")
+    if recipe.train.ema and stage == 3:
+        raise UseError(
+            "train.ema needs whole parameters on every rank, which deepspeed.zero_stage 3 has not; use 0 to 2"
+        )
+    if recipe.model.compile and stage == 3:
+        raise UseError("model.compile cannot see parameters that deepspeed.zero_stage 3 gathers; use 0 to 2")
+    if recipe.train.channels_last and recipe.model.backbone.startswith("vit_"):
+        raise UseError(f"train.channels_last is for CNNs; with {recipe.model.backbone} use false")
+    for key, value in (("train.ema", recipe.train.ema), ("optim.class_weights_beta", recipe.optim.class_weights_beta)):
+        if not 0 <= value < 1:
+            raise UseError(f"{key} is {value}; it must be at least 0 and below 1")
+    if not 0 < recipe.optim.layer_decay <= 1:
+        raise UseError(f"optim.layer_decay is {recipe.optim.layer_decay}; it must be above 0 and at most 1")
 
 
 def build_engine(model: nn.Module, recipe: Recipe, place: Place, micro_batch: int) -> deepspeed.DeepSpeedEngine:
-    """The model on its device, wrapped by DeepSpeed. Raises UseError for a precision that the device does not have."""
+    """The model on its device, wrapped by DeepSpeed. Raises UseError for settings that do not go together."""
     device = torch_device(place)
-    if recipe.deepspeed.precision == "fp16" and device.type == "cpu":
-        raise UseError("deepspeed.precision fp16 needs a GPU; on the CPU use bf16 or float32")
-    model.to(device)
+    check_combination(recipe, device)
+    model.to(device, memory_format=torch.channels_last if recipe.train.channels_last else torch.preserve_format)
+    if recipe.model.compile:
+        compile_blocks(model)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(recipe.optim, model),

@@ -13,7 +13,6 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dist_train.config import Recipe
 from dist_train.data.draws import random_bits
@@ -31,7 +30,9 @@ from dist_train.train.checkpoint import (
     checkpoint_to_resume,
     load_optimizer,
     load_weights,
+    read_averaged_weights,
 )
+from dist_train.train.ema import WeightAverage
 from dist_train.train.engine import (
     build_engine,
     compute_dtype,
@@ -41,6 +42,7 @@ from dist_train.train.engine import (
     uses_autocast,
 )
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
+from dist_train.train.losses import Objective
 from dist_train.train.meters import (
     StepMeter,
     StepTrace,
@@ -49,6 +51,7 @@ from dist_train.train.meters import (
     peak_memory_mb,
     training_flops_per_sample,
 )
+from dist_train.train.mixing import check_mixing, mix_neighbours
 from dist_train.train.ranks import (
     StopSignal,
     average_batch_statistics,
@@ -64,7 +67,7 @@ from dist_train.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
-_DROPOUT, _WEIGHTS = 4, 5  # first counters of draws: dropout masks, initial weights (data has 1 to 3 and 6)
+_DROPOUT, _WEIGHTS = 4, 5  # first counters of draws: dropout masks, initial weights (data has 1 to 3 and 6; mixing 7)
 
 
 def train(recipe: Recipe, resume: str = "none") -> None:
@@ -104,6 +107,7 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
     tokenizer = build_tokenizer(recipe, run)
     total_steps = math.ceil(recipe.train.epochs * train_samples / recipe.train.batch_size)
     check_schedule(recipe.optim, total_steps)
+    check_mixing(recipe, micro_batch)
 
     def train_loader(samples_consumed: int) -> TrainLoader:
         return TrainLoader(
@@ -135,6 +139,7 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
     flops = training_flops_per_sample(model, *one_sample(recipe))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     has_batch_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    objective = Objective(recipe.optim, [info.count for info in manifest.classes], device)
 
     # ------------------------------------------------------------------ resume
     state = RunState(
@@ -151,8 +156,11 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
     if checkpoint is not None:
         state = load_weights(model, checkpoint, state, recipe)
     engine = build_engine(model, recipe, place, micro_batch)
+    average = WeightAverage(engine.module, recipe.train.ema) if recipe.train.ema else None
     if checkpoint is not None:
         load_optimizer(engine, checkpoint)
+        if average is not None:
+            average.load(read_averaged_weights(checkpoint))
         log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
     writer = CheckpointWriter(run, recipe, manifest.class_names)
     forward = make_forward(engine, recipe, device)
@@ -168,17 +176,40 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
         batches = iter(train_loader(state.samples_consumed))
         loss_since_log = torch.zeros((), device=device)
         last: dict[str, Evaluation] = {}
+
+        def measure(split: str) -> None:
+            """Evaluate the raw weights, and the averaged ones as SPLIT_ema; record both."""
+            last[split] = evaluate_split(split, recipe, manifest, place, tokenizer, engine, forward)
+            record.evaluation(evaluation_figures(split, state.step, last[split]))
+            if average is not None:
+                name = f"{split}_ema"
+                with average.applied():
+                    last[name] = evaluate_split(split, recipe, manifest, place, tokenizer, engine, forward)
+                record.evaluation(evaluation_figures(name, state.step, last[name]))
+
         meter.reset()
         while state.step < total_steps:
             rate = learning_rate(recipe.optim, recipe.train.batch_size, state.step, total_steps, train_samples)
             loss_since_log += optimizer_step(
-                engine, forward, batches, meter, rate, share // micro_batch, recipe, state.step, place.rank, bad_steps
+                engine,
+                forward,
+                objective,
+                batches,
+                meter,
+                rate,
+                share // micro_batch,
+                recipe,
+                state.step,
+                place.rank,
+                bad_steps,
             )
             if has_batch_statistics:
                 average_batch_statistics(engine.module, place.world_size)
             epoch_before = state.samples_consumed // train_samples
             state.step += 1
             state.samples_consumed += recipe.train.batch_size
+            if average is not None:
+                average.update(state.step)
             meter.step(recipe.train.batch_size)
             trace.step()
             finished = state.step == total_steps
@@ -209,11 +240,10 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
                 with meter.paused():
                     due = finished or (epoch > epoch_before and epoch % recipe.train.eval_every == 0)
                     if due and "val" in manifest.splits:
-                        last["val"] = evaluate_split("val", recipe, manifest, place, tokenizer, engine, forward)
-                        record.evaluation(evaluation_figures("val", state.step, last["val"]))
+                        measure("val")
                         if last["val"].top1 > state.best_top1:
                             state.best_top1, state.best_step = last["val"].top1, state.step
-                    writer.save(engine, state)
+                    writer.save(engine, state, average and average.state())
                     # Other work on the machine can only lower a measured peak: the highest counts.
                     meter.peak = max(meter.peak, device_peak(device, dtype) * place.world_size)
             writer.check()
@@ -225,8 +255,7 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
         # -------------------------------------------------------------- result
         trace.close()
         if "test" in manifest.splits:
-            last["test"] = evaluate_split("test", recipe, manifest, place, tokenizer, engine, forward)
-            record.evaluation(evaluation_figures("test", state.step, last["test"]))
+            measure("test")
         writer.finish()
         record.summary(
             {
@@ -256,6 +285,7 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
 def optimizer_step(
     engine: deepspeed.DeepSpeedEngine,
     forward: Forward,
+    objective: Objective,
     batches: Iterator[Batch],
     meter: StepMeter,
     rate: float,
@@ -268,24 +298,20 @@ def optimizer_step(
     """One optimizer step over `accumulation` micro-batches. Returns this rank's mean loss, on the device.
 
     A step that `bad_steps` skips changes nothing and has loss 0.
-
-    Stand-ins for undecodable samples have weight 0; the sum is divided by the full micro-batch all the same, so that
-    every other sample counts as much as ever.
     """
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_scale"]
     total = torch.zeros((), device=engine.device)
     engine.train()
     for micro in range(accumulation):
         batch = meter.wait(lambda: next(batches))
+        position = (rank * accumulation + micro) * len(batch.labels)
+        batch, mix = mix_neighbours(recipe.data, batch, recipe.train.seed, step, position)
         torch.manual_seed(int(random_bits(recipe.train.seed, _DROPOUT, step, micro, rank) >> 1))
         bad_steps.before_forward(engine.module)
         with meter.in_forward():
             logits = forward(batch).float()
-        losses = functional.cross_entropy(
-            logits, batch.labels, reduction="none", label_smoothing=recipe.optim.label_smoothing
-        )
-        loss = (losses * batch.weights).sum() / len(losses)
+        loss = objective(logits, batch.labels, batch.weights, mix)
         if bad_steps.skips(engine.module, loss, step):
             return total
         engine.backward(loss)
@@ -298,12 +324,12 @@ def make_forward(model: nn.Module, recipe: Recipe, device: torch.device) -> Forw
     """A function from batch to logits in the recipe's precision."""
     config = recipe.deepspeed
     dtype = torch.float32 if uses_autocast(config) else compute_dtype(config)
+    layout = torch.channels_last if recipe.train.channels_last else torch.preserve_format
 
     def forward(batch: Batch) -> Tensor:
+        images = batch.images.to(dtype, memory_format=layout)
         with precision_context(config, device):
-            if batch.text_ids is None:
-                return model(batch.images.to(dtype))
-            return model(batch.images.to(dtype), batch.text_ids, batch.text_mask)
+            return model(images) if batch.text_ids is None else model(images, batch.text_ids, batch.text_mask)
 
     return forward
 
