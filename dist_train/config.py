@@ -97,8 +97,8 @@ class ModelConfig:
     dropout: float = 0.0
     """Dropout inside the transformer blocks; the reference trains with 0.1."""
     drop_path: float = 0.0
-    """Probability with which a residual branch of the last block is skipped for a sample; it rises linearly from 0 at
-    the first (stochastic depth, Huang et al. 2016)."""
+    """Probability with which the residual branches of the last block are skipped for a sample; it rises linearly from 0
+    at the first (stochastic depth, Huang et al. 2016)."""
     freeze: str = "none"
     """What keeps its starting weights, in evaluation mode: none; a number n, the embedding and the first n blocks of a
     ViT; or backbone, all but the head (and the text embeddings)."""

@@ -32,7 +32,6 @@ SAME = {
     "adamw offload parameters zero 3": ["--deepspeed.offload=parameters"],
     **{f"ifa checkpoint_blocks zero {stage}": ["--model.checkpoint_blocks=true"] for stage in (0, 1, 2, 3)},
     **{f"ifa compile zero {stage}": ["--model.compile=true"] for stage in (0, 1, 2)},
-    "ifa compile and checkpoint_blocks zero 1": ["--model.compile=true", "--model.checkpoint_blocks=true"],
     **{f"layers decayed and frozen zero {stage}": [] for stage in (0, 1, 2, 3)},
     **{f"mixed in micro-batches of {size} zero 0": [f"--train.micro_batch_size={size}"] for size in (2, 4)},
 }
