@@ -30,7 +30,8 @@ from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import build_model
 from dist_train.train.engine import build_engine, compute_dtype, init_process_group, torch_device
-from dist_train.train.loop import build_tokenizer, make_forward, one_sample, optimizer_step
+from dist_train.train.inputs import build_tokenizer, one_sample
+from dist_train.train.losses import Objective
 from dist_train.train.meters import (
     StepMeter,
     device_peak,
@@ -39,6 +40,7 @@ from dist_train.train.meters import (
     synchronize,
     training_flops_per_sample,
 )
+from dist_train.train.step import TrainStep, make_forward
 
 Arm = Literal["synthetic", "loader", "end_to_end"]
 ARMS: tuple[Arm, ...] = ("synthetic", "loader", "end_to_end")
@@ -135,13 +137,15 @@ def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any
     engine.train()
     saved_mb = saved_activations_mb(engine, forward, next(batches))
     meter = StepMeter(device, flops, 1.0)
+    objective = Objective(recipe.optim, [1] * classes, device)
+    train_step = TrainStep(engine, forward, objective, recipe, accumulation, place.rank, meter)
     energy = EnergyMeter(device)
 
     def step(number: int) -> None:
         if number == warmup:
             meter.reset()
             energy.start()
-        optimizer_step(engine, forward, batches, meter, recipe.optim.lr, accumulation, recipe, number, place.rank)
+        train_step(batches, recipe.optim.lr, number)
 
     times = timed(step, warmup, steps, device)
     joules = energy.read()

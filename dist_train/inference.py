@@ -27,7 +27,8 @@ from dist_train.models.build import build_model, to_timm_state_dict
 from dist_train.train.checkpoint import checkpoint_to_resume, read_averaged_weights, read_class_names, read_weights
 from dist_train.train.engine import torch_device
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
-from dist_train.train.loop import build_tokenizer, make_forward
+from dist_train.train.inputs import build_tokenizer
+from dist_train.train.step import make_forward
 
 
 @dataclass(frozen=True)

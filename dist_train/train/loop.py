@@ -6,21 +6,19 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dist_train.config import Recipe
 from dist_train.data.draws import random_bits
-from dist_train.data.loader import Batch, EvalLoader, Place, TrainLoader
-from dist_train.data.manifest import Manifest, read_manifest, write_atomically
+from dist_train.data.loader import EvalLoader, Place, TrainLoader
+from dist_train.data.manifest import Manifest, write_atomically
 from dist_train.data.plan import rank_batch
 from dist_train.data.quarantine import QUARANTINE_NAME
-from dist_train.data.text import TAGS_NAME, WHOLE_TAGS, TagTokenizer, find_frequent_tags, read_frequent_tags
+from dist_train.data.text import TAGS_NAME, TagTokenizer, find_frequent_tags
 from dist_train.errors import UseError
 from dist_train.models.build import build_model
 from dist_train.train.badsteps import BadSteps
@@ -37,11 +35,10 @@ from dist_train.train.engine import (
     build_engine,
     compute_dtype,
     init_process_group,
-    precision_context,
     torch_device,
-    uses_autocast,
 )
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
+from dist_train.train.inputs import build_tokenizer, needs_frequent_tags, one_sample, read_shard_set
 from dist_train.train.losses import Objective
 from dist_train.train.meters import (
     StepMeter,
@@ -51,7 +48,7 @@ from dist_train.train.meters import (
     peak_memory_mb,
     training_flops_per_sample,
 )
-from dist_train.train.mixing import check_mixing, mix_neighbours
+from dist_train.train.mixing import check_mixing
 from dist_train.train.ranks import (
     StopSignal,
     average_batch_statistics,
@@ -63,11 +60,12 @@ from dist_train.train.ranks import (
 from dist_train.train.record import RunRecord, start_console_log
 from dist_train.train.runfolder import held_run_folder
 from dist_train.train.schedule import check_schedule, learning_rate
+from dist_train.train.step import TrainStep, make_forward
 from dist_train.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
-_DROPOUT, _WEIGHTS = 4, 5  # first counters of draws: dropout masks, initial weights (data has 1 to 3 and 6; mixing 7)
+_WEIGHTS = 5  # first counter of a draw: what it is for (data has 1 to 3 and 6, training 4 and 7)
 
 
 def train(recipe: Recipe, resume: str = "none") -> None:
@@ -167,6 +165,7 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
 
     dtype = compute_dtype(recipe.deepspeed)
     meter = StepMeter(device, flops, device_peak(device, dtype) * place.world_size)
+    train_step = TrainStep(engine, forward, objective, recipe, share // micro_batch, place.rank, meter, bad_steps)
     throughput: list[float] = []
 
     hosts = gather(f"{socket.gethostname()}: {device_name(device)}", place)
@@ -190,19 +189,7 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
         meter.reset()
         while state.step < total_steps:
             rate = learning_rate(recipe.optim, recipe.train.batch_size, state.step, total_steps, train_samples)
-            loss_since_log += optimizer_step(
-                engine,
-                forward,
-                objective,
-                batches,
-                meter,
-                rate,
-                share // micro_batch,
-                recipe,
-                state.step,
-                place.rank,
-                bad_steps,
-            )
+            loss_since_log += train_step(batches, rate, state.step)
             if has_batch_statistics:
                 average_batch_statistics(engine.module, place.world_size)
             epoch_before = state.samples_consumed // train_samples
@@ -282,58 +269,6 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
     log.info("done: %s (tensorboard --logdir %s)", run / "summary.json", run / "tensorboard")
 
 
-def optimizer_step(
-    engine: deepspeed.DeepSpeedEngine,
-    forward: Forward,
-    objective: Objective,
-    batches: Iterator[Batch],
-    meter: StepMeter,
-    rate: float,
-    accumulation: int,
-    recipe: Recipe,
-    step: int,
-    rank: int,
-    bad_steps: BadSteps,
-) -> Tensor:
-    """One optimizer step over `accumulation` micro-batches. Returns this rank's mean loss, on the device.
-
-    A step that `bad_steps` skips changes nothing and has loss 0.
-    """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate * group["rate_scale"]
-    total = torch.zeros((), device=engine.device)
-    engine.train()
-    for micro in range(accumulation):
-        batch = meter.wait(lambda: next(batches))
-        position = (rank * accumulation + micro) * len(batch.labels)
-        batch, mix = mix_neighbours(recipe.data, batch, recipe.train.seed, step, position)
-        torch.manual_seed(int(random_bits(recipe.train.seed, _DROPOUT, step, micro, rank) >> 1))
-        bad_steps.before_forward(engine.module)
-        with meter.in_forward():
-            logits = forward(batch).float()
-        loss = objective(logits, batch.labels, batch.weights, mix)
-        if bad_steps.skips(engine.module, loss, step):
-            return total
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach() / accumulation
-    return total
-
-
-def make_forward(model: nn.Module, recipe: Recipe, device: torch.device) -> Forward:
-    """A function from batch to logits in the recipe's precision."""
-    config = recipe.deepspeed
-    dtype = torch.float32 if uses_autocast(config) else compute_dtype(config)
-    layout = torch.channels_last if recipe.train.channels_last else torch.preserve_format
-
-    def forward(batch: Batch) -> Tensor:
-        images = batch.images.to(dtype, memory_format=layout)
-        with precision_context(config, device):
-            return model(images) if batch.text_ids is None else model(images, batch.text_ids, batch.text_mask)
-
-    return forward
-
-
 def evaluate_split(
     split: str,
     recipe: Recipe,
@@ -370,38 +305,3 @@ def evaluation_figures(split: str, step: int, result: Evaluation) -> dict[str, A
         "samples": result.samples,
         "bad_samples": result.bad_samples,
     }
-
-
-def read_shard_set(recipe: Recipe) -> Manifest:
-    """The manifest of the recipe's shard set, checked against the digest that the recipe may name."""
-    manifest = read_manifest(recipe.data.shards)
-    if recipe.data.digest not in (None, manifest.digest):
-        raise UseError(
-            f"data.digest is {recipe.data.digest}, but {recipe.data.shards} has digest {manifest.digest}; "
-            "it is another shard set"
-        )
-    return manifest
-
-
-def build_tokenizer(recipe: Recipe, run: Path) -> TagTokenizer | None:
-    """The tokenizer of a model that reads tags, or None. Tags known by frequency are those of the run's folder."""
-    if not recipe.model.text_tokens:
-        return None
-    tags = read_frequent_tags(run) if needs_frequent_tags(recipe) else []
-    by_frequency = recipe.data.tag_order == "frequency"
-    return TagTokenizer(recipe.data.tokenizer, recipe.model.text_tokens, tags, by_frequency)
-
-
-def needs_frequent_tags(recipe: Recipe) -> bool:
-    """Whether the tokenizer depends on how frequent the tags of the train split are."""
-    by_tag = recipe.data.tokenizer == WHOLE_TAGS or recipe.data.tag_order == "frequency"
-    return bool(recipe.model.text_tokens) and by_tag
-
-
-def one_sample(recipe: Recipe) -> tuple[Tensor, ...]:
-    """Inputs of the model for one sample, all zeros but for the mask."""
-    size, tokens = recipe.data.image_size, recipe.model.text_tokens
-    image = torch.zeros(1, 3, size, size)
-    if not tokens:
-        return (image,)
-    return image, torch.zeros(1, tokens, dtype=torch.int64), torch.ones(1, tokens, dtype=torch.bool)

@@ -22,9 +22,9 @@ from dist_train.data.text import TagTokenizer
 from dist_train.models.backbones import VIT_SIZES
 from dist_train.models.build import Classifier, build_model
 from dist_train.train.engine import build_engine, init_process_group, torch_device
-from dist_train.train.loop import make_forward, optimizer_step
 from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
+from dist_train.train.step import TrainStep, make_forward
 from tests.conftest import CLASSES, REPOSITORY
 
 STEPS, BATCH = 50, 8
@@ -109,12 +109,11 @@ def run_job(recipe: Recipe, place: Place, steps: int) -> list[float]:
     engine = build_engine(model, recipe, place, micro_batch)
     device = torch_device(place)
     objective = Objective(recipe.optim, [24 // CLASSES] * CLASSES, device)
-    forward = make_forward(engine, recipe, device)
-    meter = StepMeter(device, 1, 1)
+    forward, meter = make_forward(engine, recipe, device), StepMeter(device, 1, 1)
+    train_step = TrainStep(engine, forward, objective, recipe, share // micro_batch, place.rank, meter)
     losses = []
     for step in range(steps):
-        rate, accumulation = rate_of(recipe, step), share // micro_batch
-        loss = optimizer_step(engine, forward, objective, batches, meter, rate, accumulation, recipe, step, place.rank)
+        loss = train_step(batches, rate_of(recipe, step), step)
         torch.distributed.all_reduce(loss)
         losses.append(float(loss) / place.world_size)
     engine.destroy()

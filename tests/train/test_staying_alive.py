@@ -25,8 +25,8 @@ from dist_train.models.build import build_model
 from dist_train.train.badsteps import BadSteps
 from dist_train.train.checkpoint import newest_checkpoint, read_state
 from dist_train.train.engine import build_engine, init_process_group
-from dist_train.train.loop import make_forward, optimizer_step
 from dist_train.train.meters import StepMeter
+from dist_train.train.step import make_forward
 from tests.conftest import REPOSITORY, write_shard_set
 
 SAMPLES = 48
