@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -238,7 +239,8 @@ def test_a_skipped_step_changes_neither_weights_nor_batch_statistics(shards: Pat
     place = init_process_group()
     model, _ = build_model(recipe.model, 32, len(read_manifest(shards).classes), 0)
     engine = build_engine(model, recipe, place, 12)
-    good = Batch(*[None] * 0, **batch_fields())
+    images, labels = torch.randn(12, 3, 32, 32), torch.arange(12) % 4
+    good = Batch(images, labels, torch.ones(12), None, None, np.arange(12))
     poisoned = replace(good, images=good.images * float("inf"))
     bad_steps = BadSteps(1, 1, tmp_path, Place(rank=0, world_size=1), lambda step: [f"sample of {step}"])
 
