@@ -30,41 +30,44 @@ _START_S = 300.0
 def init_process_group(timeout_s: float = 1800) -> Place:
     """Join the process group that the launcher or SLURM describes; alone, form a group of one.
 
-    timeout_s: longest wait for the other ranks, here and in every collective. Returns this process's place. Raises
-    WorkError where the ranks do not find each other.
+    timeout_s: longest wait in a collective, seconds; for the ranks to meet there are five minutes where it is shorter.
+    Returns this process's place. Raises WorkError where the ranks do not find each other.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed would compile a collective of tensor-parallel inference here, for a minute, on every rank of a new host.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if timeout_s < 1:
+        raise UseError(f"train.timeout_s must be at least 1 second, not {timeout_s:g}")
     _describe_ranks()
     gpu = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"])
     if gpu:
         torch.cuda.set_device(local_rank)
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    failed = (
-        f"the ranks did not find each other at {where}: a host is down, a port is closed or in use, or "
-        "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME do not name the interface between the hosts"
-    )
-    patience = timedelta(seconds=max(timeout_s, _START_S))  # hosts take unequally long to import
-    try:
-        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=patience))
-        torch.distributed.init_process_group(
-            backend="nccl" if gpu else "gloo",
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
-        torch.distributed.barrier()  # NCCL connects at the first collective
-    except RuntimeError as error:
-        raise WorkError(f"{failed} ({' '.join(str(error).splitlines()[:1])[:200]})") from None
+    if not torch.distributed.is_initialized():
+        _meet("nccl" if gpu else "gloo", timeout_s)
+    world_size = torch.distributed.get_world_size()
     return Place(
-        rank=rank,
+        rank=torch.distributed.get_rank(),
         world_size=world_size,
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size),
         device_id=local_rank if gpu else None,
     )
+
+
+def _meet(backend: str, timeout_s: float) -> None:
+    patience = timedelta(seconds=max(timeout_s, _START_S))  # hosts take unequally long to import
+    try:
+        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=patience))
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+        )
+        torch.distributed.barrier()  # NCCL connects at the first collective
+    except RuntimeError as error:
+        raise WorkError(
+            f"the ranks did not find each other at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: a host is "
+            "down, a port is closed or in use, or GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME do not name the interface "
+            f"between the hosts ({str(error).splitlines()[0][:200]})"
+        ) from None
 
 
 def _describe_ranks() -> None:

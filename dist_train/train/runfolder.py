@@ -83,7 +83,7 @@ def _named_disk_errors(run: Path) -> Iterator[None]:
 def _disk_error(run: Path, error: Exception) -> str | None:
     """The line for a disk that is full or not to be written; None for other errors."""
     number = error.errno if isinstance(error, OSError) else None
-    if "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error):
+    if any(words in str(error) for words in ("No space left on device", "inline_container.cc", "PytorchStreamWriter")):
         number = errno.ENOSPC  # as safetensors and torch.save say it
     where = Path(os.fsdecode(getattr(error, "filename", None) or run))
     if number not in _CURES or not where.is_relative_to(run):

