@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_engine(commands)
     _add_step(commands)
     _add_ifa(commands)
+    _add_kill(commands)
     report = commands.add_parser("report", help="tables and charts of all results: benchmarks/RESULTS.md")
     report.set_defaults(command=_report)
     options, recipe_arguments = parser.parse_known_args(arguments)
@@ -211,6 +212,41 @@ def _ifa(options: argparse.Namespace) -> int:
             options.size,
             options.classes,
             options.pairs,
+            options.name,
+        )
+    )
+    return 0
+
+
+def _add_kill(commands: argparse._SubParsersAction) -> None:
+    kill = commands.add_parser(
+        "kill",
+        help="a run killed again and again beside an undisturbed one",
+        description="Kill a tiny run with SIGKILL at random moments, resume it each time, and compare how it ends.",
+    )
+    kill.add_argument("--shards", type=Path, required=True, metavar="SET", help="with a train and a val split")
+    kill.add_argument("--ranks", type=int, default=1, help="(default: %(default)s)")
+    kill.add_argument("--kills", type=int, default=20, help="(default: %(default)s)")
+    kill.add_argument("--epochs", type=int, default=60, help="of the run, several a kill (default: %(default)s)")
+    kill.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    kill.add_argument(
+        "--scratch", type=Path, default=Path("runs/kill"), metavar="DIR", help="for the two runs (%(default)s)"
+    )
+    kill.add_argument("--name", required=True, help="of the result: benchmarks/results/kill/NAME.json")
+    kill.set_defaults(command=_kill)
+
+
+def _kill(options: argparse.Namespace) -> int:
+    from benchmarks.kill import measure_kills
+
+    print(
+        measure_kills(
+            options.shards,
+            options.ranks,
+            options.kills,
+            options.epochs,
+            options.seed,
+            options.scratch / f"{options.ranks}-ranks",
             options.name,
         )
     )

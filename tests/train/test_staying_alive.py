@@ -26,8 +26,9 @@ from dist_train.models.build import build_model
 from dist_train.train.badsteps import BadSteps
 from dist_train.train.checkpoint import newest_checkpoint, read_state
 from dist_train.train.engine import build_engine, init_process_group
+from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
-from dist_train.train.step import make_forward
+from dist_train.train.step import TrainStep, make_forward
 from tests.conftest import REPOSITORY, write_shard_set
 
 SAMPLES = 48
@@ -244,10 +245,12 @@ def test_a_skipped_step_changes_neither_weights_nor_batch_statistics(shards: Pat
     poisoned = replace(good, images=good.images * float("inf"))
     bad_steps = BadSteps(1, 1, tmp_path, Place(rank=0, world_size=1), lambda step: [f"sample of {step}"])
 
+    cpu = torch.device("cpu")
+
     def step(batch: Batch, number: int) -> float:
-        meter = StepMeter(torch.device("cpu"), 1, 1)
-        forward = make_forward(engine, recipe, torch.device("cpu"))
-        return float(optimizer_step(engine, forward, iter([batch]), meter, 0.01, 1, recipe, number, 0, bad_steps))
+        meter, objective = StepMeter(cpu, 1, 1), Objective(recipe.optim, [12] * 4, cpu)
+        make = TrainStep(engine, make_forward(engine, recipe, cpu), objective, recipe, 1, 0, meter, bad_steps)
+        return float(make(iter([batch]), 0.01, number))
 
     before = {name: value.clone() for name, value in engine.module.state_dict().items()}
     assert step(poisoned, 0) == 0
