@@ -170,7 +170,7 @@ class TrainConfig:
     """Decay per step of averaged weights that are evaluated and exported beside the raw ones, as 0.9998; not with ZeRO
     3. In the first steps the decay is (1 + step) / (10 + step), so that the start is soon forgotten. 0: none."""
     channels_last: bool = False
-    """Keep a CNN's images and weights with the channels innermost, which its convolutions may be faster at."""
+    """Keep a CNN's images and activations with the channels innermost, which its convolutions may be faster at."""
     eval_batch_size: int = 64
     """Samples of one evaluation pass on one rank."""
     eval_every: int = 1

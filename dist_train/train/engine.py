@@ -223,7 +223,7 @@ def build_engine(model: nn.Module, recipe: Recipe, place: Place, micro_batch: in
     """The model on its device, wrapped by DeepSpeed. Raises UseError for settings that do not go together."""
     device = torch_device(place)
     check_combination(recipe, device)
-    model.to(device, memory_format=torch.channels_last if recipe.train.channels_last else torch.preserve_format)
+    model.to(device)
     if recipe.model.compile:
         compile_blocks(model)
     engine, *_ = deepspeed.initialize(

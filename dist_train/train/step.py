@@ -67,6 +67,7 @@ def make_forward(model: nn.Module, recipe: Recipe, device: torch.device) -> Forw
     """A function from batch to logits in the recipe's precision."""
     config = recipe.deepspeed
     dtype = torch.float32 if uses_autocast(config) else compute_dtype(config)
+    # Activations take the images' layout; weights keep theirs, as DeepSpeed refuses or flattens any other.
     layout = torch.channels_last if recipe.train.channels_last else torch.preserve_format
 
     def forward(batch: Batch) -> Tensor:
