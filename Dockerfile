@@ -2,7 +2,7 @@
 ARG BASE_IMAGE=nvidia/cuda:12.8.1-devel-ubuntu24.04
 FROM ${BASE_IMAGE}
 
-# g++ and Python's headers: DeepSpeed and torch.compile build their kernels at the first run.
+# g++ and Python's headers: torch.compile builds its kernels at the first run.
 # openssh-client and pdsh: the deepspeed launcher starts the other nodes through them.
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \

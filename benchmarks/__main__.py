@@ -18,10 +18,15 @@ def main(arguments: list[str] | None = None) -> int:
     _add_loader(commands)
     _add_scale(commands)
     _add_engine(commands)
+    _add_step(commands)
+    _add_ifa(commands)
     _add_kill(commands)
     report = commands.add_parser("report", help="tables and charts of all results: benchmarks/RESULTS.md")
     report.set_defaults(command=_report)
-    options = parser.parse_args(arguments)
+    options, recipe_arguments = parser.parse_known_args(arguments)
+    if recipe_arguments and options.command is not _step:
+        parser.error(f"unrecognized arguments: {' '.join(recipe_arguments)}")
+    options.recipe_arguments = recipe_arguments
     return run_command(lambda: options.command(options))
 
 
@@ -140,15 +145,74 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
 def _engine(options: argparse.Namespace) -> int:
     from benchmarks.engine import measure_engine
 
-    try:
-        stages, micro_batches = (
-            [int(number) for number in text.split(",")] for text in (options.stages, options.micro_batches)
-        )
-    except ValueError:
-        raise UseError("--stages and --micro-batches are numbers separated by commas") from None
+    stages = _numbers("--stages", options.stages)
+    micro_batches = _numbers("--micro-batches", options.micro_batches)
     print(
         measure_engine(
             options.backbone, options.size, stages, micro_batches, options.pairs, options.seconds, options.name
+        )
+    )
+    return 0
+
+
+def _add_step(commands: argparse._SubParsersAction) -> None:
+    step = commands.add_parser(
+        "step",
+        help="what one training step of a recipe costs",
+        description="Time, throughput, data wait, memory, FLOPs and MFU of one point: a recipe, as `dist-train train` "
+        "takes it (--config FILE --section.key value ...), on one device.",
+    )
+    step.add_argument(
+        "--arms", default="synthetic", metavar="A,B", help="synthetic, loader, end_to_end (default: %(default)s)"
+    )
+    step.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before (default: %(default)s)")
+    step.add_argument("--steps", type=int, default=30, metavar="N", help="steps measured (default: %(default)s)")
+    step.add_argument("--name", required=True, help="of the result: benchmarks/results/step/NAME.json")
+    step.set_defaults(command=_step)
+
+
+def _step(options: argparse.Namespace) -> int:
+    from benchmarks.step import ARMS, measure_steps
+    from dist_train.cli import parse_recipe
+
+    arms = options.arms.split(",")
+    if unknown := set(arms) - set(ARMS):
+        raise UseError(f"--arms: no arm '{min(unknown)}'; there are {', '.join(ARMS)}")
+    recipe, _ = parse_recipe(options.recipe_arguments)
+    print(measure_steps(recipe, arms, options.warmup, options.steps, options.name))
+    return 0
+
+
+def _add_ifa(commands: argparse._SubParsersAction) -> None:
+    ifa = commands.add_parser(
+        "ifa",
+        help="what the IFA head costs over the CLS head",
+        description="Time and peak memory of a training step with the CLS head, our IFA head, and IFA as the reference "
+        "computes it (all tokens of all blocks stacked), in turns.",
+    )
+    ifa.add_argument("--backbones", default="vit_base_patch16", metavar="A,B", help="(default: %(default)s)")
+    ifa.add_argument("--text-tokens", default="0", metavar="A,B", help="(default: %(default)s)")
+    ifa.add_argument("--batch", type=int, default=16, help="(default: %(default)s)")
+    ifa.add_argument("--size", type=int, default=128, help="side of an image (default: %(default)s)")
+    ifa.add_argument("--classes", type=int, default=3263, help="(default: DAF's %(default)s)")
+    ifa.add_argument("--pairs", type=int, default=10, metavar="N", help="turns (default: %(default)s)")
+    ifa.add_argument("--name", required=True, help="of the result: benchmarks/results/ifa/NAME.json")
+    ifa.set_defaults(command=_ifa)
+
+
+def _ifa(options: argparse.Namespace) -> int:
+    from benchmarks.ifa import measure_ifa
+
+    tokens = _numbers("--text-tokens", options.text_tokens)
+    print(
+        measure_ifa(
+            options.backbones.split(","),
+            tokens,
+            options.batch,
+            options.size,
+            options.classes,
+            options.pairs,
+            options.name,
         )
     )
     return 0
@@ -187,6 +251,13 @@ def _kill(options: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UseError(f"{option}: numbers separated by commas are expected, not '{text}'") from None
 
 
 def _report(_: argparse.Namespace) -> int:

@@ -155,6 +155,7 @@ def _run_rank(rank: int, ranks: int, port: int, run: Path, options: list[str], m
     from dist_train.cli import run_training
     from dist_train.train import loop
     from dist_train.train.checkpoint import CheckpointWriter
+    from dist_train.train.step import TrainStep
 
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update({key: str(value) for key, value in place.items()})
@@ -162,7 +163,7 @@ def _run_rank(rank: int, ranks: int, port: int, run: Path, options: list[str], m
     sys.stderr = open(os.devnull, "w")
     loop.TrainLoader = type("RecordedLoader", (_RecordedLoader,), {"file": _samples_file(run, rank)})
     if marks is not None:
-        loop.optimizer_step = _marked("step", loop.optimizer_step, marks)
+        TrainStep.__call__ = _marked("step", TrainStep.__call__, marks)
         loop.evaluate_split = _marked("evaluation", loop.evaluate_split, marks)
         CheckpointWriter._write = _marked("checkpoint", CheckpointWriter._write, marks)
     sys.exit(run_command(lambda: run_training(options)))

@@ -1,4 +1,4 @@
-"""The command `dist-train`: train, evaluate, predict, export; and how a recipe is read."""
+"""The command `dist-train`: train, doctor, evaluate, predict, export; and how a recipe is read."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["train"]:
         return run_command(lambda: run_training(arguments[1:]))
+    if arguments[:1] == ["doctor"]:
+        return run_command(lambda: _run_doctor(arguments[1:]))
     options = _command_parser().parse_args(arguments)
     return run_command(lambda: _run(options))
 
@@ -64,6 +66,16 @@ def recipe_from_run(run: Path) -> Recipe:
     if not path.is_file():
         raise UseError(f"{run}: no run here (no recipe.yaml)")
     return parse_recipe(["--config", str(path)])[0]
+
+
+def _run_doctor(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="dist-train doctor", epilog="Other arguments are the recipe's, as for train.")
+    parser.add_argument("--hostfile", type=Path, help="hosts to ask, over ssh (default: this machine alone)")
+    options, words = parser.parse_known_args(arguments)
+    recipe, _ = parse_recipe(words)
+    from dist_train.doctor import examine
+
+    return examine(recipe, options.hostfile)
 
 
 def _build(kind: type, values: dict[str, Any]) -> Any:
@@ -108,6 +120,8 @@ def _command_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train by a recipe in one process (several: deepspeed launch/train.py)")
 
+    commands.add_parser("doctor", help="say before a run what would fail in it, on every host of a hostfile")
+
     evaluate = commands.add_parser("evaluate", help="accuracy of a run on a split")
     evaluate.add_argument("run", type=Path, help="run folder")
     evaluate.add_argument("--split", default="test")
@@ -134,6 +148,7 @@ def _command_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--checkpoint", default="auto", help="auto (the newest), best (on val), or a folder (default: auto)"
         )
+        command.add_argument("--ema", action="store_true", help="the averaged weights of train.ema, not the raw ones")
     return parser
 
 

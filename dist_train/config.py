@@ -37,6 +37,12 @@ class DataConfig:
     """Saturation factor of training images is uniform in [1 - s, 1 + s]."""
     hue: float = 0.1
     """Hue shift of training images is uniform in [-h, h], in turns of the colour circle (0.1 = 36 degrees)."""
+    mixup: float = 0.0
+    """Alpha of mixup (Zhang et al. 2018): neighbours in the batch are blended in a ratio from Beta(alpha, alpha); 0 is
+    off. With cutmix too, each pair takes one of the two with probability one half."""
+    cutmix: float = 0.0
+    """Alpha of CutMix (Yun et al. 2019): neighbours exchange a box whose share of the area is from Beta(alpha, alpha);
+    0 is off."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Subtracted from RGB in [0, 1]."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -90,6 +96,16 @@ class ModelConfig:
     aligned corners)."""
     dropout: float = 0.0
     """Dropout inside the transformer blocks; the reference trains with 0.1."""
+    drop_path: float = 0.0
+    """Probability with which the residual branches of the last block are skipped for a sample; it rises linearly from 0
+    at the first (stochastic depth, Huang et al. 2016)."""
+    freeze: str = "none"
+    """What keeps its starting weights, in evaluation mode: none; a number n, the embedding and the first n blocks of a
+    ViT; or backbone, all but the head (and the text embeddings)."""
+    checkpoint_blocks: bool = False
+    """Compute a ViT's blocks again in the backward pass instead of keeping their activations; same results."""
+    compile: bool = False
+    """Run torch.compile on the blocks of a ViT, or on the whole of a CNN; not with ZeRO 3."""
     norm_eps: float = 1e-6
     """Epsilon of the layer norms; the reference has 1e-12, which underflows in fp16."""
 
@@ -108,6 +124,11 @@ class OptimConfig:
     """AdamW's decay rates."""
     weight_decay: float = 0.0
     """Decoupled for AdamW, added to the gradient for SGD."""
+    decay_all: bool = False
+    """Whether weight_decay also holds for biases, norms, the [CLS] token and position embeddings."""
+    layer_decay: float = 1.0
+    """A ViT's rates fall by this factor per layer from the head (1) over the last block to the embedding; text
+    embeddings, which start untrained, learn at the head's. 1: all at one rate."""
     schedule: Literal["constant", "constant_epoch", "cosine"] = "cosine"
     """constant_epoch: divided by decay_factor after every decay_epochs; cosine: half a cosine to 0, per step."""
     warmup_steps: int = 0
@@ -122,6 +143,11 @@ class OptimConfig:
     """Batch size at which lr_scaling changes nothing."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
+    class_weights: Literal["none", "inverse", "effective"] = "none"
+    """Weigh the loss of a sample by its class: by 1 / n, n the class's images over all splits (the manifest counts no
+    others), or by 1 / effective number (1 - beta^n) / (1 - beta) (Cui et al. 2019). The mean over the images is 1."""
+    class_weights_beta: float = 0.999
+    """Beta of class_weights effective, in [0, 1): towards 0 all classes weigh the same, towards 1 as with inverse."""
     clip_norm: float = 0.0
     """Gradients are scaled down to this global L2 norm; 0 does not clip."""
 
@@ -140,6 +166,11 @@ class TrainConfig:
     """Global batch: samples per optimizer step, over all ranks (the paper's mini-batch)."""
     micro_batch_size: int = 0
     """Samples of one forward pass on one rank; accumulation follows. 0: the whole share of the rank."""
+    ema: float = 0.0
+    """Decay per step of averaged weights that are evaluated and exported beside the raw ones, as 0.9998; not with ZeRO
+    3. In the first steps the decay is (1 + step) / (10 + step), so that the start is soon forgotten. 0: none."""
+    channels_last: bool = False
+    """Keep a CNN's images and activations with the channels innermost, which its convolutions may be faster at."""
     eval_batch_size: int = 64
     """Samples of one evaluation pass on one rank."""
     eval_every: int = 1
@@ -150,6 +181,11 @@ class TrainConfig:
     """Save and end after this many optimizer steps of the whole run, as if by SIGTERM; 0: run to the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, beside the best."""
+    timeout_s: float = 1800.0
+    """Longest that ranks wait for each other, seconds: a rank that died ends the job at once, one that is silent or
+    hangs within this time. Must be longer than anything that rank 0 does alone, such as writing weights."""
+    skip_bad_steps: int = 0
+    """Steps whose loss may be NaN or infinite: they change no weights and are logged; one more ends the run."""
     profile_steps: int = 0
     """Optimizer steps to trace with torch's profiler, after the first ten; rank 0 writes RUN/trace.json."""
     wandb_project: str | None = None
@@ -164,6 +200,8 @@ class DeepSpeedConfig:
     """Arithmetic of forward and backward; the optimizer always steps in float32."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """ZeRO: 0 replicates everything, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """Keep in main memory, and step there: optimizer states (ZeRO 1 to 3); parameters and optimizer states (ZeRO 3)."""
     config: str | None = None
     """A DeepSpeed JSON file whose keys are added; keys that the recipe decides (batch, precision, ...) may differ
     from it in nothing."""

@@ -24,10 +24,11 @@ from dist_train.data.pipeline import ImagePipeline
 from dist_train.data.text import TagTokenizer
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import build_model, to_timm_state_dict
-from dist_train.train.checkpoint import checkpoint_to_resume, read_class_names, read_weights
+from dist_train.train.checkpoint import checkpoint_to_resume, read_averaged_weights, read_class_names, read_weights
 from dist_train.train.engine import torch_device
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
-from dist_train.train.loop import build_tokenizer, make_forward
+from dist_train.train.inputs import build_tokenizer
+from dist_train.train.step import make_forward
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class TrainedModel:
     place: Place
 
 
-def load_trained(run: Path, recipe: Recipe, which: str) -> TrainedModel:
-    """The model of a run. which: auto (the newest checkpoint), best, or a checkpoint folder.
+def load_trained(run: Path, recipe: Recipe, which: str, averaged: bool) -> TrainedModel:
+    """The model of a run. which: auto (the newest checkpoint), best, or a checkpoint folder. averaged: with train.ema's
+    weights.
 
     Raises UseError where there is none, WorkError where it is damaged.
     """
@@ -56,7 +58,7 @@ def load_trained(run: Path, recipe: Recipe, which: str) -> TrainedModel:
     vocab_size = tokenizer.vocab_size if tokenizer else 0
     model, _ = build_model(model_config, recipe.data.image_size, len(class_names), vocab_size)
     try:
-        model.load_state_dict(read_weights(checkpoint))
+        model.load_state_dict((read_averaged_weights if averaged else read_weights)(checkpoint))
     except RuntimeError as error:
         raise WorkError(f"{checkpoint}: its weights are not of the recipe's model ({_one_line(error)})") from None
     place = Place(device_id=0 if torch.cuda.is_available() else None)
@@ -68,7 +70,7 @@ def load_trained(run: Path, recipe: Recipe, which: str) -> TrainedModel:
 
 def run_evaluate(options: argparse.Namespace, recipe: Recipe) -> int:
     """`dist-train evaluate`: top-1, top-5, class means, the most and least frequent classes, a per-class CSV."""
-    trained = load_trained(options.run, recipe, options.checkpoint)
+    trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
     shards = options.shards or recipe.data.shards
     manifest = read_manifest(shards)
     if manifest.class_names != trained.class_names:
@@ -99,7 +101,7 @@ def run_evaluate(options: argparse.Namespace, recipe: Recipe) -> int:
 
 def run_predict(options: argparse.Namespace, recipe: Recipe) -> int:
     """`dist-train predict`: the first classes of each image with their probabilities; exit 1 if any file is bad."""
-    trained = load_trained(options.run, recipe, options.checkpoint)
+    trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
     if options.tags and trained.tokenizer is None:
         raise UseError(f"--tags: the model of {options.run} reads no tags (model.text_tokens is 0)")
     bad = 0
@@ -121,7 +123,7 @@ def run_export(options: argparse.Namespace, recipe: Recipe) -> int:
     """`dist-train export`: weights that load into the timm model of the same name, and the rest beside them."""
     if options.file.suffix != ".safetensors":
         raise UseError(f"{options.file}: name the file .safetensors")
-    trained = load_trained(options.run, recipe, options.checkpoint)
+    trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
     weights, extra = to_timm_state_dict(trained.model)
     metadata = {
         "backbone": recipe.model.backbone,
@@ -141,7 +143,7 @@ def run_grid(options: argparse.Namespace, recipe: Recipe) -> int:
     """`dist-train grid`: a picture of 48 samples spread over the split, each with its prediction and its class."""
     from PIL import Image, ImageDraw
 
-    trained = load_trained(options.run, recipe, options.checkpoint)
+    trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
     manifest = read_manifest(recipe.data.shards)
     loader = EvalLoader(recipe.data, manifest, options.split, trained.place, batch_size=48, tokenizer=trained.tokenizer)
     batch = next(iter(loader))

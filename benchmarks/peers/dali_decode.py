@@ -11,7 +11,7 @@ from nvidia.dali.pipeline import pipeline_def
 from benchmarks.peers import Task
 from benchmarks.peers.bytes_only import encoded_batches
 
-NOTE = "a ceiling: decodes whole images, does nothing else"
+NOTE = "decodes whole images (ours only the region it needs), does nothing else"
 
 
 def batches(task: Task) -> Iterator[Any]:

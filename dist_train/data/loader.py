@@ -257,6 +257,12 @@ class TrainLoader(_Loader):
         with self.fetcher.following(self._needs):
             yield from self._batches(self._positions(), self.config.prefetch)
 
+    def names_of_first_batch(self) -> list[str]:
+        """Names of this rank's samples of the first global batch."""
+        with self.fetcher.following(self._needs):
+            batch = self.plan.batch(self.start, self.place.rank, self.place.world_size)
+            return [self.fetcher.name(*where) for where in zip(batch.shard.tolist(), batch.place.tolist(), strict=True)]
+
     def _needs(self) -> Iterator[Need]:
         return self.plan.shards_ahead(self.start, self.place.rank, self.place.world_size)
 

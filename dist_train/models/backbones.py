@@ -98,7 +98,15 @@ class TokenTransformer(VisionTransformer):
     (the [CLS] token, the position embeddings) when that module's forward runs.
     """
 
-    def __init__(self, shape: ViTShape, image_size: int, every_block: bool, dropout: float, norm_eps: float) -> None:
+    def __init__(
+        self,
+        shape: ViTShape,
+        image_size: int,
+        every_block: bool,
+        dropout: float,
+        norm_eps: float,
+        drop_path: float = 0.0,
+    ) -> None:
         """`every_block`: give the [CLS] of every block; the final layer norm is then left out, being unused."""
         super().__init__(
             img_size=image_size,
@@ -110,6 +118,7 @@ class TokenTransformer(VisionTransformer):
             final_norm=not every_block,
             pos_drop_rate=dropout,
             proj_drop_rate=dropout,  # after the attention's projection and both layers of the MLP
+            drop_path_rate=drop_path,
             norm_layer=partial(LayerNorm, eps=norm_eps),
         )
         self.every_block = every_block
@@ -138,6 +147,6 @@ class TokenTransformer(VisionTransformer):
         return self.norm(tokens[:, 0])
 
 
-def create_cnn(backbone: str) -> nn.Module:
+def create_cnn(backbone: str, drop_path: float = 0.0) -> nn.Module:
     """timm's CNN of that name without its classifier: images (B, 3, H, W) to pooled features (B, num_features)."""
-    return timm.create_model(backbone, num_classes=0)
+    return timm.create_model(backbone, num_classes=0, drop_path_rate=drop_path)

@@ -8,6 +8,7 @@ from dist_train.config import ModelConfig
 from dist_train.errors import UseError
 from dist_train.models.backbones import TokenTransformer, check_image_size, create_cnn, vit_shape
 from dist_train.models.heads import CLSHead, IFAHead, initialise_head
+from dist_train.models.layers import freeze
 from dist_train.models.vilt import TextEmbeddings, keep_padding_out
 from dist_train.models.weights import LoadReport, load_weights
 
@@ -23,6 +24,15 @@ class Classifier(nn.Module):
         self.text = text
         self.head = head
         self.mask_padding = mask_padding
+        self.frozen: list[nn.Module] = []
+        """Parts that stay in evaluation mode."""
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As `nn.Module.train`, but frozen parts neither drop anything nor change their running statistics."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def forward(self, images: Tensor, text_ids: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         """Logits (B, num_classes) of images (B, 3, H, W), float.
@@ -61,6 +71,13 @@ def build_model(
         raise UseError(f"model.text_tokens: {config.text_tokens} is negative; use 0 for no text")
     if not 0 <= config.dropout < 1:
         raise UseError(f"model.dropout: {config.dropout} is not in [0, 1)")
+    if not 0 <= config.drop_path < 1:
+        raise UseError(f"model.drop_path: {config.drop_path} is not in [0, 1)")
+    if shape is None and config.checkpoint_blocks:
+        raise UseError(
+            f"model.checkpoint_blocks: {config.backbone} would count each batch twice in its running statistics; "
+            "use false, or a vit_ backbone"
+        )
     if not config.norm_eps > 0:
         raise UseError(f"model.norm_eps: {config.norm_eps} is not above 0")
     if config.text_tokens > 0 and vocab_size <= 0:
@@ -68,10 +85,13 @@ def build_model(
 
     text = None
     if shape is None:
-        backbone = create_cnn(config.backbone)
+        backbone = create_cnn(config.backbone, config.drop_path)
         head: CLSHead | IFAHead = CLSHead(backbone.num_features, num_classes)
     else:
-        backbone = TokenTransformer(shape, image_size, config.head == "ifa", config.dropout, config.norm_eps)
+        backbone = TokenTransformer(
+            shape, image_size, config.head == "ifa", config.dropout, config.norm_eps, config.drop_path
+        )
+        backbone.set_grad_checkpointing(config.checkpoint_blocks)
         if config.text_tokens > 0:
             text = TextEmbeddings(vocab_size, config.text_tokens, shape.dim, config.dropout, config.norm_eps)
         if config.head == "ifa":
@@ -82,7 +102,14 @@ def build_model(
 
     model = Classifier(backbone, head, text, config.mask_padding)
     report = load_weights(plain_weights(model), config.weights, config.backbone, config.pos_resize)
-    return model, report
+    model.frozen = freeze(model, config.freeze)
+    return model.train(), report
+
+
+def compile_blocks(model: Classifier) -> None:
+    """Run torch.compile, in place, on each block of a ViT (one is compiled and serves all) or on the whole of a CNN."""
+    for module in model.backbone.blocks if isinstance(model.backbone, TokenTransformer) else [model.backbone]:
+        module.compile()
 
 
 def plain_weights(model: Classifier) -> dict[str, Tensor]:

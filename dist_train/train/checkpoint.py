@@ -5,7 +5,7 @@ RUN/checkpoints/step-00000123/ holds
                             of the classes; the recipe; fp16's loss scale
     weights.safetensors     the weights, float32, names as in the model
     optimizer.safetensors   the optimizer's state by KEY/NAME of the parameter
-    extra.safetensors       further named tensors of the run, if it has any
+    extra.safetensors       the averaged weights, if the run has such (train.ema), likewise
     checksums.json          size and SHA-256 of each of them
 and RUN/checkpoints/latest names the newest. Nothing in it depends on the number of ranks, the ZeRO stage or the
 precision, and nothing is a pickle. A checkpoint is written under a temporary name, synced, and renamed. Random numbers
@@ -155,6 +155,14 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 def read_extra(checkpoint: Path) -> dict[str, Tensor]:
     """The further tensors that were given to `CheckpointWriter.save`; {} if none were."""
     return _read_tensors(checkpoint / EXTRA_NAME) if (checkpoint / EXTRA_NAME).exists() else {}
+
+
+def read_averaged_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint. Raises UseError where the run has none."""
+    averaged = read_extra(checkpoint)
+    if not averaged:
+        raise UseError(f"{checkpoint}: holds no averaged weights; they are there with train.ema above 0 from the start")
+    return averaged
 
 
 def load_weights(model: nn.Module, checkpoint: Path, expected: RunState, recipe: Recipe) -> RunState:

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,85 @@ from torch import nn
 
 from dist_train.config import DeepSpeedConfig, OptimConfig, Recipe
 from dist_train.data.loader import Place
-from dist_train.errors import UseError
+from dist_train.errors import UseError, WorkError
+from dist_train.models.build import compile_blocks
+from dist_train.models.layers import head_layer, is_decayed, layer_of
 
 # What the recipe decides; a DeepSpeed JSON file may repeat such a key but not contradict it.
 _SILENT_STEPS = 1 << 30
+# Seconds for all ranks to come to the meeting point, where train.timeout_s is shorter.
+_START_S = 300.0
 
 
-def init_process_group() -> Place:
-    """Join the process group that the launcher describes; alone, form a group of one. Returns this process's place."""
+def init_process_group(timeout_s: float = 1800) -> Place:
+    """Join the process group that the launcher or SLURM describes; alone, form a group of one.
+
+    timeout_s: longest wait in a collective, seconds; for the ranks to meet there are five minutes where it is shorter.
+    Returns this process's place. Raises WorkError where the ranks do not find each other.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-        os.environ.update({key: str(value) for key, value in alone.items()})
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    # DeepSpeed would compile a collective of tensor-parallel inference here, for a minute, on every rank of a new host.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if timeout_s < 1:
+        raise UseError(f"train.timeout_s must be at least 1 second, not {timeout_s:g}")
+    _describe_ranks()
     gpu = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"])
     if gpu:
         torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
+    if not torch.distributed.is_initialized():
+        _meet("nccl" if gpu else "gloo", timeout_s)
     world_size = torch.distributed.get_world_size()
     return Place(
         rank=torch.distributed.get_rank(),
         world_size=world_size,
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size),
         device_id=local_rank if gpu else None,
     )
+
+
+def _meet(backend: str, timeout_s: float) -> None:
+    patience = timedelta(seconds=max(timeout_s, _START_S))  # hosts take unequally long to import
+    try:
+        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=patience))
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+        )
+        torch.distributed.barrier()  # NCCL connects at the first collective
+    except RuntimeError as error:
+        raise WorkError(
+            f"the ranks did not find each other at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: a host is "
+            "down, a port is closed or in use, or GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME do not name the interface "
+            f"between the hosts ({str(error).splitlines()[0][:200]})"
+        ) from None
+
+
+def _describe_ranks() -> None:
+    """Put what torch.distributed wants to know into the environment, unless a launcher has."""
+    if "RANK" in os.environ:
+        return
+    if "SLURM_STEP_NUM_TASKS" in os.environ:  # srun sets it, sbatch alone does not
+        if "MASTER_ADDR" not in os.environ:
+            raise UseError(
+                "under srun MASTER_ADDR must name the first host; start with launch/slurm.sbatch, which does"
+            )
+        tasks_per_node = os.environ["SLURM_STEP_TASKS_PER_NODE"]  # such as 8(x2),4
+        slurm = {
+            "RANK": os.environ["SLURM_PROCID"],
+            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+            "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_WORLD_SIZE": tasks_per_node.split("(")[0].split(",")[0],
+        }
+        # All ranks of a job come to the same port, other jobs on the host to others.
+        port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
+        os.environ.update({"MASTER_PORT": str(port)} | dict(os.environ) | slurm)
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    os.environ.update({key: str(value) for key, value in alone.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
 def torch_device(place: Place) -> torch.device:
@@ -81,11 +133,12 @@ def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int) -> dic
         "gradient_accumulation_steps": recipe.train.batch_size // (world_size * micro_batch),
         # DeepSpeed clips to 1.0 when this key is missing, silently.
         "gradient_clipping": recipe.optim.clip_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": config.zero_stage, **_offload(config)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.precision == "bf16" and not uses_autocast(config)},
-        "fp16": {"enabled": config.precision == "fp16"},
+        # The loss scale starts at 2**16 and follows overflows.
+        "fp16": {"enabled": config.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
         "steps_per_print": _SILENT_STEPS,
     }
     if config.config is None:
@@ -96,6 +149,15 @@ def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int) -> dic
     except (OSError, ValueError) as error:
         raise UseError(f"deepspeed.config {path}: cannot be read as JSON ({error})") from None
     return _merge(extra, settings, path, "")
+
+
+def _offload(config: DeepSpeedConfig) -> dict[str, Any]:
+    in_main_memory = {"device": "cpu"}
+    return {
+        "none": {},
+        "optimizer": {"offload_optimizer": in_main_memory},
+        "parameters": {"offload_optimizer": in_main_memory, "offload_param": in_main_memory},
+    }[config.offload]
 
 
 def _merge(extra: dict[str, Any], settings: dict[str, Any], path: Path, prefix: str) -> dict[str, Any]:
@@ -114,19 +176,56 @@ def _merge(extra: dict[str, Any], settings: dict[str, Any], path: Path, prefix: 
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW over the trainable parameters; the rate is set at each step."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """SGD with momentum or AdamW over the trainable parameters of a `Classifier`.
+
+    Parameters of one rate and decay make a group; the rate is set at each step, times the group's `rate_scale`.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            depth = 0 if config.layer_decay == 1 else head_layer(model) - layer_of(model, name)
+            decay = config.weight_decay if config.decay_all or is_decayed(name, parameter) else 0.0
+            groups.setdefault((config.layer_decay**depth, decay), []).append(parameter)
+    described = [
+        {"params": parameters, "rate_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.AdamW(parameters, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.SGD(described, config.lr, config.momentum, fused=True)
+    return torch.optim.AdamW(described, config.lr, config.betas, fused=True)
+
+
+def check_combination(recipe: Recipe, device: torch.device) -> None:
+    """Raise UseError for settings that do not go together, or not on this device."""
+    config, stage = recipe.deepspeed, recipe.deepspeed.zero_stage
+    if config.precision == "fp16" and device.type == "cpu":
+        raise UseError("deepspeed.precision fp16 needs a GPU; on the CPU use bf16 or float32")
+    if config.offload == "optimizer" and stage == 0:
+        raise UseError("deepspeed.offload optimizer needs deepspeed.zero_stage 1, 2 or 3")
+    if config.offload == "parameters" and stage != 3:
+        raise UseError(f"deepspeed.offload parameters needs deepspeed.zero_stage 3, not {stage}")
+    if recipe.train.ema and stage == 3:
+        raise UseError(
+            "train.ema needs whole parameters on every rank, which deepspeed.zero_stage 3 has not; use 0 to 2"
+        )
+    if recipe.model.compile and stage == 3:
+        raise UseError("model.compile cannot see parameters that deepspeed.zero_stage 3 gathers; use 0 to 2")
+    if recipe.train.channels_last and recipe.model.backbone.startswith("vit_"):
+        raise UseError(f"train.channels_last is for CNNs; with {recipe.model.backbone} use false")
+    for key, value in (("train.ema", recipe.train.ema), ("optim.class_weights_beta", recipe.optim.class_weights_beta)):
+        if not 0 <= value < 1:
+            raise UseError(f"{key} is {value}; it must be at least 0 and below 1")
+    if not 0 < recipe.optim.layer_decay <= 1:
+        raise UseError(f"optim.layer_decay is {recipe.optim.layer_decay}; it must be above 0 and at most 1")
 
 
 def build_engine(model: nn.Module, recipe: Recipe, place: Place, micro_batch: int) -> deepspeed.DeepSpeedEngine:
-    """The model on its device, wrapped by DeepSpeed. Raises UseError for a precision that the device does not have."""
+    """The model on its device, wrapped by DeepSpeed. Raises UseError for settings that do not go together."""
     device = torch_device(place)
-    if recipe.deepspeed.precision == "fp16" and device.type == "cpu":
-        raise UseError("deepspeed.precision fp16 needs a GPU; on the CPU use bf16 or float32")
+    check_combination(recipe, device)
     model.to(device)
+    if recipe.model.compile:
+        compile_blocks(model)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(recipe.optim, model),

@@ -6,40 +6,40 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from dist_train.config import Recipe
 from dist_train.data.draws import random_bits
-from dist_train.data.loader import Batch, EvalLoader, Place, TrainLoader
-from dist_train.data.manifest import Manifest, read_manifest, write_atomically
+from dist_train.data.loader import EvalLoader, Place, TrainLoader
+from dist_train.data.manifest import Manifest, write_atomically
 from dist_train.data.plan import rank_batch
 from dist_train.data.quarantine import QUARANTINE_NAME
-from dist_train.data.text import TAGS_NAME, WHOLE_TAGS, TagTokenizer, find_frequent_tags, read_frequent_tags
-from dist_train.errors import UseError, WorkError
+from dist_train.data.text import TAGS_NAME, TagTokenizer, find_frequent_tags
+from dist_train.errors import UseError
 from dist_train.models.build import build_model
+from dist_train.train.badsteps import BadSteps
 from dist_train.train.checkpoint import (
     CheckpointWriter,
     RunState,
     checkpoint_to_resume,
     load_optimizer,
     load_weights,
+    read_averaged_weights,
 )
+from dist_train.train.ema import WeightAverage
 from dist_train.train.engine import (
     build_engine,
     compute_dtype,
     init_process_group,
-    precision_context,
     torch_device,
-    uses_autocast,
 )
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
+from dist_train.train.inputs import build_tokenizer, needs_frequent_tags, one_sample, read_shard_set
+from dist_train.train.losses import Objective
 from dist_train.train.meters import (
     StepMeter,
     StepTrace,
@@ -48,6 +48,7 @@ from dist_train.train.meters import (
     peak_memory_mb,
     training_flops_per_sample,
 )
+from dist_train.train.mixing import check_mixing
 from dist_train.train.ranks import (
     StopSignal,
     average_batch_statistics,
@@ -56,12 +57,15 @@ from dist_train.train.ranks import (
     mean_over_ranks,
     warn_of_stragglers,
 )
-from dist_train.train.record import RunRecord, check_run_folder, start_console_log
+from dist_train.train.record import RunRecord, start_console_log
+from dist_train.train.runfolder import held_run_folder
 from dist_train.train.schedule import check_schedule, learning_rate
+from dist_train.train.step import TrainStep, make_forward
+from dist_train.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
-_DROPOUT, _WEIGHTS = 4, 5  # first counters of draws: dropout masks, initial weights (data has 1 to 3 and 6)
+_WEIGHTS = 5  # first counter of a draw: what it is for (data has 1 to 3 and 6, training 4 and 7)
 
 
 def train(recipe: Recipe, resume: str = "none") -> None:
@@ -70,15 +74,18 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     Ends normally when the run is complete, when train.stop_after_steps is reached, or after SIGTERM or SIGUSR1, having
     saved a checkpoint.
     """
+    place = init_process_group(recipe.train.timeout_s)
+    start_console_log(place.rank)
+    with Watch(place, recipe.train.timeout_s), held_run_folder(Path(recipe.train.run), place, resume):
+        _train(recipe, resume, place)
+
+
+def _train(recipe: Recipe, resume: str, place: Place) -> None:
     # ------------------------------------------------------------------ where this process stands
     started = time.perf_counter()
     run = Path(recipe.train.run)
-    place = init_process_group()
-    start_console_log(place.rank)
     device = torch_device(place)
-    check_run_folder(run, resume)
-    torch.distributed.barrier()  # all ranks have looked before rank 0 begins to write
-    stop = StopSignal()
+    stop = StopSignal(recipe.train.timeout_s)
     for key in ("epochs", "batch_size", "eval_batch_size", "eval_every", "log_every", "keep_checkpoints"):
         if getattr(recipe.train, key) < 1:
             raise UseError(f"train.{key} must be at least 1, not {getattr(recipe.train, key)}")
@@ -98,6 +105,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     tokenizer = build_tokenizer(recipe, run)
     total_steps = math.ceil(recipe.train.epochs * train_samples / recipe.train.batch_size)
     check_schedule(recipe.optim, total_steps)
+    check_mixing(recipe, micro_batch)
 
     def train_loader(samples_consumed: int) -> TrainLoader:
         return TrainLoader(
@@ -112,6 +120,13 @@ def train(recipe: Recipe, resume: str = "none") -> None:
             quarantine=run / QUARANTINE_NAME,
         )
 
+    bad_steps = BadSteps(
+        recipe.train.skip_bad_steps,
+        share // micro_batch,
+        run,
+        place,
+        lambda step: train_loader(step * recipe.train.batch_size).names_of_first_batch(),
+    )
     train_loader(0)  # says what is wrong with the recipe before the model is built
 
     # ------------------------------------------------------------------ model and engine
@@ -122,6 +137,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     flops = training_flops_per_sample(model, *one_sample(recipe))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     has_batch_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    objective = Objective(recipe.optim, [info.count for info in manifest.classes], device)
 
     # ------------------------------------------------------------------ resume
     state = RunState(
@@ -138,14 +154,18 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     if checkpoint is not None:
         state = load_weights(model, checkpoint, state, recipe)
     engine = build_engine(model, recipe, place, micro_batch)
+    average = WeightAverage(engine.module, recipe.train.ema) if recipe.train.ema else None
     if checkpoint is not None:
         load_optimizer(engine, checkpoint)
+        if average is not None:
+            average.load(read_averaged_weights(checkpoint))
         log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
     writer = CheckpointWriter(run, recipe, manifest.class_names)
     forward = make_forward(engine, recipe, device)
 
     dtype = compute_dtype(recipe.deepspeed)
     meter = StepMeter(device, flops, device_peak(device, dtype) * place.world_size)
+    train_step = TrainStep(engine, forward, objective, recipe, share // micro_batch, place.rank, meter, bad_steps)
     throughput: list[float] = []
 
     hosts = gather(f"{socket.gethostname()}: {device_name(device)}", place)
@@ -155,24 +175,36 @@ def train(recipe: Recipe, resume: str = "none") -> None:
         batches = iter(train_loader(state.samples_consumed))
         loss_since_log = torch.zeros((), device=device)
         last: dict[str, Evaluation] = {}
+
+        def measure(split: str) -> None:
+            """Evaluate the raw weights, and the averaged ones as SPLIT_ema; record both."""
+            last[split] = evaluate_split(split, recipe, manifest, place, tokenizer, engine, forward)
+            record.evaluation(evaluation_figures(split, state.step, last[split]))
+            if average is not None:
+                name = f"{split}_ema"
+                with average.applied():
+                    last[name] = evaluate_split(split, recipe, manifest, place, tokenizer, engine, forward)
+                record.evaluation(evaluation_figures(name, state.step, last[name]))
+
         meter.reset()
         while state.step < total_steps:
             rate = learning_rate(recipe.optim, recipe.train.batch_size, state.step, total_steps, train_samples)
-            loss_since_log += optimizer_step(
-                engine, forward, batches, meter, rate, share // micro_batch, recipe, state.step, place.rank
-            )
+            loss_since_log += train_step(batches, rate, state.step)
             if has_batch_statistics:
                 average_batch_statistics(engine.module, place.world_size)
             epoch_before = state.samples_consumed // train_samples
             state.step += 1
             state.samples_consumed += recipe.train.batch_size
+            if average is not None:
+                average.update(state.step)
             meter.step(recipe.train.batch_size)
             trace.step()
             finished = state.step == total_steps
             stopping = stop.requested(place) or state.step == recipe.train.stop_after_steps
 
             if state.step % recipe.train.log_every == 0 or finished or stopping:
-                loss = mean_over_ranks(loss_since_log / meter.steps, place.world_size)
+                steps_counted = meter.steps - bad_steps.skipped_since_log
+                loss = mean_over_ranks(loss_since_log / steps_counted, place.world_size)
                 figures = {
                     "step": state.step,
                     "epoch": round(state.samples_consumed / train_samples, 4),
@@ -183,12 +215,10 @@ def train(recipe: Recipe, resume: str = "none") -> None:
                 record.step(figures, total_steps, recipe.train.epochs)
                 warn_of_stragglers(meter, place)
                 throughput.append(figures["images_per_s"])
-                if not math.isfinite(loss):
-                    raise WorkError(
-                        f"the loss is {loss} at step {state.step}; lower optim.lr, set optim.clip_norm or raise "
-                        "deepspeed.precision, then --resume auto"
-                    )
+                if steps_counted and not math.isfinite(loss):
+                    bad_steps.end_run(state.step)
                 loss_since_log.zero_()
+                bad_steps.skipped_since_log = 0
                 meter.reset()
 
             # ---------------------------------------------------------- end of an epoch
@@ -197,11 +227,10 @@ def train(recipe: Recipe, resume: str = "none") -> None:
                 with meter.paused():
                     due = finished or (epoch > epoch_before and epoch % recipe.train.eval_every == 0)
                     if due and "val" in manifest.splits:
-                        last["val"] = evaluate_split("val", recipe, manifest, place, tokenizer, engine, forward)
-                        record.evaluation(evaluation_figures("val", state.step, last["val"]))
+                        measure("val")
                         if last["val"].top1 > state.best_top1:
                             state.best_top1, state.best_step = last["val"].top1, state.step
-                    writer.save(engine, state)
+                    writer.save(engine, state, average and average.state())
                     # Other work on the machine can only lower a measured peak: the highest counts.
                     meter.peak = max(meter.peak, device_peak(device, dtype) * place.world_size)
             writer.check()
@@ -213,8 +242,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
         # -------------------------------------------------------------- result
         trace.close()
         if "test" in manifest.splits:
-            last["test"] = evaluate_split("test", recipe, manifest, place, tokenizer, engine, forward)
-            record.evaluation(evaluation_figures("test", state.step, last["test"]))
+            measure("test")
         writer.finish()
         record.summary(
             {
@@ -239,55 +267,6 @@ def train(recipe: Recipe, resume: str = "none") -> None:
             }
         )
     log.info("done: %s (tensorboard --logdir %s)", run / "summary.json", run / "tensorboard")
-
-
-def optimizer_step(
-    engine: deepspeed.DeepSpeedEngine,
-    forward: Forward,
-    batches: Iterator[Batch],
-    meter: StepMeter,
-    rate: float,
-    accumulation: int,
-    recipe: Recipe,
-    step: int,
-    rank: int,
-) -> Tensor:
-    """One optimizer step over `accumulation` micro-batches. Returns this rank's mean loss, on the device.
-
-    Stand-ins for undecodable samples have weight 0; the sum is divided by the full micro-batch all the same, so that
-    every other sample counts as much as ever.
-    """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-    total = torch.zeros((), device=engine.device)
-    engine.train()
-    for micro in range(accumulation):
-        batch = meter.wait(lambda: next(batches))
-        torch.manual_seed(int(random_bits(recipe.train.seed, _DROPOUT, step, micro, rank) >> 1))
-        with meter.in_forward():
-            logits = forward(batch).float()
-        losses = functional.cross_entropy(
-            logits, batch.labels, reduction="none", label_smoothing=recipe.optim.label_smoothing
-        )
-        loss = (losses * batch.weights).sum() / len(losses)
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach() / accumulation
-    return total
-
-
-def make_forward(model: nn.Module, recipe: Recipe, device: torch.device) -> Forward:
-    """A function from batch to logits in the recipe's precision."""
-    config = recipe.deepspeed
-    dtype = torch.float32 if uses_autocast(config) else compute_dtype(config)
-
-    def forward(batch: Batch) -> Tensor:
-        with precision_context(config, device):
-            if batch.text_ids is None:
-                return model(batch.images.to(dtype))
-            return model(batch.images.to(dtype), batch.text_ids, batch.text_mask)
-
-    return forward
 
 
 def evaluate_split(
@@ -326,38 +305,3 @@ def evaluation_figures(split: str, step: int, result: Evaluation) -> dict[str, A
         "samples": result.samples,
         "bad_samples": result.bad_samples,
     }
-
-
-def read_shard_set(recipe: Recipe) -> Manifest:
-    """The manifest of the recipe's shard set, checked against the digest that the recipe may name."""
-    manifest = read_manifest(recipe.data.shards)
-    if recipe.data.digest not in (None, manifest.digest):
-        raise UseError(
-            f"data.digest is {recipe.data.digest}, but {recipe.data.shards} has digest {manifest.digest}; "
-            "it is another shard set"
-        )
-    return manifest
-
-
-def build_tokenizer(recipe: Recipe, run: Path) -> TagTokenizer | None:
-    """The tokenizer of a model that reads tags, or None. Tags known by frequency are those of the run's folder."""
-    if not recipe.model.text_tokens:
-        return None
-    tags = read_frequent_tags(run) if needs_frequent_tags(recipe) else []
-    by_frequency = recipe.data.tag_order == "frequency"
-    return TagTokenizer(recipe.data.tokenizer, recipe.model.text_tokens, tags, by_frequency)
-
-
-def needs_frequent_tags(recipe: Recipe) -> bool:
-    """Whether the tokenizer depends on how frequent the tags of the train split are."""
-    by_tag = recipe.data.tokenizer == WHOLE_TAGS or recipe.data.tag_order == "frequency"
-    return bool(recipe.model.text_tokens) and by_tag
-
-
-def one_sample(recipe: Recipe) -> tuple[Tensor, ...]:
-    """Inputs of the model for one sample, all zeros but for the mask."""
-    size, tokens = recipe.data.image_size, recipe.model.text_tokens
-    image = torch.zeros(1, 3, size, size)
-    if not tokens:
-        return (image,)
-    return image, torch.zeros(1, tokens, dtype=torch.int64), torch.ones(1, tokens, dtype=torch.bool)

@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -81,10 +82,11 @@ def average_batch_statistics(model: nn.Module, world_size: int) -> None:
 
 
 class StopSignal:
-    """SIGTERM or SIGUSR1 asks the run to end after the step; all ranks agree on which."""
+    """SIGTERM or SIGUSR1 asks the run to end after the step; all ranks agree on which, waiting timeout_s at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
         self._received = False
+        self._timeout = timedelta(seconds=timeout_s)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
@@ -96,7 +98,7 @@ class StopSignal:
         if place.world_size > 1:
             # On the CPU, so that no rank waits for its GPU here.
             if not hasattr(self, "_group"):
-                self._group = torch.distributed.new_group(backend="gloo")
+                self._group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
             flag = torch.tensor(int(self._received))
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
             self._received = bool(flag)

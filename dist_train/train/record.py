@@ -28,12 +28,6 @@ SUMMARY_NAME = "summary.json"
 log = logging.getLogger("dist_train")
 
 
-def check_run_folder(run: Path, resume: str) -> None:
-    """Raise UseError where a new run would write over an old one."""
-    if resume == "none" and (run / METRICS_NAME).exists():
-        raise UseError(f"{run} already holds a run; add --resume auto to continue it, or choose another train.run")
-
-
 class RunRecord:
     """Writes a run's files; on ranks other than 0 it does nothing.
 

@@ -106,6 +106,36 @@ def test_activation_checkpointing_and_compiled_blocks_change_no_gradient() -> No
         torch.testing.assert_close(compiled[name], gradient, msg=name)
 
 
+def test_a_model_that_is_asked_to_checkpoints_its_blocks_alone() -> None:
+    assert build("vit_tiny_patch16", "ifa", 0, 32, checkpoint_blocks=True).backbone.grad_checkpointing
+    assert not build("vit_tiny_patch16", "ifa", 0, 32).backbone.grad_checkpointing
+
+
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_attention_of_every_block_is_fused_with_and_without_a_padding_mask(mask_padding: bool) -> None:
+    model = build("vit_tiny_patch16", "cls", text_tokens=16, image_size=32, mask_padding=mask_padding)
+    with torch.profiler.profile() as profile:
+        model(*batch(32, 16)).sum().backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::scaled_dot_product_attention"] == 12
+    assert not {"aten::softmax", "aten::_scaled_dot_product_attention_math"} & calls.keys()
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_b0", "vit_tiny_patch16"])
+def test_drop_path_rises_linearly_over_the_blocks_and_acts_in_training_alone(backbone: str) -> None:
+    model, plain = (build(backbone, "cls", 0, 64, drop_path=rate) for rate in (0.3, 0.0))
+    rates = [module.drop_prob for name, module in model.named_modules() if type(module).__name__ == "DropPath"]
+    if backbone.startswith("vit"):  # attention and MLP; the first block has none
+        assert rates == pytest.approx([0.3 * block / 11 for block in range(1, 12) for _ in range(2)])
+    assert rates and rates == sorted(rates) and 0 < rates[0] < rates[-1] <= 0.3 + 1e-6
+    for parameter in model.parameters():  # a ResNet's branches start at zero: to drop one would not show
+        nn.init.normal_(parameter, std=0.1)
+    plain.load_state_dict(model.state_dict())
+    inputs = batch(64, 0, size=4)
+    torch.testing.assert_close(model.eval()(*inputs), plain.eval()(*inputs))
+    assert not torch.allclose(model.train()(*inputs), plain.train()(*inputs), rtol=1e-3)
+
+
 def test_activation_checkpointing_saves_memory() -> None:
     def saved_bytes(model: nn.Module) -> int:
         sizes: dict[int, int] = {}

@@ -1,0 +1,48 @@
+"""What a recipe's model reads: its shard set, and its tags as tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_train.config import Recipe
+from dist_train.data.manifest import Manifest, read_manifest
+from dist_train.data.text import WHOLE_TAGS, TagTokenizer, read_frequent_tags
+from dist_train.errors import UseError
+
+
+def read_shard_set(recipe: Recipe) -> Manifest:
+    """The manifest of the recipe's shard set, checked against the digest that the recipe may name."""
+    manifest = read_manifest(recipe.data.shards)
+    if recipe.data.digest not in (None, manifest.digest):
+        raise UseError(
+            f"data.digest is {recipe.data.digest}, but {recipe.data.shards} has digest {manifest.digest}; "
+            "it is another shard set"
+        )
+    return manifest
+
+
+def build_tokenizer(recipe: Recipe, run: Path) -> TagTokenizer | None:
+    """The tokenizer of a model that reads tags, or None. Tags known by frequency are those of the run's folder."""
+    if not recipe.model.text_tokens:
+        return None
+    tags = read_frequent_tags(run) if needs_frequent_tags(recipe) else []
+    by_frequency = recipe.data.tag_order == "frequency"
+    return TagTokenizer(recipe.data.tokenizer, recipe.model.text_tokens, tags, by_frequency)
+
+
+def needs_frequent_tags(recipe: Recipe) -> bool:
+    """Whether the tokenizer depends on how frequent the tags of the train split are."""
+    by_tag = recipe.data.tokenizer == WHOLE_TAGS or recipe.data.tag_order == "frequency"
+    return bool(recipe.model.text_tokens) and by_tag
+
+
+def one_sample(recipe: Recipe) -> tuple[Tensor, ...]:
+    """Inputs of the model for one sample, all zeros but for the mask."""
+    size, tokens = recipe.data.image_size, recipe.model.text_tokens
+    image = torch.zeros(1, 3, size, size)
+    if not tokens:
+        return (image,)
+    return image, torch.zeros(1, tokens, dtype=torch.int64), torch.ones(1, tokens, dtype=torch.bool)

@@ -1,0 +1,91 @@
+"""The run folder belongs to one job at a time, and is written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from dist_train.data.loader import Place
+from dist_train.errors import UseError, WorkError
+from dist_train.train.record import METRICS_NAME
+
+log = logging.getLogger(__name__)
+
+LOCK_NAME = "lock"
+_CURES = {
+    errno.ENOSPC: "free some space, then --resume auto",
+    errno.EDQUOT: "free some of your quota, then --resume auto",
+    errno.EROFS: "choose a train.run that can be written",
+    errno.EACCES: "choose a train.run that can be written",
+    errno.EPERM: "choose a train.run that can be written",
+}
+
+
+@contextmanager
+def held_run_folder(run: Path, place: Place, resume: str) -> Iterator[None]:
+    """The run folder, for this job alone while the block runs. All ranks call this together.
+
+    Raises UseError where a new run would write over an old one, WorkError where another job holds the folder or where
+    it cannot be written, now or later.
+    """
+    with _named_disk_errors(run), ExitStack() as held:
+        if resume == "none" and (run / METRICS_NAME).exists():
+            raise UseError(f"{run} already holds a run; add --resume auto to continue it, or choose another train.run")
+        torch.distributed.barrier()  # all ranks have looked before rank 0 begins to write
+        refusal = [None]
+        if place.rank == 0:
+            refusal = [_lock(run, held)]
+        torch.distributed.broadcast_object_list(refusal, 0)
+        if refusal[0] is not None:
+            raise WorkError(refusal[0])
+        yield
+
+
+def _lock(run: Path, held: ExitStack) -> str | None:
+    """Lock the folder until `held` ends, or the process. Returns why that cannot be, or None."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = held.enter_context(open(run / LOCK_NAME, "a+", encoding="utf-8"))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return f"{run} is in use by {file.read().strip() or 'another job'}; end that one or choose another train.run"
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return _disk_error(run, error) or f"{run}: cannot be locked ({error})"
+        log.warning("%s: its file system has no locks, so nothing keeps a second job out (%s)", run, error.strerror)
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return None
+
+
+@contextmanager
+def _named_disk_errors(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        line = _disk_error(run, error)
+        if line is None:
+            raise
+        raise WorkError(line) from None
+
+
+def _disk_error(run: Path, error: Exception) -> str | None:
+    """The line for a disk that is full or not to be written; None for other errors."""
+    number = error.errno if isinstance(error, OSError) else None
+    if any(words in str(error) for words in ("No space left on device", "inline_container.cc", "PytorchStreamWriter")):
+        number = errno.ENOSPC  # as safetensors and torch.save say it
+    where = Path(os.fsdecode(getattr(error, "filename", None) or run))
+    if number not in _CURES or not where.is_relative_to(run):
+        return None
+    return f"{where}: cannot be written ({os.strerror(number)}); {_CURES[number]}"

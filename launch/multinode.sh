@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Train on the hosts of a hostfile, through the deepspeed launcher and ssh:
+#
+#   launch/multinode.sh HOSTFILE --config launch/recipes/grocery.yaml [--section.key value ...] [--resume auto]
+#
+# Start it on a host that reaches all others by ssh without a password; project, environment and shards are at the same
+# path on every host, the run folder on a shared file system. MASTER_PORT (29500) is where the ranks meet.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# The launcher passes on hardly any variable; the others it takes from this file.
+DS_ENV_FILE=$(mktemp)
+export DS_ENV_FILE
+trap 'rm -f "$DS_ENV_FILE"' EXIT
+timeout_s=$(PYTHONPATH=. python launch/environment.py "${1:-}" "$DS_ENV_FILE" "${@:2}")
+
+# ssh alone would wait for a lost host for a quarter of an hour.
+export PDSH_SSH_ARGS_APPEND="-o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveCountMax=3 \
+-o ServerAliveInterval=$((timeout_s > 15 ? timeout_s / 3 : 5)) ${PDSH_SSH_ARGS_APPEND:-}"
+
+deepspeed --hostfile "$1" --master_port "${MASTER_PORT:-29500}" launch/train.py "${@:2}" &
+launcher=$!
+trap 'kill -TERM $launcher' TERM INT
+status=0
+wait $launcher || status=$?
+if kill -0 $launcher 2>/dev/null; then wait $launcher || status=$?; fi # a signal interrupted the first wait
+exit $status

@@ -1,0 +1,97 @@
+"""The step, IFA and engine benchmarks on small models: rows, memory by an independent account, clear refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import ifa, result
+from benchmarks.__main__ import main
+from benchmarks.step import SYNTHETIC_VOCABULARY, recipe_from_dict, run_point
+from dist_train.cli import parse_recipe
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(result, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_a_point_is_measured_in_each_arm(shard_set: Callable[..., Path], results: Path) -> None:
+    shards = shard_set({"train": [40, 30]}, baked=40)
+    recipe = (
+        "--data.image_size 32 --data.crop_margin 8 --data.threads 1 --model.backbone vit_tiny_patch16 --model.head ifa"
+    )
+    batch = "--train.batch_size 8 --train.micro_batch_size 4"
+    arguments = f"step --name small --arms synthetic,loader,end_to_end --warmup 1 --steps 3 {recipe} {batch}"
+    assert main([*arguments.split(), "--data.shards", str(shards)]) == 0
+    document = json.loads((results / "step/small.json").read_bytes())
+    rows = {row["arm"]: row for row in document["rows"]}
+    assert set(rows) == {"synthetic", "loader", "end_to_end"}
+    for row in rows.values():
+        assert row["steps"] == 3 and row["step_ms"] <= row["step_ms_p95"] <= row["step_ms_p99"]
+        assert row["images_per_s"] == pytest.approx(8000 / row["step_ms"], rel=0.01)
+    assert 0 < rows["end_to_end"]["data_wait_share"] < 1
+    # ViT-Ti at 32 px: 12 blocks keep at least their inputs for 4 images of 5 tokens.
+    assert rows["synthetic"]["saved_activations_mb"] > 12 * 4 * 5 * 192 * 4 / 1e6
+    assert document["parameters"]["recipe"]["train"]["micro_batch_size"] == 4
+
+
+def test_a_recipe_survives_its_way_into_the_measuring_process() -> None:
+    recipe, _ = parse_recipe(["--data.mean=[0.1,0.2,0.3]", "--optim.betas=[0.8,0.9]", "--model.head", "ifa"])
+    from dataclasses import asdict
+
+    assert recipe_from_dict(json.loads(json.dumps(asdict(recipe)))) == recipe
+
+
+def test_what_cannot_be_measured_is_one_clear_line(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["step", "--name", "a", "--arms", "real"]) == 2
+    assert "no arm 'real'; there are synthetic, loader, end_to_end" in capfd.readouterr().err
+    assert main(["step", "--name", "a", "--arms", "loader", "--data.shards", str(tmp_path / "none")]) == 2
+    assert "no such shard set" in capfd.readouterr().err
+
+
+def test_running_out_of_memory_is_a_result() -> None:
+    recipe, _ = parse_recipe(["--data.image_size", "4096", "--train.batch_size", "1000000"])  # 200 TB of images
+    assert run_point(recipe, "synthetic", 0, 1)["out_of_memory"] is True
+
+
+def test_the_stacked_way_gives_the_same_logits_and_holds_all_tokens(results: Path) -> None:
+    point = {"backbone": "vit_tiny_patch16", "text_tokens": 8, "batch": 4, "size": 64, "classes": 11}
+    device = torch.device("cpu")
+    models = {which: ifa.make_model(point, which, device).eval() for which in ("ifa", "stacked")}
+    inputs = ifa.inputs(point, device)
+    inputs[2][:, 5:] = False
+    assert torch.allclose(models["ifa"](*inputs), models["stacked"](*inputs), atol=1e-5)
+    assert SYNTHETIC_VOCABULARY == ifa.VOCABULARY
+
+    assert main("ifa --name small --backbones vit_tiny_patch16 --batch 8 --size 64 --classes 11 --pairs 2".split()) == 0
+    rows = {row["head"]: row for row in json.loads((results / "ifa/small.json").read_bytes())["rows"]}
+    bdl = 4 * 8 * 192 * 12 / 1e6
+    assert rows["cls"]["peak_over_cls_mb"] == 0 and rows["cls"]["time_over_cls"] == 1
+    assert rows["ifa"]["parameters_over_cls"] == rows["stacked"]["parameters_over_cls"] == 13
+    assert rows["ifa"]["peak_over_cls_mb"] < 3 * bdl + 0.1
+    assert rows["stacked"]["peak_over_cls_mb"] > 17 * bdl / 2  # 17 tokens
+
+
+def test_peak_bytes_is_the_allocators_own_account() -> None:
+    def step() -> None:
+        large = torch.ones(1000, 1000)
+        small = large.sum()
+        del large
+        torch.ones(500, 1000) + small
+
+    assert 4_000_000 <= ifa.peak_bytes(step, torch.device("cpu")) < 4_200_000
+    assert ifa.peak_bytes(lambda: None, torch.device("cpu")) == 0
+
+
+def test_the_engine_benchmark_says_where_the_time_goes(results: Path) -> None:
+    arguments = "engine --name small --backbone vit_tiny_patch16 --size 32 --stages 0,1 --micro-batches 2 --pairs 2"
+    assert main([*arguments.split(), "--seconds", "0"]) == 0
+    rows = json.loads((results / "engine/small.json").read_bytes())["rows"]
+    assert [(row["zero_stage"], row["micro_batch"], row["turns"]) for row in rows] == [(0, 2, 2), (1, 2, 2)]
+    assert all(row["bare_ms"] > 0 and 0.2 < row["ours_ratio"] < 20 for row in rows)

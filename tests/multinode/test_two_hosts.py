@@ -1,0 +1,211 @@
+"""Training over two hosts by real ssh: it trains, stops, goes on, and ends by itself when a host or rank is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_train.train.checkpoint import newest_checkpoint
+from tests.conftest import REPOSITORY, write_shard_set
+from tests.multinode.two_hosts import Host, two_hosts, wait_for, why_not
+
+pytestmark = [pytest.mark.launch, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+
+STEPS, TIMEOUT_S = 24, 10
+ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hosts")
+
+
+@pytest.fixture(scope="module")
+def hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
+    with two_hosts(folder) as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def shards(folder: Path) -> Path:
+    (folder / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
+    return write_shard_set(folder / "set", {"train": [30, 18], "val": [12]}, baked=20)
+
+
+def arguments(shards: Path, run: Path, **overrides: object) -> list[str]:
+    keys: dict[str, object] = {
+        "data.shards": shards,
+        "data.image_size": 16,
+        "data.crop_margin": 4,
+        "data.threads": 1,
+        "model.backbone": "vit_tiny_patch8",
+        "optim.lr": 0.01,
+        "train.run": run,
+        "train.epochs": STEPS // 4,
+        "train.batch_size": 12,
+        "train.log_every": 1,
+        "train.timeout_s": TIMEOUT_S,
+    }
+    keys |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
+def multinode(folder: Path, options: list[str]) -> list[str]:
+    return [str(REPOSITORY / "launch" / "multinode.sh"), str(folder / "hostfile"), *options]
+
+
+def start(host: Host, command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with open(log, "ab") as output:
+        return subprocess.Popen(host.command(*command), env=ENVIRONMENT, stdout=output, stderr=output)
+
+
+def read_steps(run: Path) -> dict[int, dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if "split" not in line}
+
+
+def steps_done(run: Path) -> int:
+    return max(read_steps(run), default=0) if (run / "metrics.jsonl").exists() else 0
+
+
+def last_evaluation(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())["evaluations"]["val"]
+
+
+def nothing_left(hosts: tuple[Host, Host]) -> bool:
+    return not any(host.processes("train.py") for host in hosts)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, hosts: tuple[Host, Host], shards: Path) -> Path:
+    """A run over both hosts, from start to end."""
+    run = folder / "undisturbed"
+    ended = start(
+        hosts[0], multinode(folder, arguments(shards, run, train__timeout_s=300)), folder / "undisturbed.log"
+    ).wait(240)
+    assert ended == 0, (folder / "undisturbed.log").read_text()[-5000:]
+    return run
+
+
+def assert_same_end(run: Path, undisturbed: Path) -> None:
+    """Same samples and losses at every step, same accuracy, same weights."""
+    steps, expected = read_steps(run), read_steps(undisturbed)
+    assert list(steps) == list(expected) == list(range(1, STEPS + 1))
+    for step, line in expected.items():
+        assert (steps[step]["samples"], steps[step]["loss"]) == (line["samples"], line["loss"]), step
+    assert last_evaluation(run) == last_evaluation(undisturbed)
+    weights, wanted = (load_file(newest_checkpoint(r) / "weights.safetensors") for r in (run, undisturbed))
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+def test_two_hosts_train_one_rank_each(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert [line.split(":")[0] for line in summary["hosts"]] == ["node1", "node2"]
+    assert summary["steps"] == STEPS
+
+
+def test_a_run_stopped_by_a_signal_goes_on_over_both_hosts(
+    folder: Path, hosts: tuple[Host, Host], shards: Path, undisturbed: Path
+) -> None:
+    run, log = folder / "stopped", folder / "stopped.log"
+    first = start(hosts[0], multinode(folder, arguments(shards, run, train__timeout_s=300)), log)
+    wait_for(lambda: steps_done(run) >= 2, "step 2", 120)
+    hosts[1].processes("launch/train.py --local_rank")[0].send_signal(signal.SIGUSR1)
+    assert first.wait(120) == 0, log.read_text()[-5000:]
+    assert 2 <= steps_done(run) < STEPS and nothing_left(hosts)
+    again = [*arguments(shards, run, train__timeout_s=300), "--resume", "auto"]
+    assert start(hosts[0], multinode(folder, again), log).wait(240) == 0, log.read_text()[-5000:]
+    assert_same_end(run, undisturbed)
+
+
+def supervised(folder: Path, shards: Path, run: Path) -> list[str]:
+    # Slow enough to be met in the middle: a validation after every step.
+    options = arguments(shards, run)
+    return [
+        sys.executable,
+        str(REPOSITORY / "launch" / "supervise.py"),
+        "--backoff=1",
+        "--",
+        *multinode(folder, options),
+    ]
+
+
+def lines_of_the_end(log: Path) -> list[str]:
+    return [line for line in log.read_text().splitlines() if "error (noticed by" in line]
+
+
+def test_a_killed_rank_ends_the_job_with_its_name_and_the_supervised_run_ends_as_if_undisturbed(
+    folder: Path, hosts: tuple[Host, Host], shards: Path, undisturbed: Path
+) -> None:
+    run, log = folder / "killed", folder / "killed.log"
+    job = start(hosts[0], supervised(folder, shards, run), log)
+    wait_for(lambda: steps_done(run) >= 5, "step 5", 120)
+    victim = hosts[1].processes("launch/train.py --local_rank")[0]
+    victim.kill()
+    assert job.wait(240) == 0, log.read_text()[-5000:]
+    assert "rank 1 on node2 has died" in lines_of_the_end(log)[0] and len(lines_of_the_end(log)) == 1
+    assert_same_end(run, undisturbed)
+    assert nothing_left(hosts)
+
+
+def test_a_cut_cable_ends_the_job_on_both_hosts_in_time_and_the_supervised_run_ends_as_if_undisturbed(
+    folder: Path, hosts: tuple[Host, Host], shards: Path, undisturbed: Path
+) -> None:
+    run, log = folder / "cut", folder / "cut.log"
+    job = start(hosts[0], supervised(folder, shards, run), log)
+    wait_for(lambda: steps_done(run) >= 5, "step 5", 120)
+    ranks = [process for host in hosts for process in host.processes("launch/train.py --local_rank")]
+    hosts[1].run("ip", "link", "set", "eth0", "down")
+    cut = time.monotonic()
+    try:
+        wait_for(lambda: not any(rank.is_running() for rank in ranks), "both ranks to end", TIMEOUT_S + 30)
+        wait_for(lambda: "supervise: failed with status" in log.read_text(), "the launcher to end", TIMEOUT_S + 30)
+        assert time.monotonic() - cut < TIMEOUT_S + 30
+    finally:
+        hosts[1].run("ip", "link", "set", "eth0", "up")
+    assert any(
+        f"no sign of life for {TIMEOUT_S} s" in line and "rank 1 on node2" in line for line in lines_of_the_end(log)
+    )
+    assert job.wait(240) == 0, log.read_text()[-5000:]
+    assert_same_end(run, undisturbed)
+    assert nothing_left(hosts)
+
+
+def doctor(host: Host, *options: str) -> tuple[int, list[str]]:
+    command = host.command(sys.executable, "-m", "dist_train.cli", "doctor", *options)
+    done = subprocess.run(command, env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_the_doctor_finds_both_hosts_well_and_names_what_ails_them(
+    folder: Path, hosts: tuple[Host, Host], shards: Path
+) -> None:
+    good = ["--hostfile", str(folder / "hostfile"), *arguments(shards, folder / "examined")]
+    status, lines = doctor(hosts[0], *good)
+    assert status == 0 and all(line.startswith("ok ") for line in lines), lines
+    assert any("hosts: 2 with the same Python, packages, code and shard set" in line for line in lines)
+    assert any(line.startswith("ok   node2: no GPU") and "eth0 10.77.0.2" in line for line in lines)
+
+    (folder / "two_more").write_text("node1 slots=1\nnode2 slots=4\nnode3 slots=1\n")
+    hosts[1].run("mount", "-t", "tmpfs", "tmpfs", str(folder / "set"))  # node2 loses sight of the shards
+    try:
+        status, lines = doctor(hosts[0], "--hostfile", str(folder / "two_more"), *good[2:], "--train.batch_size=13")
+    finally:
+        hosts[1].run("umount", str(folder / "set"))
+    failed = "\n".join(line for line in lines if line.startswith("fail"))
+    assert status == 1
+    assert "fail node3: ssh: Could not resolve hostname node3" in failed
+    assert "fail node2, data.shards: " in failed and "node1, data.shards" not in failed
+    assert "fail train.batch_size: " in failed

@@ -1,0 +1,86 @@
+"""Training through DeepSpeed follows a loop of torch alone, step by step, whatever divides the work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from dist_train.data.loader import Place
+from dist_train.models.backbones import VIT_SIZES
+from tests.conftest import write_shard_set
+from tests.train.deepspeed_worker import (
+    BATCH,
+    MODELS,
+    NARROW,
+    STEPS,
+    loader_of,
+    losses_through_deepspeed,
+    rate_of,
+    recipe_of,
+    start,
+)
+
+OPTIMIZERS = {
+    "sgd": ["--optim.name=sgd", "--optim.lr=0.003", "--optim.weight_decay=0.05", "--optim.decay_all=true"],
+    "adamw": ["--optim.name=adamw", "--optim.lr=0.0005", "--optim.weight_decay=0.05", "--optim.decay_all=true"],
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shard_set(tmp_path_factory.mktemp("sets") / "set", {"train": [11, 8, 5]}, baked=36, text=True)
+
+
+@pytest.fixture(scope="module")
+def plain(shards: Path) -> Iterator[dict[str, list[float]]]:
+    """Losses of the plain loop by model and optimizer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VIT_SIZES, "tiny", NARROW)
+        yield {f"{m}-{o}": losses_of_a_plain_loop(shards, m, o) for m in MODELS for o in OPTIMIZERS}
+
+
+def losses_of_a_plain_loop(shards: Path, model_name: str, optimizer_name: str) -> list[float]:
+    """Whole batches in one process."""
+    recipe = recipe_of(shards, [*MODELS[model_name], *OPTIMIZERS[optimizer_name]])
+    model, tokenizer = start(recipe)
+    if optimizer_name == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), 0.003, 0.9, weight_decay=0.05)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), 5e-4, weight_decay=0.05)
+    losses = []
+    for step, batch in zip(range(STEPS), loader_of(recipe, Place(), BATCH, tokenizer), strict=False):
+        optimizer.param_groups[0]["lr"] = rate_of(recipe, step)
+        text = () if batch.text_ids is None else (batch.text_ids, batch.text_mask)
+        loss = functional.cross_entropy(model(batch.images, *text), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_fifty_losses_are_those_of_a_plain_loop(
+    plain: dict[str, list[float]], shards: Path, tmp_path: Path, world_size: int, zero_stage: int
+) -> None:
+    """CLS, IFA and ViLT; SGD and AdamW; accumulation 1 and 4: within 1e-5 in float32."""
+    jobs = {}
+    for (model, of_model), (optimizer, of_optimizer), accumulation in product(
+        MODELS.items(), OPTIMIZERS.items(), (1, 4)
+    ):
+        micro_batch = BATCH // world_size // accumulation
+        division = [f"--train.micro_batch_size={micro_batch}", f"--deepspeed.zero_stage={zero_stage}"]
+        jobs[f"{model}-{optimizer}-{accumulation}"] = [*of_model, *of_optimizer, *division]
+    found = losses_through_deepspeed(shards, jobs, world_size, tmp_path)
+    assert len(found) == 12
+    for combination, losses in found.items():
+        expected = plain[combination.rpartition("-")[0]]
+        assert max(expected[-10:]) < min(expected[:3])  # it learns, so the losses say something
+        assert losses == pytest.approx(expected, rel=1e-5), combination

@@ -1,0 +1,97 @@
+"""What saves memory or time on two ranks trains as one process does in float32 that keeps everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig as ParsedSettings
+
+from dist_train.config import Recipe
+from dist_train.errors import UseError
+from dist_train.train.engine import check_combination, deepspeed_settings
+from tests.conftest import write_shard_set
+from tests.train.deepspeed_worker import BATCH, losses_through_deepspeed, recipe_of
+
+STEPS = 10
+ADAMW = ["--optim.name=adamw", "--optim.lr=0.0005", "--optim.weight_decay=0.05"]
+IFA = ["--model.head=ifa"]
+LAYERS = ["--optim.layer_decay=0.5", "--model.freeze=1"]
+MIXED = ["--data.mixup=0.4", "--data.cutmix=1.0", "--optim.label_smoothing=0.1", "--optim.class_weights=effective"]
+
+# What one process trains, in float32 under ZeRO 0; and, of that, what two ranks train in another way.
+ALONE = {
+    "adamw": ADAMW,
+    "ifa": [*IFA, *ADAMW],
+    "layers": [*LAYERS, *ADAMW],
+    "mixed": [*MIXED, *ADAMW],
+}
+SAME = {
+    **{f"adamw offload optimizer zero {stage}": ["--deepspeed.offload=optimizer"] for stage in (1, 2, 3)},
+    "adamw offload parameters zero 3": ["--deepspeed.offload=parameters"],
+    **{f"ifa checkpoint_blocks zero {stage}": ["--model.checkpoint_blocks=true"] for stage in (0, 1, 2, 3)},
+    **{f"ifa compile zero {stage}": ["--model.compile=true"] for stage in (0, 1, 2)},
+    **{f"layers decayed and frozen zero {stage}": [] for stage in (0, 1, 2, 3)},
+    **{f"mixed in micro-batches of {size} zero 0": [f"--train.micro_batch_size={size}"] for size in (2, 4)},
+}
+NEAR = {f"ifa bf16 zero {stage}": ["--deepspeed.precision=bf16"] for stage in (0, 1, 2, 3)}
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """By name, of one process and of two."""
+    folder = tmp_path_factory.mktemp("precision")
+    shards = write_shard_set(folder / "set", {"train": [11, 8, 5]}, baked=36)
+    divided = {
+        name: [*ALONE[name.split()[0]], *options, f"--deepspeed.zero_stage={name[-1]}"]
+        for name, options in {**SAME, **NEAR}.items()
+    }
+    alone = losses_through_deepspeed(shards, ALONE, 1, folder, STEPS)
+    return alone | losses_through_deepspeed(shards, divided, 2, folder, STEPS)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", SAME)
+def test_two_ranks_have_the_losses_of_one_process(losses: dict[str, list[float]], name: str) -> None:
+    assert losses[name] == pytest.approx(losses[name.split()[0]], rel=1e-4 if "compile" in name else 1e-5)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", NEAR)
+def test_bf16_stays_near_float32(losses: dict[str, list[float]], name: str) -> None:
+    expected = losses[name.split()[0]]
+    assert losses[name] == pytest.approx(expected, rel=0.05) and losses[name] != pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp16_scales_the_loss_and_follows_overflows(stage: int) -> None:
+    """The settings as DeepSpeed understands them; the run needs a GPU."""
+    recipe = recipe_of(Path(), ["--deepspeed.precision=fp16", f"--deepspeed.zero_stage={stage}"])
+    settings = ParsedSettings(deepspeed_settings(recipe, 1, BATCH))
+    assert settings.float16_config.enabled and not settings.bfloat16_config.enabled
+    assert settings.float16_config.loss_scale == 0 and settings.float16_config.initial_scale_power == 16
+    check_combination(recipe, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--deepspeed.offload=optimizer"], "deepspeed.offload optimizer needs deepspeed.zero_stage 1, 2 or 3"),
+        (
+            ["--deepspeed.offload=parameters", "--deepspeed.zero_stage=2"],
+            "deepspeed.offload parameters needs deepspeed.zero_stage 3, not 2",
+        ),
+        (["--train.ema=0.9", "--deepspeed.zero_stage=3"], "train.ema needs whole parameters"),
+        (["--model.compile=true", "--deepspeed.zero_stage=3"], "model.compile"),
+        (["--train.channels_last=true"], "train.channels_last is for CNNs; with vit_tiny_patch16 use false"),
+        (["--deepspeed.precision=fp16"], "fp16 needs a GPU"),
+        (["--train.ema=1"], "train.ema is 1.0; it must be at least 0 and below 1"),
+        (["--optim.layer_decay=0"], "optim.layer_decay is 0.0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_one_line(arguments: list[str], line: str) -> None:
+    recipe: Recipe = recipe_of(Path(), arguments)
+    with pytest.raises(UseError) as error:
+        check_combination(recipe, torch.device("cpu"))
+    assert line in str(error.value) and "\n" not in str(error.value)
