@@ -91,7 +91,7 @@ def _train(shards: Path, run: Path, ranks: int, epochs: int, moment: tuple[str, 
     was killed, None if the run came to its end."""
     # Forked from a process that has imported everything: a start costs a second instead of ten.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dist_train.train.loop", __name__])
+    context.set_forkserver_preload(["dist_train.cli", "dist_train.train.loop", __name__])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -170,9 +170,9 @@ def _run_rank(rank: int, ranks: int, port: int, run: Path, options: list[str], m
 
 
 def _marked(phase: str, function: Callable[..., Any], marks: Connection) -> Callable[..., Any]:
-    def marked(*arguments: Any) -> Any:
+    def marked(*arguments: Any, **named: Any) -> Any:
         marks.send((phase, "begin"))
-        answer = function(*arguments)
+        answer = function(*arguments, **named)
         marks.send((phase, "end"))
         return answer
 
