@@ -200,6 +200,11 @@ def check_combination(recipe: Recipe, device: torch.device) -> None:
     config, stage = recipe.deepspeed, recipe.deepspeed.zero_stage
     if config.precision == "fp16" and device.type == "cpu":
         raise UseError("deepspeed.precision fp16 needs a GPU; on the CPU use bf16 or float32")
+    if not recipe.model.backbone.startswith("vit_") and config.precision != "float32" and not uses_autocast(config):
+        raise UseError(
+            f"{recipe.model.backbone} has batch norms, whose float32 statistics DeepSpeed's {config.precision} cannot "
+            "take; use deepspeed.precision bf16 with deepspeed.zero_stage 0, or float32"
+        )
     if config.offload == "optimizer" and stage == 0:
         raise UseError("deepspeed.offload optimizer needs deepspeed.zero_stage 1, 2 or 3")
     if config.offload == "parameters" and stage != 3:

@@ -86,6 +86,10 @@ def test_fp16_scales_the_loss_and_follows_overflows(stage: int) -> None:
         (["--model.compile=true", "--deepspeed.zero_stage=3"], "model.compile"),
         (["--train.channels_last=true"], "train.channels_last is for CNNs; with vit_tiny_patch16 use false"),
         (["--deepspeed.precision=fp16"], "fp16 needs a GPU"),
+        (
+            ["--model.backbone=resnet18", "--deepspeed.precision=bf16", "--deepspeed.zero_stage=1"],
+            "resnet18 has batch norms, whose float32 statistics DeepSpeed's bf16 cannot take",
+        ),
         (["--train.ema=1"], "train.ema is 1.0; it must be at least 0 and below 1"),
         (["--optim.layer_decay=0"], "optim.layer_decay is 0.0"),
     ],
