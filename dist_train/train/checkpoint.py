@@ -304,6 +304,8 @@ class CheckpointWriter:
             for name, tensors in files.items():
                 save_file(tensors, temporary / name)
             (temporary / STATE_NAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            for name in files:  # safetensors lets only the owner read what it writes, whatever the umask
+                (temporary / name).chmod((temporary / STATE_NAME).stat().st_mode)
             described = {
                 path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in temporary.iterdir()
             }
