@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 
 from benchmarks.result import write_result
 from dist_train.data.plan import EpochPlan
+from dist_train.train.meters import peak_resident_mb
 
 _STEPS_TIMED = 200
 _NODES_FOLLOWED = 3
@@ -53,7 +53,7 @@ def make_plan(parameters: dict[str, int]) -> EpochPlan:
 
 def measure_start(parameters: dict[str, int], step: int) -> dict[str, Any]:
     """Time and memory of the last rank's first batch at `step` and of the batches after it."""
-    before = peak_mb()
+    before = peak_resident_mb()
     plan_counts = make_plan(parameters).counts  # making up the counts is not part of the plan
     begin = time.perf_counter()
     plan = EpochPlan(plan_counts, parameters["batch_size"], seed=0)
@@ -71,7 +71,7 @@ def measure_start(parameters: dict[str, int], step: int) -> dict[str, Any]:
         "first_batch_ms": round(1e3 * first_batch, 1),
         "batch_ms_median": round(1e3 * statistics.median(times), 3),
         "batch_ms_highest": round(1e3 * max(times), 3),
-        "memory_mb": round(peak_mb() - before, 1),
+        "memory_mb": round(peak_resident_mb() - before, 1),
     }
 
 
@@ -107,11 +107,6 @@ def most_at_once(begins: Iterable[int], ends: Iterable[int]) -> int:
         now += change
         most = max(most, now)
     return most
-
-
-def peak_mb() -> float:
-    """The most memory that this process ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

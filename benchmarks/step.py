@@ -7,7 +7,6 @@ batch that stays on the device (the model alone), `loader` only loads, `end_to_e
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -37,6 +36,7 @@ from dist_train.train.meters import (
     device_peak,
     matmul_rate,
     memory_figures,
+    peak_resident_mb,
     synchronize,
     training_flops_per_sample,
 )
@@ -256,7 +256,7 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
 def main(point: dict[str, Any]) -> int:
     """Measure a point in this process and print its row."""
     row = measure_point(recipe_from_dict(point["recipe"]), point["arm"], point["warmup"], point["steps"])
-    print(json.dumps(row | {"peak_resident_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000, 1)}))
+    print(json.dumps(row | {"peak_resident_mb": round(peak_resident_mb(), 1)}))
     return 0
 
 

@@ -166,10 +166,10 @@ def _splits(tars: list[Path], split: str | None, ratios: Sequence[float] | None,
 
 
 def _unlistable(tar: Path, samples: list[TarSample]) -> list[str]:
-    """A line for each sample whose names an index, which is lines of fields between blanks, cannot hold."""
+    """A line for each sample whose names an index, which is lines of text, cannot hold."""
     lines = []
     for sample in samples:
         name = sample.key + "".join(sample.members)
-        if " " in "".join(sample.members) or len(name.splitlines()) > 1 or not name.isprintable():
+        if len(name.splitlines()) > 1 or not name.isprintable():
             lines.append(f"{tar}: sample {sample.key!r} has a name that no index can hold; {_REPACK}")
     return lines

@@ -96,6 +96,19 @@ def peak_memory_mb(device: torch.device) -> float:
     """Largest memory so far, in MB (10**6 bytes): allocated on the GPU, or resident in this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    return peak_resident_mb()
+
+
+def peak_resident_mb() -> float:
+    """Largest resident memory of this process so far, MB (10**6 bytes).
+
+    Not `ru_maxrss` where Linux says better: that begins with what the parent process held when it started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 

@@ -23,12 +23,13 @@ from shards.__main__ import main
 from tests.conftest import REPOSITORY, jpeg_bytes, write_tar
 
 TRAIN_AN_EPOCH = """
-import json, resource, sys
+import json, sys
 from itertools import islice
 from pathlib import Path
 from dist_train.config import DataConfig
 from dist_train.data.loader import Place, TrainLoader
 from dist_train.data.manifest import read_manifest
+from dist_train.train.meters import peak_resident_mb
 
 root, batch, limit = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 config = DataConfig(shards=str(root), image_size=16, crop_margin=4, threads=2, max_bad_samples=limit)
@@ -38,7 +39,7 @@ loader = TrainLoader(config, manifest, Place(), batch_size=batch, micro_batch=ba
 weights = []
 for got in islice(loader, manifest.split("train").samples // batch):
     weights += zip(got.samples.tolist(), got.weights.tolist(), got.images.isfinite().all(dim=(1, 2, 3)).tolist())
-print(json.dumps({"weights": weights, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+print(json.dumps({"weights": weights, "peak_mb": peak_resident_mb()}))
 """
 
 

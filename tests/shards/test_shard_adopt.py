@@ -116,7 +116,6 @@ GOOD = [("0.jpg", jpeg_bytes(0)), ("0.cls", b"0")]
         ([*GOOD, ("0.png", jpeg_bytes(1))], "sample 0: has 2 images"),
         ([("0.jpg", jpeg_bytes(0)), ("0.json", b"{}")], "none of its samples has a .cls; .*--format webdataset"),
         ([], "holds no samples"),
-        ([*GOOD, ("0.a note", b"")], "sample '0' has a name that no index can hold"),
         ([("a\nb.jpg", jpeg_bytes(0)), ("a\nb.cls", b"0")], "sample .* has a name that no index can hold"),
     ],
 )
@@ -175,7 +174,7 @@ def test_images_that_do_not_decode_are_listed_and_set_aside_by_the_loader(tmp_pa
     assert [entry["name"] for entry in listed] == ["train-0.tar:1"] and "truncated" in listed[0]["detail"]
     config = DataConfig(shards=str(folder), image_size=32, device="cpu", threads=1)
     (batch,) = EvalLoader(config, manifest, "train", Place(), batch_size=3)
-    assert batch.weights.tolist() == [1, 0, 1] and batch.labels.tolist() == [0, 1, 1]
+    assert batch.weights.tolist() == [1, 0, 1] and batch.labels[batch.weights > 0].tolist() == [0, 1]
 
 
 def test_a_set_with_tags_for_some_samples_counts_as_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
