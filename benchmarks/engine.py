@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from benchmarks.result import write_result
+from benchmarks.result import environment_of_one_process, write_result
 from dist_train.config import ModelConfig, Recipe
 from dist_train.errors import WorkError
 from dist_train.models.build import build_model
@@ -45,7 +45,7 @@ def measure_engine(
         point = {"backbone": backbone, "size": size, "zero_stage": stage, "micro_batch": micro_batch}
         limits = {"pairs": pairs, "seconds": seconds}
         command = [sys.executable, "-m", "benchmarks.engine", json.dumps(point | limits)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment_of_one_process())
         if done.returncode:
             raise WorkError(f"ZeRO {stage}, micro-batch {micro_batch}: {done.stderr.strip().splitlines()[-1]}")
         rows.append(json.loads(done.stdout.splitlines()[-1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -37,6 +38,12 @@ def write_result(bench: str, name: str, parameters: dict[str, Any], rows: list[d
     }
     write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
     return path
+
+
+def environment_of_one_process() -> dict[str, str]:
+    """The environment without a launcher's or an earlier run's description of ranks, for a measured process."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in ranks}
 
 
 def hardware() -> dict[str, Any]:

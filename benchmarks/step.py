@@ -21,7 +21,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from benchmarks.result import write_result
+from benchmarks.result import environment_of_one_process, write_result
 from dist_train.cli import SECTIONS
 from dist_train.config import Recipe
 from dist_train.data.loader import Batch, TrainLoader
@@ -58,7 +58,7 @@ def run_point(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, An
     """One row, from a process of its own. Running out of memory is a result; raises WorkError for other failures."""
     point = json.dumps({"recipe": asdict(recipe), "arm": arm, "warmup": warmup, "steps": steps})
     command = [sys.executable, "-m", "benchmarks.step", point]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment_of_one_process())
     described = describe(recipe, arm)
     if done.returncode in (-9, 137):  # what Linux does to a process that takes more memory than there is
         return described | {"out_of_memory": True}
