@@ -18,6 +18,7 @@ from PIL import Image
 from dist_train.config import DataConfig
 from dist_train.data.loader import EvalLoader, Place
 from dist_train.data.manifest import read_manifest
+from dist_train.data.tarindex import index_tar, read_index
 from shards.__main__ import main
 from shards.build import build_shard_set
 from shards.plan import BuildOptions
@@ -175,6 +176,14 @@ def test_images_that_do_not_decode_are_listed_and_set_aside_by_the_loader(tmp_pa
     config = DataConfig(shards=str(folder), image_size=32, device="cpu", threads=1)
     (batch,) = EvalLoader(config, manifest, "train", Place(), batch_size=3)
     assert batch.weights.tolist() == [1, 0, 1] and batch.labels[batch.weights > 0].tolist() == [0, 1]
+
+
+def test_a_blank_in_an_extension_becomes_what_an_index_can_hold(tmp_path: Path) -> None:
+    plain_tar(tmp_path / "train-0.tar", *GOOD, ("0.a note", b"seen"))
+    assert main(["adopt", str(tmp_path), "--workers", "1"]) == 0
+    (sample,) = read_index(tmp_path / "train-0.tar")
+    assert sample.members == index_tar(tmp_path / "train-0.tar")[0].members
+    assert set(sample.members) == {"jpg", "cls", "a_note"} and sample.members["a_note"].size == 4
 
 
 def test_a_set_with_tags_for_some_samples_counts_as_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -208,7 +208,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_no_half_checkpoint(
 ) -> None:
     assert main(["train", *arguments(shards, small_disk / "run")]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"error: {small_disk}") and ("No space left on device" in said or "no room for" in said)
+    assert said.startswith(f"error: {small_disk}") and "no room for step-" in said
     assert newest_checkpoint(small_disk / "run") is None
 
 
