@@ -20,6 +20,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.result import environment_of_one_process, write_result
@@ -30,6 +31,13 @@ from dist_train.train.engine import build_engine, build_optimizer, deepspeed_set
 
 CLASSES = 40
 PHASES = ("forward", "backward", "step")
+# What an engine's step is made of beyond the model: operators as torch's profiler calls them, by their beginnings.
+SPENDING = {
+    "copies": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_"),
+    "norms": ("aten::linalg_vector_norm", "aten::div_", "aten::mul_", "aten::isfinite"),
+    "update": ("aten::_fused_", "aten::_foreach_"),
+    "collectives": ("c10d::", "gloo:", "nccl:"),
+}
 
 
 def measure_engine(
@@ -84,11 +92,27 @@ def measure_point(point: dict[str, Any]) -> dict[str, Any]:
         order = list(loops) if len(turns["bare"]) % 2 == 0 else list(loops)[::-1]
         for which in order:
             turns[which].append(loops[which](images, labels))
+    spent = {which: spending(lambda step=step: step(images, labels)) for which, step in loops.items()}
+    return (
+        {"zero_stage": point["zero_stage"], "micro_batch": point["micro_batch"], "turns": len(turns["bare"])}
+        | figures(turns, parameters / 1e6)
+        | {
+            f"{which}_{what}_ms_per_million": round((spent[which][what] - spent["bare"][what]) / (parameters / 1e6), 3)
+            for which in ("ours", "default")
+            for what in SPENDING
+        }
+    )
+
+
+def spending(step: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of one step in each kind of operator of SPENDING, their own time on the host."""
+    with profile(activities=[ProfilerActivity.CPU]) as traced:
+        step()
+    operators = traced.key_averages()
     return {
-        "zero_stage": point["zero_stage"],
-        "micro_batch": point["micro_batch"],
-        "turns": len(turns["bare"]),
-    } | figures(turns, parameters / 1e6)
+        what: sum(operator.self_cpu_time_total for operator in operators if operator.key.startswith(names)) / 1000
+        for what, names in SPENDING.items()
+    }
 
 
 def figures(turns: dict[str, list[dict[str, float]]], millions: float) -> dict[str, float]:

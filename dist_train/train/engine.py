@@ -23,6 +23,9 @@ from dist_train.models.layers import head_layer, is_decayed, layer_of
 
 # What the recipe decides; a DeepSpeed JSON file may repeat such a key but not contradict it.
 _SILENT_STEPS = 1 << 30
+# Numbers in a bucket of gradients or parameters. DeepSpeed's 5e8 is more than a ViT-L has: nothing would be reduced while
+# the backward pass still runs, and a buffer of that size is allocated at every step.
+_BUCKET = 50_000_000
 # Seconds for all ranks to come to the meeting point, where train.timeout_s is shorter.
 _START_S = 300.0
 
@@ -124,7 +127,8 @@ def precision_context(config: DeepSpeedConfig, device: torch.device) -> Abstract
 def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a recipe, with every default that changes results written out.
 
-    Raises UseError where deepspeed.config contradicts the recipe.
+    What changes no result (bucket sizes) is ours unless deepspeed.config has its own. Raises UseError where that file
+    contradicts the recipe.
     """
     config = recipe.deepspeed
     settings: dict[str, Any] = {
@@ -141,14 +145,26 @@ def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int) -> dic
         "fp16": {"enabled": config.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
         "steps_per_print": _SILENT_STEPS,
     }
-    if config.config is None:
-        return settings
-    path = Path(config.config)
-    try:
-        extra = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UseError(f"deepspeed.config {path}: cannot be read as JSON ({error})") from None
+    extra: dict[str, Any] = {}
+    path = Path(config.config or "")
+    if config.config is not None:
+        try:
+            extra = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UseError(f"deepspeed.config {path}: cannot be read as JSON ({error})") from None
+    extra["zero_optimization"] = _buckets(config.zero_stage, world_size) | extra.get("zero_optimization", {})
     return _merge(extra, settings, path, "")
+
+
+def _buckets(zero_stage: int, world_size: int) -> dict[str, Any]:
+    """How ZeRO collects gradients; `python -m benchmarks engine` measures what it saves."""
+    return {
+        "reduce_bucket_size": _BUCKET,
+        "allgather_bucket_size": _BUCKET,
+        # One buffer for the gradients of a bucket spares the allocator of many ranks; one process has nothing to send
+        # and would only copy. Not for ZeRO 3, which needs it, nor with offload, which sets it by itself.
+        "contiguous_gradients": world_size > 1 or zero_stage == 3,
+    }
 
 
 def _offload(config: DeepSpeedConfig) -> dict[str, Any]:
