@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks.sweeps import add_sweeps, numbers
 from dist_train.errors import UseError, run_command
 
 
@@ -21,10 +22,13 @@ def main(arguments: list[str] | None = None) -> int:
     _add_step(commands)
     _add_ifa(commands)
     _add_kill(commands)
-    report = commands.add_parser("report", help="tables and charts of all results: benchmarks/RESULTS.md")
+    add_sweeps(commands)
+    report = commands.add_parser(
+        "report", help="all results as a page, benchmarks/results.html, and as benchmarks/RESULTS.md"
+    )
     report.set_defaults(command=_report)
     options, recipe_arguments = parser.parse_known_args(arguments)
-    if recipe_arguments and options.command is not _step:
+    if recipe_arguments and not getattr(options, "takes_recipe", False):
         parser.error(f"unrecognized arguments: {' '.join(recipe_arguments)}")
     options.recipe_arguments = recipe_arguments
     return run_command(lambda: options.command(options))
@@ -145,8 +149,8 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
 def _engine(options: argparse.Namespace) -> int:
     from benchmarks.engine import measure_engine
 
-    stages = _numbers("--stages", options.stages)
-    micro_batches = _numbers("--micro-batches", options.micro_batches)
+    stages = numbers("--stages", options.stages)
+    micro_batches = numbers("--micro-batches", options.micro_batches)
     print(
         measure_engine(
             options.backbone, options.size, stages, micro_batches, options.pairs, options.seconds, options.name
@@ -168,7 +172,7 @@ def _add_step(commands: argparse._SubParsersAction) -> None:
     step.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before (default: %(default)s)")
     step.add_argument("--steps", type=int, default=30, metavar="N", help="steps measured (default: %(default)s)")
     step.add_argument("--name", required=True, help="of the result: benchmarks/results/step/NAME.json")
-    step.set_defaults(command=_step)
+    step.set_defaults(command=_step, takes_recipe=True)
 
 
 def _step(options: argparse.Namespace) -> int:
@@ -196,6 +200,7 @@ def _add_ifa(commands: argparse._SubParsersAction) -> None:
     ifa.add_argument("--size", type=int, default=128, help="side of an image (default: %(default)s)")
     ifa.add_argument("--classes", type=int, default=3263, help="(default: DAF's %(default)s)")
     ifa.add_argument("--pairs", type=int, default=10, metavar="N", help="turns (default: %(default)s)")
+    ifa.add_argument("--precision", default="float32", choices=("float32", "bf16"), help="(default: %(default)s)")
     ifa.add_argument("--name", required=True, help="of the result: benchmarks/results/ifa/NAME.json")
     ifa.set_defaults(command=_ifa)
 
@@ -203,7 +208,7 @@ def _add_ifa(commands: argparse._SubParsersAction) -> None:
 def _ifa(options: argparse.Namespace) -> int:
     from benchmarks.ifa import measure_ifa
 
-    tokens = _numbers("--text-tokens", options.text_tokens)
+    tokens = numbers("--text-tokens", options.text_tokens)
     print(
         measure_ifa(
             options.backbones.split(","),
@@ -212,6 +217,7 @@ def _ifa(options: argparse.Namespace) -> int:
             options.size,
             options.classes,
             options.pairs,
+            options.precision,
             options.name,
         )
     )
@@ -251,13 +257,6 @@ def _kill(options: argparse.Namespace) -> int:
         )
     )
     return 0
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise UseError(f"{option}: numbers separated by commas are expected, not '{text}'") from None
 
 
 def _report(_: argparse.Namespace) -> int:

@@ -22,8 +22,13 @@ RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "deepspeed", "timm", "webdataset", "ffcv", "numpy", "numba")
 
 
-def write_result(bench: str, name: str, parameters: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """Write `benchmarks/results/BENCH/NAME.json` (README.md, "Benchmarks"); returns its path."""
+def write_result(
+    bench: str, name: str, parameters: dict[str, Any], rows: list[dict[str, Any]], more: dict[str, Any] | None = None
+) -> Path:
+    """Write `benchmarks/results/BENCH/NAME.json` (README.md, "Benchmarks"); returns its path.
+
+    more: further entries of the document, such as what the rows answer.
+    """
     path = RESULTS / bench / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
@@ -35,9 +40,28 @@ def write_result(bench: str, name: str, parameters: dict[str, Any], rows: list[d
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "parameters": parameters,
         "rows": rows,
-    }
+    } | (more or {})
     write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
     return path
+
+
+def read_rows(bench: str, name: str) -> list[dict[str, Any]]:
+    """The rows of a result; none where there is no such result."""
+    path = RESULTS / bench / f"{name}.json"
+    return json.loads(path.read_bytes())["rows"] if path.exists() else []
+
+
+def finished_rows(bench: str, name: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a result that was begun with the same parameters, commit and hardware; else none."""
+    path = RESULTS / bench / f"{name}.json"
+    if not path.exists():
+        return []
+    document = json.loads(path.read_bytes())
+    mine = {"parameters": json.loads(json.dumps(parameters)), "commit": _commit(), "hardware": hardware()}
+    if any(document[key] != value for key, value in mine.items()):
+        print(f"{path}: of another commit, machine or parameters; begun anew", file=sys.stderr)
+        return []
+    return document["rows"]
 
 
 def environment_of_one_process() -> dict[str, str]:

@@ -7,6 +7,7 @@ batch that stays on the device (the model alone), `loader` only loads, `end_to_e
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -54,13 +55,27 @@ def measure_steps(recipe: Recipe, arms: list[Arm], warmup: int, steps: int, name
     return write_result("step", name, {"recipe": asdict(recipe), "warmup": warmup, "steps": steps}, rows)
 
 
-def run_point(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any]:
-    """One row, from a process of its own. Running out of memory is a result; raises WorkError for other failures."""
-    point = json.dumps({"recipe": asdict(recipe), "arm": arm, "warmup": warmup, "steps": steps})
+def run_point(
+    recipe: Recipe,
+    arm: Arm,
+    warmup: int,
+    steps: int,
+    environment: dict[str, str] | None = None,
+    memory_limit: int = 0,
+) -> dict[str, Any]:
+    """One row, from a process of its own. Running out of memory is a result; raises WorkError for other failures.
+
+    environment: variables to set beside this process's. memory_limit: bytes that the process may take on its device, 0
+    for what there is.
+    """
+    limits = {"warmup": warmup, "steps": steps, "memory_limit": memory_limit}
+    point = json.dumps({"recipe": asdict(recipe), "arm": arm} | limits)
     command = [sys.executable, "-m", "benchmarks.step", point]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment_of_one_process())
+    environment = environment_of_one_process() | (environment or {})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     described = describe(recipe, arm)
-    if done.returncode in (-9, 137):  # what Linux does to a process that takes more memory than there is
+    # -9 is what Linux does to a process that takes more memory than there is.
+    if done.returncode in (-9, 137) or (done.returncode < 0 and "bad_alloc" in done.stderr):
         return described | {"out_of_memory": True}
     if done.returncode == 0:
         return described | json.loads(done.stdout.splitlines()[-1])
@@ -90,7 +105,7 @@ def measure_point(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+        if not any(words in str(error) for words in ("can't allocate memory", "could not create a memory")):
             raise
         return {"out_of_memory": True}
 
@@ -253,8 +268,17 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     return recipe
 
 
+def limit_memory(limit: int) -> None:
+    """Let this process allocate at most `limit` bytes on its device, 0 for no limit."""
+    if limit and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info()[1]))
+    elif limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
 def main(point: dict[str, Any]) -> int:
     """Measure a point in this process and print its row."""
+    limit_memory(point["memory_limit"])
     row = measure_point(recipe_from_dict(point["recipe"]), point["arm"], point["warmup"], point["steps"])
     print(json.dumps(row | {"peak_resident_mb": round(peak_resident_mb(), 1)}))
     return 0

@@ -1,0 +1,246 @@
+"""What a batch size costs and gains: step time, memory, time and money per epoch, and with training the accuracy.
+
+Every point of the sweep (model, head, image size, global batch, micro-batch) is measured by `benchmarks.step` in a
+process of its own. The result is written after each point, and the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.accuracy import finish_runs, read_summary
+from benchmarks.result import finished_rows, write_result
+from benchmarks.step import PAPER_CLASSES, Arm, run_point
+from dist_train.config import Recipe
+from dist_train.data.manifest import read_manifest
+from dist_train.errors import UseError
+from dist_train.models.build import build_model
+from dist_train.train.engine import compute_dtype
+from dist_train.train.inputs import one_sample
+from dist_train.train.meters import matmul_rate, training_flops_per_sample
+
+PAPER_SAMPLES = 322_947  # of DAF's train split; of an epoch where the recipe's shard set is not there
+START_S = 12.0  # of a measuring process, roughly; only the printed plan uses it
+UTILISATION = 0.5  # of the matrix-product rate, likewise
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The points of a sweep, and what is asked of each.
+
+    micro_batch: also measure each batch accumulated from micro-batches of this many (0: not). search: find the largest
+    micro-batch that fits, up to this many (0: not). memory_gb: what a process may take, 10**9 bytes (0: what there is).
+    price_per_hour: of the device. tolerance: points of top-1 that the recommended batch may be below the best.
+    """
+
+    backbones: tuple[str, ...]
+    heads: tuple[str, ...]
+    batches: tuple[int, ...]
+    sizes: tuple[int, ...]
+    arm: Arm = "synthetic"
+    micro_batch: int = 0
+    search: int = 0
+    memory_gb: float = 0.0
+    price_per_hour: float | None = None
+    accuracy: bool = False
+    tolerance: float = 1.0
+    warmup: int = 2
+    steps: int = 10
+
+
+def measure_batch_sizes(base: Recipe, sweep: Sweep, jobs: int, name: str) -> Path:
+    """Measure every point that is not yet in the result, train if asked to, and return the path of the result.
+
+    jobs: points at a time, each on a GPU of its own.
+    """
+    gpus = torch.cuda.device_count()
+    if jobs > max(1, gpus):
+        raise UseError(f"--jobs {jobs}: points at the same time need a GPU each, here are {gpus}; use {max(1, gpus)}")
+    samples = samples_per_epoch(base)
+    recipes = list(points(base, sweep))
+    parameters = {"recipe": asdict(base), "sweep": asdict(sweep), "samples_per_epoch": samples}
+    there = {key_of(row): row for row in finished_rows("batch_size", name, parameters)}
+    left = [recipe for recipe in recipes if key_of(describe(recipe)) not in there]
+    print(describe_plan(left, len(recipes), sweep, samples))
+    rows = list(there.values())
+    path = write_result("batch_size", name, parameters, rows)
+
+    def measure(numbered: tuple[int, Recipe]) -> dict[str, Any]:
+        environment = {"CUDA_VISIBLE_DEVICES": str(numbered[0] % jobs)} if gpus else {}
+        return measure_point(numbered[1], sweep, samples, environment)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for row in pool.map(measure, enumerate(left)):
+            rows.append(row)
+            path = write_result("batch_size", name, parameters, rows)
+            print(", ".join(f"{key} {value}" for key, value in row.items() if value is not None))
+    if sweep.accuracy:
+        for recipe in finish_runs(recipes_to_train(recipes, rows), jobs, "accuracy"):
+            add_accuracy(rows, recipe)
+            mark_front(rows, sweep.tolerance)
+            path = write_result("batch_size", name, parameters, rows)
+    return path
+
+
+def points(base: Recipe, sweep: Sweep) -> Iterator[Recipe]:
+    """The recipe of every point."""
+    folder = Path(base.train.run)
+    for backbone in sweep.backbones:
+        for head in sweep.heads:
+            for size in sweep.sizes:
+                for batch in sweep.batches:
+                    for micro in {0, sweep.micro_batch if sweep.micro_batch < batch else 0}:
+                        if micro and batch % micro:
+                            raise UseError(f"--micro-batch {micro} does not divide the batch size {batch}")
+                        run = folder / f"{backbone}-{head}-{size}px-batch{batch}"
+                        yield replace(
+                            base,
+                            data=replace(base.data, image_size=size),
+                            model=replace(base.model, backbone=backbone, head=head),
+                            train=replace(base.train, batch_size=batch, micro_batch_size=micro, run=str(run)),
+                        )
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """What tells one point from another."""
+    micro = recipe.train.micro_batch_size or recipe.train.batch_size
+    return {
+        "backbone": recipe.model.backbone,
+        "head": recipe.model.head,
+        "image_size": recipe.data.image_size,
+        "batch_size": recipe.train.batch_size,
+        "micro_batch": micro,
+        "accumulation": recipe.train.batch_size // micro,
+        "precision": recipe.deepspeed.precision,
+    }
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The point that a row is of."""
+    return tuple(row[key] for key in ("backbone", "head", "image_size", "batch_size", "micro_batch"))
+
+
+def is_accumulated(recipe: Recipe) -> bool:
+    """Whether the batch is made of several micro-batches, which changes nothing in what is learnt."""
+    return recipe.train.micro_batch_size not in (0, recipe.train.batch_size)
+
+
+def measure_point(recipe: Recipe, sweep: Sweep, samples: int, environment: dict[str, str]) -> dict[str, Any]:
+    """One row: cost of a step and of an epoch, and the largest micro-batch if it is searched."""
+    row = describe(recipe)
+    limit = int(sweep.memory_gb * 1e9)
+    measured = run_point(recipe, sweep.arm, sweep.warmup, sweep.steps, environment, limit)
+    if measured.get("out_of_memory") is True:
+        row["out_of_memory"] = True
+    else:
+        minutes = samples / measured["images_per_s"] / 60
+        row |= {key: measured[key] for key in ("step_ms", "step_ms_p95", "images_per_s")}
+        row |= {"peak_mb": measured["memory_mb"], "saved_activations_mb": measured.get("saved_activations_mb")}
+        row |= {"mfu_of_matmul": measured.get("mfu_of_matmul"), "epoch_minutes": round(minutes, 3)}
+        row["train_minutes"] = round(minutes * recipe.train.epochs, 3)
+        for what in ("epoch", "train") if sweep.price_per_hour is not None else ():
+            row[f"{what}_price"] = round(row[f"{what}_minutes"] / 60 * (sweep.price_per_hour or 0), 4)
+    if sweep.search and not is_accumulated(recipe):
+        row["largest_micro_batch"] = largest_micro_batch(recipe, sweep.search, environment, limit)
+    return row
+
+
+def largest_micro_batch(recipe: Recipe, most: int, environment: dict[str, str], limit: int) -> int:
+    """The largest micro-batch of which one training step fits, to an eighth of it; `most` if that fits, 0 if none.
+
+    Doubled until it does not fit, then halved between. limit: bytes that a process may take, 0 for no limit.
+    """
+
+    def fits(size: int) -> bool:
+        tried = replace(recipe, train=replace(recipe.train, batch_size=size, micro_batch_size=0))
+        return run_point(tried, "synthetic", 0, 2, environment, limit).get("out_of_memory") is not True
+
+    low, high = 0, 16
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    if low * 2 > most:
+        return low
+    while high - low > max(1, low // 8):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def samples_per_epoch(recipe: Recipe) -> int:
+    """Samples of the train split of the recipe's shard set, or the paper's where the set is not there."""
+    try:
+        return read_manifest(recipe.data.shards).split("train").samples
+    except UseError:
+        return PAPER_SAMPLES
+
+
+def describe_plan(left: list[Recipe], total: int, sweep: Sweep, samples: int) -> str:
+    """What will be measured and trained, and roughly how long it takes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seconds = training = 0.0
+    rates: dict[tuple[str, int], float] = {}
+    for recipe in left:
+        model = (recipe.model.backbone, recipe.data.image_size)
+        if model not in rates:
+            config = replace(recipe.model, weights="none")
+            network = build_model(config, recipe.data.image_size, PAPER_CLASSES, 30522 if config.text_tokens else 0)[0]
+            flops = training_flops_per_sample(network, *one_sample(recipe))
+            rates[model] = UTILISATION * matmul_rate(device, compute_dtype(recipe.deepspeed)) / flops
+        seconds += START_S + (sweep.warmup + sweep.steps) * recipe.train.batch_size / rates[model]
+        if sweep.accuracy and not is_accumulated(recipe):
+            training += recipe.train.epochs * samples / rates[model]
+    searched = ", without the search for the largest micro-batch" if sweep.search else ""
+    lines = [f"{len(left)} of {total} points to measure, about {seconds / 60:.0f} minutes{searched}"]
+    if training:
+        lines.append(
+            f"training to the end at each batch size, about {training / 3600:.1f} hours where nothing is done yet"
+        )
+    return "\n".join(lines)
+
+
+def recipes_to_train(recipes: list[Recipe], rows: list[dict[str, Any]]) -> list[Recipe]:
+    """One recipe for each model, head, image size and batch: with the fastest of the micro-batches that fit."""
+    by_key = {key_of(row): row for row in rows}
+    fastest: dict[tuple[Any, ...], Recipe] = {}
+    for recipe in recipes:
+        row = by_key[key_of(describe(recipe))]
+        best = fastest.get(key_of(row)[:-1])
+        if "step_ms" in row and (best is None or row["step_ms"] < by_key[key_of(describe(best))]["step_ms"]):
+            fastest[key_of(row)[:-1]] = recipe
+    return list(fastest.values())
+
+
+def add_accuracy(rows: list[dict[str, Any]], recipe: Recipe) -> None:
+    """Put the test accuracy of a finished run into its row, and into that of the same batch accumulated."""
+    top1 = read_summary(recipe)["evaluations"]["test"]["top1"]
+    same = ("backbone", "head", "image_size", "batch_size")
+    point = describe(recipe)
+    for row in rows:
+        if all(row[key] == point[key] for key in same):
+            row["top1"] = top1
+
+
+def mark_front(rows: list[dict[str, Any]], tolerance: float) -> None:
+    """Mark the rows that no other beats in both training time and accuracy, and the recommended one.
+
+    Recommended is the cheapest whose top-1 is at most `tolerance` points below the best.
+    """
+    known = [row for row in rows if "top1" in row and "train_minutes" in row]
+    for row in known:
+        row["pareto"] = not any(
+            other["train_minutes"] <= row["train_minutes"]
+            and other["top1"] >= row["top1"]
+            and (other["train_minutes"], other["top1"]) != (row["train_minutes"], row["top1"])
+            for other in known
+        )
+        row["recommended"] = False
+    if known:
+        best = max(row["top1"] for row in known)
+        good = [row for row in known if 100 * row["top1"] >= 100 * best - tolerance]
+        min(good, key=lambda row: row["train_minutes"])["recommended"] = True

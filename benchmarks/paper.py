@@ -1,0 +1,219 @@
+"""The paper's tables, its numbers beside ours.
+
+The cells, their recipes and the paper's numbers are in `launch/recipes/paper`. What the paper calls "Difference" is
+relative and its baselines are mixed; here differences are in points and each names its baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.accuracy import finish_runs, is_finished, read_summary
+from benchmarks.result import write_result
+from dist_train.cli import parse_recipe
+from dist_train.config import Recipe
+from dist_train.data.manifest import MANIFEST_NAME
+from dist_train.data.text import WHOLE_TAGS
+from dist_train.errors import UseError
+
+RECIPES = Path(__file__).parents[1] / "launch" / "recipes" / "paper"
+SMALL_SHARDS = Path("data/paper-small")
+SMALL_RUNS = Path("runs/paper-small")
+SMALL_PICTURES, SMALL_EPOCHS = 800, 2
+# Table 6 compares with CLS runs that are not printed; these follow from its accuracies and differences.
+IMPLIED = {
+    "b16": {16: 87.57, 32: 85.90, 64: 82.97, 128: 76.63, 256: 62.13},
+    "b32": {16: 80.65, 32: 79.15, 64: 74.99, 128: 66.23, 256: 49.14},
+}
+# Figure 3 shows ViT-B/32 with a small and a large batch and both heads.
+FIGURE_3 = (
+    ("table2", "b32-batch16-128px"),
+    ("table2", "b32-batch256-128px"),
+    ("table6", "b32-batch16"),
+    ("table6", "b32-batch256"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table. baseline: the cell (or words) that the paper's difference is to, with its accuracy."""
+
+    table: str
+    name: str
+    recipe: Recipe
+    paper_top1: float
+    baseline: str | None = None
+    paper_baseline_top1: float | None = None
+    own_baseline: Recipe | None = None
+
+
+def run_table(
+    table: str,
+    scale: str,
+    names: list[str] | None,
+    render: bool,
+    vocabulary: Path | None,
+    jobs: int,
+    result_name: str,
+) -> str:
+    """Run the cells of a table (1 to 6, fig3) that are not finished, write the result, and return it as text.
+
+    names: these cells only. render: run nothing. Raises UseError for cells that are not in the table.
+    """
+    cells = table_cells(table, scale, vocabulary)
+    if unknown := set(names or ()) - {cell.name for cell in cells}:
+        raise UseError(
+            f"--cells: table {table} has no cell '{min(unknown)}'; it has {', '.join(c.name for c in cells)}"
+        )
+    chosen = [cell for cell in cells if names is None or cell.name in names]
+    if not render:
+        if scale == "small":
+            draw_small_set()
+        for _ in finish_runs([cell.recipe for cell in chosen], jobs, f"table {table}"):
+            write_table(table, scale, cells, result_name)
+    path, rows = write_table(table, scale, cells, result_name)
+    if table == "fig3" and not render:
+        from benchmarks.landscape import measure_landscape
+
+        runs = [Path(cell.recipe.train.run) for cell in chosen]
+        points, samples = (21, 256) if scale == "full" else (5, 32)
+        measure_landscape(runs, "test", samples, points, 1.0, points, 0, result_name)
+    return f"{as_text(rows)}\n{path}"
+
+
+def table_cells(table: str, scale: str, vocabulary: Path | None) -> list[Cell]:
+    """The cells of a table with their recipes."""
+    listed = yaml.safe_load((RECIPES / "rows.yaml").read_text(encoding="utf-8"))
+    by_name = {(name, row["cell"]): row for name, rows in listed.items() for row in rows}
+    wanted = FIGURE_3 if table == "fig3" else [key for key in by_name if key[0] == f"table{table}"]
+
+    def recipe(key: tuple[str, str]) -> Recipe:
+        return cell_recipe(key[0], by_name[key]["overrides"], scale, vocabulary)
+
+    cells = []
+    for key in wanted:
+        cell = Cell(table, key[1], recipe(key), by_name[key]["paper_top1"])
+        base = baseline_of(*key) if table in ("3", "5", "6") else None
+        if base is not None:
+            model, _, batch = key[1].partition("-batch")
+            implied = IMPLIED[model][int(batch)] if table == "6" else by_name[base]["paper_top1"]
+            words = f"{'/'.join(base)} (the paper's own is not printed)" if table == "6" else "/".join(base)
+            cell = replace(cell, baseline=words, paper_baseline_top1=implied, own_baseline=recipe(base))
+        cells.append(cell)
+    return cells
+
+
+def baseline_of(table: str, cell: str) -> tuple[str, str]:
+    """The cell that a cell of Tables 3, 5 and 6 is compared with.
+
+    Table 3 and the ViTs of Table 5: Table 1, pretrained, whose schedule is another. The ViLTs of Table 5: Table 3.
+    Table 6: the paper does not say; Table 2 has the same batch sizes with the CLS head, under another schedule.
+    """
+    if table == "table6":
+        return "table2", f"{cell}-128px"
+    if table == "table5" and cell.startswith("vilt-"):
+        return "table3", cell
+    return "table1", f"{cell.partition('-')[2]}-pretrained"
+
+
+def cell_recipe(table: str, overrides: dict[str, Any], scale: str, vocabulary: Path | None) -> Recipe:
+    """A cell's recipe; small: tiny ViTs for base, small for large, half the image, drawn characters, no weights."""
+    arguments = ["--config", str(RECIPES / f"{table}.yaml")]
+    for key, value in overrides.items():
+        arguments += [f"--{key}", str(value)]
+    recipe, _ = parse_recipe(arguments)
+    if vocabulary is not None:
+        recipe = replace(recipe, data=replace(recipe.data, tokenizer=str(vocabulary)))
+    if scale == "full":
+        return recipe
+    backbone = recipe.model.backbone.replace("vit_base", "vit_tiny").replace("vit_large", "vit_small")
+    data = replace(recipe.data, shards=str(SMALL_SHARDS), image_size=recipe.data.image_size // 2, crop_margin=8)
+    if vocabulary is None:
+        data = replace(data, tokenizer=WHOLE_TAGS)
+    # Shorter than the paper's warm-up: a tenth of the steps, about.
+    steps = SMALL_EPOCHS * round(0.7 * SMALL_PICTURES) // recipe.train.batch_size
+    return replace(
+        recipe,
+        data=data,
+        optim=replace(recipe.optim, warmup_steps=min(recipe.optim.warmup_steps, steps // 10)),
+        model=replace(recipe.model, backbone=backbone, weights="none"),
+        train=replace(
+            recipe.train,
+            run=str(SMALL_RUNS / Path(recipe.train.run).relative_to("runs")),
+            epochs=SMALL_EPOCHS,
+            keep_checkpoints=1,
+            eval_every=SMALL_EPOCHS,
+        ),
+    )
+
+
+def draw_small_set() -> None:
+    """The drawn characters of the small scale, unless they are there."""
+    if not (SMALL_SHARDS / MANIFEST_NAME).exists():
+        from shards.build import build_shard_set
+        from shards.demo import demo_records
+        from shards.plan import BuildOptions
+
+        build_shard_set(demo_records(20, SMALL_PICTURES, 72, 3), SMALL_SHARDS, BuildOptions(size=72))
+
+
+def write_table(table: str, scale: str, cells: list[Cell], name: str) -> tuple[Path, list[dict[str, Any]]]:
+    """Write what is finished; the path of the result, and its rows."""
+    rows = [row_of(cell, scale) for cell in cells]
+    parameters = {"table": table, "scale": scale}
+    if scale == "small":
+        parameters["note"] = (
+            "ViT-B is a ViT-Ti here and ViT-L a ViT-S, images have half the side, both data sets are drawn characters, "
+            f"{SMALL_EPOCHS} epochs from scratch: it shows that every recipe runs, not what the paper found"
+        )
+    return write_result("paper", name, parameters, rows), rows
+
+
+def row_of(cell: Cell, scale: str) -> dict[str, Any]:
+    """A cell: the paper's number, and ours or null. Accuracies in percent."""
+    ours = own_top1(cell.recipe)
+    base = own_top1(cell.own_baseline) if cell.own_baseline else None
+    row = {"table": cell.table, "cell": cell.name, "scale": scale, "paper_top1": cell.paper_top1, "top1": ours}
+    row["difference_points"] = minus(ours, cell.paper_top1)
+    row["baseline"] = cell.baseline
+    before = cell.paper_baseline_top1
+    row["paper_difference_percent"] = round(100 * (cell.paper_top1 - before) / before, 2) if before else None
+    row["paper_difference_points"] = minus(cell.paper_top1, before)
+    row["our_difference_points"] = minus(ours, base)
+    return row
+
+
+def own_top1(recipe: Recipe) -> float | None:
+    """Test top-1 of a finished run in percent; None where it was not run to its end."""
+    if not is_finished(recipe):
+        return None
+    return round(100 * read_summary(recipe)["evaluations"]["test"]["top1"], 2)
+
+
+def minus(a: float | None, b: float | None) -> float | None:
+    """a - b, to two digits; None without both."""
+    return None if a is None or b is None else round(a - b, 2)
+
+
+def as_text(rows: Iterable[dict[str, Any]]) -> str:
+    """A table of columns for the terminal; blank where a cell was not run."""
+    columns = {
+        "cell": "cell",
+        "paper_top1": "paper",
+        "top1": "ours",
+        "difference_points": "ours - paper",
+        "baseline": "baseline",
+        "paper_difference_points": "paper - baseline",
+        "our_difference_points": "ours - our baseline",
+    }
+    rows = list(rows)
+    shown = [key for key in columns if any(row[key] is not None for row in rows) or key == "top1"]
+    cells = [[columns[key] for key in shown]]
+    cells += [["" if row[key] is None else str(row[key]) for key in shown] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(shown))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
