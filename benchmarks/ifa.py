@@ -37,7 +37,7 @@ PAPER = {
     "ifa_minutes_per_epoch": 19,
     "cls_gb": 13.1,
     "ifa_gb": 14.4,
-    "why": "the reference stacks all tokens of all blocks, (B, S, D, L), and then takes token 0: 0.61 GB in float32 for "
+    "why": "the reference stacks all tokens of all blocks, (B, S, D, L), then takes token 0: 0.61 GB in float32 for "
     "S = 65, D = 768, L = 12, and as much for its gradient. Taking token 0 first needs (B, D, L), 9.4 MB",
 }
 """What the paper says of the IFA head's cost, and where it comes from."""
