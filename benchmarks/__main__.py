@@ -142,6 +142,9 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
     engine.add_argument(
         "--seconds", type=float, default=60, metavar="T", help="more turns up to this time (%(default)s)"
     )
+    engine.add_argument(
+        "--settings", action="store_true", help="turn our settings back one at a time, for what each of them saves"
+    )
     engine.add_argument("--name", required=True, help="of the result: benchmarks/results/engine/NAME.json")
     engine.set_defaults(command=_engine)
 
@@ -153,7 +156,14 @@ def _engine(options: argparse.Namespace) -> int:
     micro_batches = numbers("--micro-batches", options.micro_batches)
     print(
         measure_engine(
-            options.backbone, options.size, stages, micro_batches, options.pairs, options.seconds, options.name
+            options.backbone,
+            options.size,
+            stages,
+            micro_batches,
+            options.pairs,
+            options.seconds,
+            options.settings,
+            options.name,
         )
     )
     return 0

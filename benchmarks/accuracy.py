@@ -28,6 +28,7 @@ from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError, run_command
 
 SUMMARY_NAME = "summary.json"
+_ANSWER = "answer: "  # begins a worker's answer; libraries print too, some when they are imported
 
 
 def finish_runs(recipes: Sequence[Recipe], jobs: int, what: str) -> Iterator[Recipe]:
@@ -132,12 +133,12 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps(asdict(recipe)) + "\n")
             self._process.stdin.flush()
-            answer = self._process.stdout.readline()
         except BrokenPipeError:
-            answer = ""
-        if not answer:
-            return f"its process ended with status {self._process.wait()}; see {self._log}"
-        return json.loads(answer)
+            pass  # it has ended, as its output says
+        for line in self._process.stdout:
+            if line.startswith(_ANSWER):
+                return json.loads(line.removeprefix(_ANSWER))
+        return f"its process ended with status {self._process.wait()}; see {self._log}"
 
     def close(self) -> None:
         """End the process."""
@@ -151,7 +152,7 @@ def serve() -> int:
     from dist_train.train.loop import train
 
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # whatever a library prints from here on is no answer
     for line in sys.stdin:
         recipe, failure = recipe_from_dict(json.loads(line)), None
         try:
@@ -161,7 +162,7 @@ def serve() -> int:
         else:
             if not (Path(recipe.train.run) / SUMMARY_NAME).is_file():
                 return 0  # asked to stop: the run has saved and goes on another time
-        print(json.dumps(failure), file=answers, flush=True)
+        print(f"{_ANSWER}{json.dumps(failure)}", file=answers, flush=True)
     return 0
 
 

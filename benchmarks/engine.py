@@ -40,23 +40,41 @@ SPENDING = {
 }
 
 
+# What DeepSpeed does by itself where our configuration does something else: one of them turned back at a time.
+TURNED_BACK: dict[str, dict[str, Any]] = {
+    "bucket sizes": {"reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_000},
+    "contiguous gradients": {"contiguous_gradients": True},
+    "overlap": {"overlap_comm": True},
+    "fused optimizer": {},
+}
+
+
 def measure_engine(
-    backbone: str, size: int, stages: list[int], micro_batches: list[int], pairs: int, seconds: float, name: str
+    backbone: str,
+    size: int,
+    stages: list[int],
+    micro_batches: list[int],
+    pairs: int,
+    seconds: float,
+    settings: bool,
+    name: str,
 ) -> Path:
     """Measure every combination of ZeRO stage and micro-batch in a process of its own and write the result.
 
-    pairs: turns at least; more of them as far as `seconds` allow. Returns the path of the result.
+    pairs: turns at least; more of them as far as `seconds` allow. settings: a row for each setting of ours that is
+    turned back instead of the comparison with DeepSpeed's defaults. Returns the path of the result.
     """
     rows = []
     points = [(stage, micro_batch) for stage in stages for micro_batch in micro_batches]
     for stage, micro_batch in tqdm(points, desc="engine", disable=not sys.stderr.isatty()):
         point = {"backbone": backbone, "size": size, "zero_stage": stage, "micro_batch": micro_batch}
+        point["settings"] = settings
         limits = {"pairs": pairs, "seconds": seconds}
         command = [sys.executable, "-m", "benchmarks.engine", json.dumps(point | limits)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment_of_one_process())
         if done.returncode:
             raise WorkError(f"ZeRO {stage}, micro-batch {micro_batch}: {done.stderr.strip().splitlines()[-1]}")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        rows += json.loads(done.stdout.splitlines()[-1])
     parameters = {
         "backbone": backbone,
         "size": size,
@@ -67,8 +85,8 @@ def measure_engine(
     return write_result("engine", name, parameters, rows)
 
 
-def measure_point(point: dict[str, Any]) -> dict[str, Any]:
-    """One row: the three loops in turns."""
+def measure_point(point: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one combination: the loops in turns."""
     place = init_process_group()
     recipe = make_recipe(point["backbone"], point["micro_batch"], point["zero_stage"])
     images = torch.randn(point["micro_batch"], 3, point["size"], point["size"])
@@ -78,30 +96,49 @@ def measure_point(point: dict[str, Any]) -> dict[str, Any]:
         torch.manual_seed(0)
         return build_model(recipe.model, point["size"], CLASSES, 0)[0]
 
-    parameters = sum(parameter.numel() for parameter in model().parameters())
+    millions = sum(parameter.numel() for parameter in model().parameters()) / 1e6
     loops = {
         "bare": bare_loop(model(), recipe),
         "ours": engine_loop(build_engine(model(), recipe, place, point["micro_batch"])),
-        "default": engine_loop(default_engine(model(), recipe, point["micro_batch"])),
     }
+    if point["settings"]:
+        for what, theirs in TURNED_BACK.items():
+            loops[what] = engine_loop(changed_engine(model(), recipe, point["micro_batch"], what, theirs))
+    else:
+        loops["default"] = engine_loop(default_engine(model(), recipe, point["micro_batch"]))
+    turns = take_turns(loops, images, labels, point["pairs"], point["seconds"])
+    where = {"zero_stage": point["zero_stage"], "micro_batch": point["micro_batch"], "turns": len(turns["bare"])}
+    if point["settings"]:
+        return [
+            where | {"turned_back": what} | figures(turns, millions, {"ours": "ours", "it": what})
+            for what in TURNED_BACK
+        ]
+    spent = {which: spending(lambda step=step: step(images, labels)) for which, step in loops.items()}
+    spent_on = {
+        f"{which}_{what}_ms_per_million": round((spent[which][what] - spent["bare"][what]) / millions, 3)
+        for which in ("ours", "default")
+        for what in SPENDING
+    }
+    return [where | figures(turns, millions, {"ours": "ours", "default": "default"}) | spent_on]
+
+
+def take_turns(
+    loops: dict[str, Callable[[Tensor, Tensor], dict[str, float]]],
+    images: Tensor,
+    labels: Tensor,
+    pairs: int,
+    seconds: float,
+) -> dict[str, list[dict[str, float]]]:
+    """Milliseconds of each phase of each loop's steps: `pairs` of them at least, more as far as `seconds` allow."""
     turns: dict[str, list[dict[str, float]]] = {which: [] for which in loops}
     for step in loops.values():  # the first step allocates
         step(images, labels)
-    end = time.perf_counter() + point["seconds"]
-    while len(turns["bare"]) < point["pairs"] or time.perf_counter() < end:
+    end = time.perf_counter() + seconds
+    while len(turns["bare"]) < pairs or time.perf_counter() < end:
         order = list(loops) if len(turns["bare"]) % 2 == 0 else list(loops)[::-1]
         for which in order:
             turns[which].append(loops[which](images, labels))
-    spent = {which: spending(lambda step=step: step(images, labels)) for which, step in loops.items()}
-    return (
-        {"zero_stage": point["zero_stage"], "micro_batch": point["micro_batch"], "turns": len(turns["bare"])}
-        | figures(turns, parameters / 1e6)
-        | {
-            f"{which}_{what}_ms_per_million": round((spent[which][what] - spent["bare"][what]) / (parameters / 1e6), 3)
-            for which in ("ours", "default")
-            for what in SPENDING
-        }
-    )
+    return turns
 
 
 def spending(step: Callable[[], Any]) -> dict[str, float]:
@@ -115,18 +152,21 @@ def spending(step: Callable[[], Any]) -> dict[str, float]:
     }
 
 
-def figures(turns: dict[str, list[dict[str, float]]], millions: float) -> dict[str, float]:
-    """Medians over the turns of ratios and differences to the bare loop's step of the same turn."""
+def figures(turns: dict[str, list[dict[str, float]]], millions: float, named: dict[str, str]) -> dict[str, float]:
+    """Medians over the turns of ratios and differences to the bare loop's step of the same turn.
+
+    named: the prefix of the keys of a loop's figures, and which loop.
+    """
     totals = {which: [sum(turn.values()) for turn in its] for which, its in turns.items()}
     row: dict[str, float] = {"bare_ms": round(statistics.median(totals["bare"]), 1)}
-    for which in ("ours", "default"):
+    for prefix, which in named.items():
         pairs = list(zip(totals[which], totals["bare"], strict=True))
-        row[f"{which}_ratio"] = round(statistics.median(mine / bare for mine, bare in pairs), 4)
+        row[f"{prefix}_ratio"] = round(statistics.median(mine / bare for mine, bare in pairs), 4)
         excess = statistics.median(mine - bare for mine, bare in pairs)
-        row[f"{which}_excess_ms_per_million"] = round(excess / millions, 3)
+        row[f"{prefix}_excess_ms_per_million"] = round(excess / millions, 3)
         for phase in PHASES:
             differences = [mine[phase] - bare[phase] for mine, bare in zip(turns[which], turns["bare"], strict=True)]
-            row[f"{which}_{phase}_ms_per_million"] = round(statistics.median(differences) / millions, 3)
+            row[f"{prefix}_{phase}_ms_per_million"] = round(statistics.median(differences) / millions, 3)
     return row
 
 
@@ -157,6 +197,18 @@ def default_engine(model: nn.Module, recipe: Recipe, micro_batch: int) -> deepsp
         optimizer=torch.optim.SGD(model.parameters(), optim.lr, optim.momentum, weight_decay=optim.weight_decay),
         config=settings | {"zero_optimization": {"stage": recipe.deepspeed.zero_stage}, "steps_per_print": 1 << 30},
     )[0]
+
+
+def changed_engine(
+    model: nn.Module, recipe: Recipe, micro_batch: int, what: str, theirs: dict[str, Any]
+) -> deepspeed.DeepSpeedEngine:
+    """Our engine with one setting as DeepSpeed has it; what: a key of TURNED_BACK, theirs: its value."""
+    settings = deepspeed_settings(recipe, 1, micro_batch)
+    settings["zero_optimization"] |= theirs
+    optimizer = build_optimizer(recipe.optim, model)
+    if what == "fused optimizer":
+        optimizer = torch.optim.SGD(model.parameters(), recipe.optim.lr, recipe.optim.momentum)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 
 def bare_loop(model: nn.Module, recipe: Recipe) -> Callable[[Tensor, Tensor], dict[str, float]]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.accuracy import finish_runs, last_train_loss, read_summary
 from benchmarks.questions import answer_questions
@@ -20,6 +20,8 @@ from benchmarks.result import read_rows, write_result
 from dist_train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from dist_train.data.manifest import MANIFEST_NAME, read_manifest
 from dist_train.errors import UseError
+
+T = TypeVar("T")
 
 DRAWN, PHOTOS = "drawn", "photos"
 PRETRAINING_CAST, FINE_TUNING_CAST = 1, 2  # seeds of shards.demo: two casts without a common character
@@ -35,8 +37,8 @@ class Study:
     """How large a study is.
 
     photos: a CSV that `shards build` takes, with its class column; None leaves the photos out. vocabulary: WordPiece
-    file for the tags; None leaves text out. rates: learning rate of each data set. seeds: how many. epochs: of
-    fine-tuning.
+    file for the tags; None leaves text out. rates, epochs: learning rate and epochs of fine-tuning on each data set.
+    seeds: how many.
     """
 
     scratch: Path
@@ -44,15 +46,15 @@ class Study:
     class_column: str
     vocabulary: Path | None
     rates: dict[str, float]
+    epochs: dict[str, int]
     experiments: tuple[str, ...] = EXPERIMENTS
     seeds: int = 3
     batches: tuple[int, ...] = (16, 32, 64, 128, 256)
-    epochs: int = 4
     characters: int = 40
-    pictures: int = 4000
+    pictures: int = 3200
     pretraining_characters: int = 200
     pretraining_pictures: int = 20000
-    pretraining_epochs: int = 5
+    pretraining_epochs: int = 3
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,7 @@ def run_study(study: Study, jobs: int, name: str) -> Path:
     runs = plan(study)
     print(f"{len(runs)} runs in {study.scratch}, {jobs} at a time")
     make_data(study)
-    for backbone in sorted({run.backbone for run in runs}):
-        pretrain(study, backbone)
+    pretrain(study, sorted({run.backbone for run in runs}), jobs)
     by_folder = {recipe_of(run, study).train.run: run for run in runs}
     rows: list[dict[str, Any]] = []
     path = None
@@ -170,35 +171,49 @@ def make_data(study: Study) -> None:
         build_shard_set(source, out, BuildOptions(size=side, workers=2))
 
 
-def pretrain(study: Study, backbone: str) -> Path:
-    """Weights of a ViT trained on the pretraining cast, made unless they are there; the path of the file."""
+def pretrain(study: Study, backbones: list[str], jobs: int) -> None:
+    """Train ViTs on the pretraining cast and export their weights, unless that is done."""
     from dist_train.cli import main
 
-    folder = study.scratch / f"pretraining-{backbone}"
-    weights = folder.with_suffix(".safetensors")
-    recipe = Recipe(
-        data=data_config(study, "pretraining", IMAGE_SIZE),
-        model=ModelConfig(backbone=backbone, head="cls"),
-        optim=OptimConfig(
-            name="adamw", lr=0.001, weight_decay=0.05, decay_all=True, warmup_steps=20, clip_norm=1.0, schedule="cosine"
-        ),
-        train=TrainConfig(run=str(folder), epochs=study.pretraining_epochs, eval_every=100, batch_size=64),
+    data = data_config(study, "pretraining", IMAGE_SIZE)
+    steps = math.ceil(study.pretraining_epochs * read_manifest(data.shards).split("train").samples / 64)
+    optim = OptimConfig(
+        name="adamw", lr=0.001, weight_decay=0.05, decay_all=True, warmup_steps=steps // 20, clip_norm=1.0
     )
-    for _ in finish_runs([recipe], 1, f"pretraining {backbone}"):
+    recipes = [
+        Recipe(
+            data=data,
+            model=ModelConfig(backbone=backbone, head="cls"),
+            optim=optim,
+            train=TrainConfig(
+                run=str(weights_file(study, backbone).with_suffix("")),
+                epochs=study.pretraining_epochs,
+                eval_every=1000,
+                batch_size=64,
+            ),
+        )
+        for backbone in backbones
+    ]
+    for recipe in finish_runs(recipes, jobs, "pretraining"):
+        weights = weights_file(study, recipe.model.backbone)
         if not weights.exists():
-            main(["export", str(folder), str(weights)])
-    return weights
+            main(["export", recipe.train.run, str(weights)])
+
+
+def weights_file(study: Study, backbone: str) -> Path:
+    """The pretrained weights."""
+    return study.scratch / f"pretraining-{backbone}.safetensors"
 
 
 def recipe_of(run: Run, study: Study) -> Recipe:
     """The recipe of a run."""
     samples = read_manifest(str(study.scratch / "data" / run.data)).split("train").samples
-    epochs = study.epochs
+    epochs = study.epochs[run.data]
     if run.budget == "steps":
         middle = study.batches[len(study.batches) // 2]
-        if study.epochs * run.batch_size % middle:
-            raise UseError(f"{study.epochs} epochs at batch {middle} are no whole epochs at batch {run.batch_size}")
-        epochs = study.epochs * run.batch_size // middle
+        if epochs * run.batch_size % middle:
+            raise UseError(f"--epochs: {epochs} at batch {middle} are no whole epochs at batch {run.batch_size}")
+        epochs = epochs * run.batch_size // middle
     steps = math.ceil(epochs * samples / run.batch_size)
     data = data_config(study, run.data, run.image_size)
     if run.text_tokens:
@@ -210,7 +225,7 @@ def recipe_of(run: Run, study: Study) -> Recipe:
             head=run.head,
             head_init=run.head_init,
             text_tokens=run.text_tokens,
-            weights=str(study.scratch / f"pretraining-{run.backbone}.safetensors"),
+            weights=str(weights_file(study, run.backbone)),
         ),
         optim=OptimConfig(
             lr=study.rates[run.data],
@@ -257,14 +272,14 @@ def row_of(run: Run, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def parse_rates(text: str) -> dict[str, float]:
-    """`0.01` for all data, or `drawn=0.01,photos=0.003`."""
+def per_data(option: str, text: str, kind: Callable[[str], T]) -> dict[str, T]:
+    """`4` for all data, or `drawn=4,photos=2`."""
     try:
         if "=" not in text:
-            return dict.fromkeys((DRAWN, PHOTOS), float(text))
-        rates = {name: float(rate) for name, _, rate in (part.partition("=") for part in text.split(","))}
+            return dict.fromkeys((DRAWN, PHOTOS), kind(text))
+        values = {name: kind(value) for name, _, value in (part.partition("=") for part in text.split(","))}
     except ValueError:
-        raise UseError(f"--lr: a number, or drawn=NUMBER,photos=NUMBER is expected, not '{text}'") from None
-    if missing := {DRAWN, PHOTOS} - set(rates):
-        raise UseError(f"--lr: no rate for {min(missing)}")
-    return rates
+        raise UseError(f"{option}: a number, or drawn=NUMBER,photos=NUMBER is expected, not '{text}'") from None
+    if set(values) != {DRAWN, PHOTOS}:
+        raise UseError(f"{option}: a number each for drawn and photos is expected, not '{text}'")
+    return values

@@ -46,29 +46,31 @@ def _add_study(commands: argparse._SubParsersAction) -> None:
     study.add_argument("--experiments", metavar="A,B", help="only these: batch, scaling, init, steps, patch, text")
     study.add_argument("--seeds", type=int, default=3, metavar="N", help="of each run (default: %(default)s)")
     study.add_argument("--batches", default="16,32,64,128,256", metavar="A,B", help="(default: %(default)s)")
-    study.add_argument("--epochs", type=int, default=4, help="of fine-tuning (default: %(default)s)")
-    study.add_argument("--pictures", type=int, default=4000, help="of the cast to fine-tune on (default: %(default)s)")
+    study.add_argument(
+        "--epochs", default="drawn=4,photos=2", metavar="N", help="of fine-tuning (default: %(default)s)"
+    )
+    study.add_argument("--pictures", type=int, default=3200, help="of the cast to fine-tune on (default: %(default)s)")
     study.add_argument("--characters", type=int, default=40, help="of that cast (default: %(default)s)")
     study.add_argument("--pretraining-pictures", type=int, default=20000, metavar="N", help="(default: %(default)s)")
     study.add_argument("--pretraining-characters", type=int, default=200, metavar="N", help="(default: %(default)s)")
-    study.add_argument("--pretraining-epochs", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    study.add_argument("--pretraining-epochs", type=int, default=3, metavar="N", help="(default: %(default)s)")
     _jobs_argument(study)
     study.set_defaults(command=_study)
 
 
 def _study(options: argparse.Namespace) -> int:
-    from benchmarks.study import EXPERIMENTS, Study, parse_rates, run_study
+    from benchmarks.study import EXPERIMENTS, Study, per_data, run_study
 
     study = Study(
         scratch=options.scratch,
         photos=options.photos,
         class_column=options.class_column,
         vocabulary=options.vocabulary,
-        rates=parse_rates(options.lr),
+        rates=per_data("--lr", options.lr, float),
+        epochs=per_data("--epochs", options.epochs, int),
         experiments=tuple(options.experiments.split(",")) if options.experiments else EXPERIMENTS,
         seeds=options.seeds,
         batches=tuple(sorted(numbers("--batches", options.batches))),
-        epochs=options.epochs,
         characters=options.characters,
         pictures=options.pictures,
         pretraining_characters=options.pretraining_characters,

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import ifa, result
 from benchmarks.__main__ import main
+from benchmarks.engine import SPENDING, TURNED_BACK
 from benchmarks.step import SYNTHETIC_VOCABULARY, recipe_from_dict, run_point
 from dist_train.cli import parse_recipe
 
@@ -97,3 +98,13 @@ def test_the_engine_benchmark_says_where_the_time_goes(results: Path) -> None:
     rows = json.loads((results / "engine/small.json").read_bytes())["rows"]
     assert [(row["zero_stage"], row["micro_batch"], row["turns"]) for row in rows] == [(0, 2, 2), (1, 2, 2)]
     assert all(row["bare_ms"] > 0 and 0.2 < row["ours_ratio"] < 20 for row in rows)
+    for row in rows:
+        phases = [row[f"ours_{phase}_ms_per_million"] for phase in ("forward", "backward", "step")]
+        assert len(phases) == 3 and {f"ours_{what}_ms_per_million" for what in SPENDING} <= set(row)
+    # DeepSpeed's own configuration of ZeRO copies all gradients and parameters at every step.
+    assert rows[1]["default_copies_ms_per_million"] > rows[0]["ours_copies_ms_per_million"]
+
+    assert main([*arguments.replace("0,1", "1").split(), "--seconds", "0", "--settings"]) == 0
+    rows = json.loads((results / "engine/small.json").read_bytes())["rows"]
+    assert [row["turned_back"] for row in rows] == list(TURNED_BACK)
+    assert all(row["it_ratio"] > 0 and row["ours_ratio"] > 0 for row in rows)

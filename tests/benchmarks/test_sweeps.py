@@ -1,0 +1,241 @@
+"""Runs trained to their end for the sweeps: resumed, isolated from each other, and what the sweeps make of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import accuracy, batch_size, result
+from benchmarks.__main__ import main
+from benchmarks.batch_size import largest_micro_batch, mark_front
+from benchmarks.paper import row_of, table_cells
+from benchmarks.step import run_point
+from dist_train.cli import parse_recipe
+from dist_train.config import Recipe
+from dist_train.errors import UseError, WorkError
+
+SMALL = (
+    "--data.image_size 32 --data.crop_margin 8 --data.threads 1 --model.backbone vit_tiny_patch16 --model.dropout 0.1"
+)
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def shards(shard_set: Callable[..., Path]) -> Path:
+    return shard_set({"train": [20], "val": [4], "test": [9]}, baked=40)
+
+
+def small(shards: Path, run: Path, *more: str) -> Recipe:
+    words = f"{SMALL} --data.shards {shards} --train.run {run} --train.epochs 1 --train.batch_size 4".split()
+    return parse_recipe([*words, *more])[0]
+
+
+@pytest.mark.launch
+def test_a_run_is_the_same_after_others_in_one_process_and_alone(shards: Path, tmp_path: Path) -> None:
+    """Bit for bit; finished runs are not trained again, and another recipe's folder is refused."""
+    first, second = (small(shards, tmp_path / name, "--train.seed", seed) for name, seed in (("a", "1"), ("b", "2")))
+    assert {r.train.run for r in accuracy.finish_runs([first, second], 1, "runs")} == {
+        first.train.run,
+        second.train.run,
+    }
+    alone = [sys.executable, "-m", "dist_train.cli", "train", *f"{SMALL} --data.shards {shards}".split()]
+    alone += f"--train.run {tmp_path / 'alone'} --train.epochs 1 --train.batch_size 4 --train.seed 2".split()
+    environment = os.environ | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    subprocess.run(alone, check=True, capture_output=True, env=environment)
+    weights = [next((tmp_path / name / "checkpoints").glob("*/weights.safetensors")) for name in ("b", "alone")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+    written = {run: (tmp_path / run / "summary.json").stat().st_mtime_ns for run in "ab"}
+    assert len(list(accuracy.finish_runs([first, second], 2, "runs"))) == 2
+    assert written == {run: (tmp_path / run / "summary.json").stat().st_mtime_ns for run in "ab"}
+    with pytest.raises(UseError, match=r"/a: holds a run of another recipe"):
+        list(accuracy.finish_runs([replace(first, train=replace(first.train, epochs=2))], 1, "runs"))
+
+
+@pytest.mark.launch
+def test_a_run_that_fails_or_is_killed_stops_no_other(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = small(shards, tmp_path / "bad", "--model.weights", str(tmp_path / "none.safetensors"))
+    good = small(shards, tmp_path / "good")
+    finished = []
+    with pytest.raises(WorkError, match=r"1 of 2 runs failed.*none\.safetensors"):
+        for recipe in accuracy.finish_runs([bad, good], 1, "runs"):
+            finished.append(recipe.train.run)
+    assert (tmp_path / "good/summary.json").exists() and finished == [good.train.run]
+
+    # Killed in its first step, then tried again: the same command finishes it.
+    start = subprocess.Popen
+
+    def start_and_kill(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+        process = start(*arguments, **options)
+        process.send_signal(signal.SIGKILL)
+        return process
+
+    killed = small(shards, tmp_path / "killed")
+    monkeypatch.setattr(subprocess, "Popen", start_and_kill)
+    with pytest.raises(WorkError, match=r"killed: its process ended with status -9; see .*worker-0\.log"):
+        list(accuracy.finish_runs([killed], 1, "runs"))
+    monkeypatch.undo()
+    assert len(list(accuracy.finish_runs([killed], 1, "runs"))) == 1
+
+
+@pytest.mark.launch
+def test_a_sweep_over_batch_sizes(shards: Path, tmp_path: Path, results: Path, capsys: Any) -> None:
+    recipe = f"{SMALL} --data.shards {shards} --train.run {tmp_path / 'runs'} --train.epochs 2"
+    sweep = "batch_size --name s --heads cls --batches 4,8 --micro-batch 4 --warmup 1 --steps 3 --price-per-hour 2"
+    command = [*sweep.split(), "--accuracy", *recipe.split()]
+    assert main(command) == 0
+    assert "3 of 3 points to measure" in capsys.readouterr().out
+    document = json.loads((results / "batch_size/s.json").read_bytes())
+    rows = document["rows"]
+    assert [(row["batch_size"], row["micro_batch"], row["accumulation"]) for row in rows] == [
+        (4, 4, 1),
+        (8, 8, 1),
+        (8, 4, 2),
+    ]
+    for row in rows:
+        assert row["images_per_s"] == pytest.approx(1000 * row["batch_size"] / row["step_ms"], rel=0.01)
+        assert row["epoch_minutes"] == pytest.approx(20 / row["images_per_s"] / 60, abs=6e-4)
+        assert row["train_price"] == pytest.approx(row["train_minutes"] / 60 * 2, abs=1e-4)
+        summaries = [
+            json.loads(path.read_bytes())
+            for path in (tmp_path / "runs").glob("*/summary.json")
+            if f"batch{row['batch_size']}" in str(path)
+        ]
+        assert [row["top1"]] == [summary["evaluations"]["test"]["top1"] for summary in summaries]
+    assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 2  # accumulation changes nothing in what is learnt
+    assert sum(row["recommended"] for row in rows) == 1
+
+    assert main(command) == 0  # goes on, and nothing is left
+    assert "0 of 3 points to measure" in capsys.readouterr().out
+    assert json.loads((results / "batch_size/s.json").read_bytes())["rows"] == rows
+
+
+def test_a_memory_limit_makes_running_out_of_memory_a_result() -> None:
+    recipe, _ = parse_recipe(["--data.image_size", "256", "--train.batch_size", "8000"])  # 6.3 GB of images
+    assert run_point(recipe, "synthetic", 0, 1, {}, 5_000_000_000)["out_of_memory"] is True
+
+
+@given(st.integers(1, 600), st.sampled_from([16, 64, 100, 512]))
+def test_the_search_finds_the_largest_micro_batch_to_an_eighth(fits: int, most: int) -> None:
+    tried = []
+
+    def point(recipe: Recipe, *_: Any) -> dict[str, Any]:
+        tried.append(recipe.train.batch_size)
+        return {"out_of_memory": recipe.train.batch_size > fits}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_size, "run_point", point)
+        found = largest_micro_batch(Recipe(), most, {}, 0)
+    assert found <= min(fits, most) and max(tried) <= most
+    assert found == 0 or found in tried
+    assert min(fits, most) - found <= max(1, found // 8) or (found * 2 > most and found == max(tried))
+
+
+POINTS = st.lists(
+    st.fixed_dictionaries({"train_minutes": st.integers(1, 9), "top1": st.integers(0, 9).map(lambda n: n / 10)}),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(POINTS, st.sampled_from([0.0, 5.0, 10.0, 30.0]))
+def test_the_front_is_what_no_point_beats(rows: list[dict[str, Any]], tolerance: float) -> None:
+    mark_front(rows, tolerance)
+    for row in rows:
+        beaten = any(
+            (other["train_minutes"] < row["train_minutes"] and other["top1"] >= row["top1"])
+            or (other["train_minutes"] <= row["train_minutes"] and other["top1"] > row["top1"])
+            for other in rows
+        )
+        assert row["pareto"] is not beaten
+    (recommended,) = [row for row in rows if row["recommended"]]
+    good_enough = [row for row in rows if 100 * row["top1"] >= 100 * max(r["top1"] for r in rows) - tolerance]
+    assert recommended in good_enough
+    assert recommended["train_minutes"] == min(row["train_minutes"] for row in good_enough)
+
+
+PRINTED = {  # the paper's "Difference", relative percent, in the order of its tables
+    "3": [2.57, 6.78, 8.19, 20.78, 2.96, 7.63, 6.19, 17.15],
+    "5": [2.91, 3.07, 2.93, 3.02, 3.77, 3.83, 3.34, 4.99],
+    "6": [0, 1.36, 3.92, 8.39, 19.41, -0.62, 0.52, 3.61, 10.00, 28.39],
+}
+
+
+@pytest.mark.parametrize("table", PRINTED)
+def test_the_named_baselines_give_the_differences_that_the_paper_prints(table: str) -> None:
+    rows = [row_of(cell, "full") for cell in table_cells(table, "full", None)]
+    assert [row["paper_difference_percent"] for row in rows] == pytest.approx(PRINTED[table], abs=0.011)
+    assert all(row["baseline"] and row["top1"] is None and row["difference_points"] is None for row in rows)
+
+
+@pytest.mark.launch
+def test_a_cell_of_the_paper_runs_small_and_is_printed_beside_the_papers(
+    tmp_path: Path, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for table, cell in (("5", "vilt-b32-daf"), ("2", "b32-batch256-64px")):
+        assert main(["paper", "--table", table, "--scale", "small", "--cells", cell]) == 0
+        printed = capsys.readouterr().out
+        rows = {
+            row["cell"]: row for row in json.loads((results / f"paper/table{table}-small.json").read_bytes())["rows"]
+        }
+        summary = next((tmp_path / f"runs/paper-small/table{table}").glob("*/summary.json"))
+        top1 = 100 * json.loads(summary.read_bytes())["evaluations"]["test"]["top1"]
+        assert rows[cell]["top1"] == pytest.approx(top1, abs=0.01)
+        assert rows[cell]["difference_points"] == pytest.approx(top1 - rows[cell]["paper_top1"], abs=0.02)
+        assert [row["cell"] for row in rows.values() if row["top1"] is not None] == [cell]
+        assert f"{rows[cell]['paper_top1']}" in printed
+    assert main(["paper", "--table", "5", "--scale", "small", "--render"]) == 0
+    assert len(list((tmp_path / "runs/paper-small").glob("*/*/summary.json"))) == 2
+    assert main(["paper", "--table", "5", "--cells", "vit-b8"]) == 2
+    assert "table 5 has no cell 'vit-b8'; it has vit-b16-daf" in capsys.readouterr().err
+
+
+@pytest.mark.launch
+def test_the_study_in_small(tmp_path: Path, results: Path, capsys: Any) -> None:
+    """Every experiment of it once, stopped half-way and gone on with."""
+    vocabulary = tmp_path / "vocab.txt"
+    letters = "abcdefghijklmnopqrstuvwxyz1_"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters)]))
+    study = "study --name s --batches 4,8,16 --seeds 1 --epochs 2 --characters 4 --pictures 60 --lr 0.01 --jobs 2"
+    study += (
+        f" --pretraining-characters 4 --pretraining-pictures 80 --pretraining-epochs 1 --scratch {tmp_path / 'study'}"
+    )
+    assert main([*study.split(), "--vocabulary", str(vocabulary), "--experiments", "batch"]) == 0
+    first = json.loads((results / "study/s.json").read_bytes())["rows"]
+    assert len(first) == 6
+    assert main([*study.split(), "--vocabulary", str(vocabulary)]) == 0
+    document = json.loads((results / "study/s.json").read_bytes())
+    rows = document["rows"]
+    assert document["parameters"]["finished_runs"] == document["parameters"]["planned_runs"] == len(rows) == 23
+    assert rows[:6] == first  # not trained again
+    train_samples = 30
+    for row in rows:
+        assert row["images_seen"] >= row["epochs"] * train_samples > row["images_seen"] - row["batch_size"]
+        assert row["steps"] == row["images_seen"] // row["batch_size"]
+        assert 0 <= row["top1"] <= 1 and row["test_samples"] > 0
+    equal = {row["batch_size"]: row["steps"] for row in rows if row["budget"] == "steps"}
+    middle = next(row["steps"] for row in rows if row["batch_size"] == 8 and row["budget"] == "epochs")
+    assert set(equal) == {4, 16} and all(abs(steps - middle) <= 1 for steps in equal.values())
+    assert {row["text_tokens"] for row in rows} == {0, 16, 32, 64}
+    assert any("accuracy fall" in answer["question"] for answer in document["answers"])
+    assert main([*study.split(), "--experiments", "magic"]) == 2
+    assert "no experiment 'magic'" in capsys.readouterr().err
