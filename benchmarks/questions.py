@@ -21,7 +21,7 @@ CONFIRMED, REFUTED, UNDECIDED = "confirmed", "not confirmed", "undecided"
 CLOSED = 0.9
 """Share of a gap from which it counts as closed."""
 BASE = {
-    "backbone": "vit_tiny_patch16",
+    "backbone": "vit_tiny_patch32",
     "image_size": 64,
     "text_tokens": 0,
     "head_init": "reference",
@@ -311,23 +311,26 @@ def _text(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
         yield _answer("Do more text tokens help more?", _verdict([more], 1), evidence)
 
 
+_FINER = {"backbone": "vit_tiny_patch16"}
+
+
 def _patches(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
-    yield from _beside_base(
-        rows, "Do smaller patches help?", "patches of 16 and 32 pixels", backbone="vit_tiny_patch32"
-    )
+    yield from _beside(rows, "Do smaller patches help?", "patches of 16 and 32 pixels", _FINER, {})
 
 
 def _image_size(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
-    yield from _beside_base(rows, "Do larger images help?", "images of 64 and 32 pixels", image_size=32)
+    smaller = _FINER | {"image_size": 32}
+    yield from _beside(rows, "Do larger images help?", "images of 64 and 32 pixels, patches of 16", _FINER, smaller)
 
 
-def _beside_base(rows: Sequence[Row], question: str, what: str, **smaller: Any) -> Iterator[dict[str, str]]:
-    batch = _largest_with(rows, data="drawn", head="cls", **smaller)
-    base = accuracies(rows, data="drawn", head="cls", batch_size=batch)
-    other = accuracies(rows, data="drawn", head="cls", batch_size=batch, **smaller)
-    gain = difference(base, other)
+def _beside(
+    rows: Sequence[Row], question: str, what: str, better: dict[str, Any], worse: dict[str, Any]
+) -> Iterator[dict[str, str]]:
+    batch = _largest_with(rows, data="drawn", head="cls", **better)
+    mine, other = (accuracies(rows, data="drawn", head="cls", batch_size=batch, **change) for change in (better, worse))
+    gain = difference(mine, other)
     if gain is not None:
-        levels = f"{mean_of(base):.1f} % and {mean_of(other):.1f} %"
+        levels = f"{mean_of(mine):.1f} % and {mean_of(other):.1f} %"
         yield _answer(question, _verdict([gain], 1), f"drawn, CLS, batch {batch}, {what}: {levels}, {gain} points")
 
 

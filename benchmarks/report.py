@@ -1,162 +1,194 @@
-"""Tables and charts from the committed results: `benchmarks/RESULTS.md` and a PNG beside each loader result."""
+"""All results as documents: `benchmarks/RESULTS.md` with its charts, and the page `benchmarks/results.html`."""
 
 from __future__ import annotations
 
+import io
 import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from benchmarks.result import RESULTS
+from benchmarks import result
+from benchmarks.charts import STYLE, Chart, cost_charts
+from benchmarks.charts_accuracy import accuracy_charts
+from benchmarks.report_headlines import BENCHES, headline
+from benchmarks.report_page import escaped, render_html, render_section, render_svg, slug
+from benchmarks.report_tables import COLUMNS, Table, generic_columns, machine_of, note_of, table_of, tables_of, unlisted
 from dist_train.data.manifest import write_atomically
+from dist_train.errors import UseError, WorkError
 
-# Columns of each bench's table: key of a row, heading, format.
-COLUMNS = {
-    "loader": [
-        ("loader", "loader", ""),
-        ("images_per_s", "images/s", ",.0f"),
-        ("images_per_s_lowest", "lowest", ",.0f"),
-        ("images_per_s_highest", "highest", ",.0f"),
-        ("ours_is_times", "ours / it", ".2f"),
-        ("cpu_s_per_1000", "CPU s per 1,000", ".3f"),
-        ("peak_mb", "peak MB", ",.0f"),
-        ("first_batch_s", "first batch s", ".2f"),
-        ("note", "what differs", ""),
-    ],
-    "scale": [
-        ("what", "what", ""),
-        ("first_batch_ms", "first batch ms", ",.0f"),
-        ("batch_ms_median", "batch ms", ".3f"),
-        ("batch_ms_highest", "highest", ".1f"),
-        ("memory_mb", "memory MB", ",.0f"),
-        ("shards_read", "shards read", ",.0f"),
-        ("read_over_share", "read / share", ".4f"),
-        ("shards_in_use_at_once", "shards in use at once", ",.0f"),
-    ],
-    "ifa": [
-        ("backbone", "backbone", ""),
-        ("text_tokens", "text tokens", "d"),
-        ("head", "head", ""),
-        ("step_ms", "step ms", ",.0f"),
-        ("time_over_cls", "time / CLS", ".4f"),
-        ("time_over_cls_lowest", "lowest", ".3f"),
-        ("time_over_cls_highest", "highest", ".3f"),
-        ("peak_mb", "peak MB", ",.1f"),
-        ("peak_over_cls_mb", "over CLS MB", ",.2f"),
-        ("peak_over_cls_in_bdl", "in (B, D, L) floats", ",.2f"),
-        ("parameters_over_cls", "parameters over CLS", ",d"),
-        ("gflops_per_image", "GFLOPs an image", ".3f"),
-    ],
-    "step": [
-        ("arm", "arm", ""),
-        ("backbone", "backbone", ""),
-        ("head", "head", ""),
-        ("image_size", "px", "d"),
-        ("batch_size", "batch", "d"),
-        ("micro_batch", "micro-batch", "d"),
-        ("precision", "precision", ""),
-        ("step_ms", "step ms", ",.1f"),
-        ("step_ms_p95", "p95", ",.1f"),
-        ("images_per_s", "images/s", ",.1f"),
-        ("data_wait_share", "data wait", ".2%"),
-        ("memory_mb", "peak MB", ",.0f"),
-        ("saved_activations_mb", "saved MB", ",.0f"),
-        ("mfu_of_matmul", "MFU of matmul", ".2f"),
-    ],
-    "engine": [
-        ("zero_stage", "ZeRO", "d"),
-        ("micro_batch", "micro-batch", "d"),
-        ("turns", "turns", "d"),
-        ("bare_ms", "bare step ms", ",.0f"),
-        ("ours_ratio", "ours / bare", ".3f"),
-        ("default_ratio", "DeepSpeed's defaults / bare", ".3f"),
-        ("ours_excess_ms_per_million", "ours: excess ms per 10^6 parameters", ".2f"),
-        ("ours_forward_ms_per_million", "in forward", ".2f"),
-        ("ours_backward_ms_per_million", "in backward", ".2f"),
-        ("ours_step_ms_per_million", "in step", ".2f"),
-        ("default_excess_ms_per_million", "defaults: excess", ".2f"),
-        ("default_forward_ms_per_million", "in forward", ".2f"),
-        ("default_backward_ms_per_million", "in backward", ".2f"),
-        ("default_step_ms_per_million", "in step", ".2f"),
-    ],
-    "kill": [
-        ("ranks", "ranks", "d"),
-        ("kills", "kills", "d"),
-        ("in_step", "in a step", "d"),
-        ("in_evaluation", "in an evaluation", "d"),
-        ("in_checkpoint", "in a checkpoint", "d"),
-        ("in_between", "between", "d"),
-        ("half_written", "checkpoints left half-written", "d"),
-        ("steps", "steps", "d"),
-        ("steps_lost", "steps made again", "d"),
-        ("identical_weights", "weights bit-identical", ""),
-        ("each_sample_once", "each sample once per epoch", ""),
-        ("seconds", "seconds", ",d"),
-    ],
-}
+__all__ = ["COLUMNS", "render_page", "render_report", "write_report"]
+
+PICTURED = ("loader", "study", "batch_size")
+"""Benches whose figures are in the Markdown too, as PNG files beside the results."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result file and what is in it."""
+
+    bench: str
+    path: Path
+    document: dict[str, Any]
+
+    @property
+    def ident(self) -> str:
+        """Of its section."""
+        return f"{slug(self.bench)}--{slug(self.path.stem)}"
+
+    @property
+    def link(self) -> str:
+        """From the documents to the file."""
+        return quote(f"results/{self.bench}/{self.path.name}")
+
+    @property
+    def charts(self) -> list[Chart]:
+        """Its figures."""
+        return cost_charts(self.bench, self.document) + accuracy_charts(self.bench, self.document)
+
+    def picture(self, chart: Chart) -> Path:
+        """The PNG file of a figure."""
+        # The loader benchmark has one figure.
+        name = self.path.stem if self.bench == "loader" else f"{self.path.stem}-{chart.name}"
+        return self.path.with_name(f"{name}.png")
 
 
 def write_report() -> Path:
-    """Write RESULTS.md and the charts anew; returns the path of RESULTS.md."""
-    path = RESULTS.parent / "RESULTS.md"
+    """Write RESULTS.md, its charts and results.html anew; returns the path of RESULTS.md.
+
+    Raises UseError where matplotlib is not installed, WorkError for a result that cannot be read.
+    """
+    page = render_page()
+    for one in read_results():
+        for chart in one.charts if one.bench in PICTURED else []:
+            write_atomically(one.picture(chart), _png(chart))
+    write_atomically(result.RESULTS.parent / "results.html", page.encode())
+    path = result.RESULTS.parent / "RESULTS.md"
     write_atomically(path, render_report().encode())
-    for result in sorted((RESULTS / "loader").glob("*.json")):
-        _chart(json.loads(result.read_bytes()), result.with_suffix(".png"))
     return path
 
 
+def read_results() -> list[Result]:
+    """Every result, by bench in the order of BENCHES, then by name. Raises WorkError for one that cannot be read."""
+    found = []
+    for path in result.RESULTS.glob("*/*.json"):
+        try:
+            document = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise WorkError(f"{path}: no JSON ({error}); measure again, or remove it") from None
+        if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
+            raise WorkError(f"{path}: no benchmark result: it has no list of rows")
+        found.append(Result(path.parent.name, path, document))
+    order = {bench: i for i, bench in enumerate(BENCHES)}
+    return sorted(found, key=lambda one: (order.get(one.bench, len(order)), one.bench, one.path.name))
+
+
+def render_page() -> str:
+    """results.html. Raises UseError where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise UseError('the report\'s charts need matplotlib: pip install -e ".[benchmarks]"') from None
+    sections = []
+    for one in read_results():
+        figures = []
+        for chart in one.charts:
+            with matplotlib.rc_context(STYLE):
+                figures.append((chart, render_svg(chart.draw(), f"{one.ident}--{chart.name}", chart.caption)))
+        tables = tables_of(one.bench, one.document)
+        rows = one.document["rows"]
+        if unlisted(one.bench, rows):
+            tables.append(replace(table_of("Everything measured", generic_columns(rows), rows), folded=True))
+        line = headline(one.bench, one.document)
+        content = render_section(one.ident, one.link, line, one.document, tables, figures)
+        sections.append((one.bench, one.ident, line, content))
+    return render_html(sections)
+
+
 def render_report() -> str:
-    """RESULTS.md: a section for each result, in the order of their names."""
-    sections = ["# Results\n\nWritten by `python -m benchmarks report` from the JSON files in `results/`."]
-    for bench, columns in COLUMNS.items():
-        for result in sorted((RESULTS / bench).glob("*.json")):
-            sections.append(_section(bench, result, json.loads(result.read_bytes()), columns))
-    return "\n\n".join(sections) + "\n"
-
-
-def _section(bench: str, path: Path, result: dict[str, Any], columns: list[tuple[str, str, str]]) -> str:
-    present = [column for column in columns if any(column[0] in row for row in result["rows"])]
+    """RESULTS.md: each result in a line, then a section for each."""
+    results = read_results()
     lines = [
-        "| " + " | ".join(heading for _, heading, _ in present) + " |",
-        "|" + "|".join("---" if not form else "--:" for _, _, form in present) + "|",
-    ]
-    for row in result["rows"]:
-        cells = [format(row[key], form) if key in row else "" for key, _, form in present]
-        if "absent" in row:
-            cells[-1] = f"not measured: {row['absent']}"
-        lines.append("| " + " | ".join(cells) + " |")
-    hardware = result["hardware"]
-    devices = [f"{hardware['cores']} cores of {hardware['cpu']}, {hardware['memory_gb']} GB", *hardware["gpus"]]
-    lines += [
+        "# Results",
         "",
-        f"`{result['command']}` at commit {result['commit']}, {result['date'][:10]}, on {', '.join(devices)}: "
-        f"[{path.name}](results/{bench}/{path.name})",
+        "Written by `python -m benchmarks report` from the JSON files in `results/`; with all figures on one page in "
+        "[results.html](results.html).",
+        "",
+        "| result | in short |",
+        "|---|---|",
     ]
-    chart = f"\n![{path.stem}](results/loader/{path.stem}.png)" if bench == "loader" else ""
-    return f"## {bench}: {path.stem}\n\n" + "\n".join(lines) + chart
+    for one in results:
+        heading = f"{one.bench}: {one.path.stem}"
+        lines.append(f"| [{markdown(heading)}](#{_anchor(heading)}) | {markdown(headline(one.bench, one.document))} |")
+    return "\n\n".join(["\n".join(lines), *(_section(one) for one in results)]) + "\n"
 
 
-def _chart(result: dict[str, Any], path: Path) -> None:
-    """Images/s of each loader as bars, the spread of the rounds as whiskers."""
-    from matplotlib.figure import Figure
+def markdown(text: Any) -> str:
+    """Text for a cell of a Markdown table: one line, no column, no tag."""
+    line = " ".join(str(text).split())
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;")
 
-    rows = [row for row in result["rows"] if "images_per_s" in row and "bytes only" not in row["loader"]][::-1]
-    rates = [row["images_per_s"] for row in rows]
-    spread = [
-        [row["images_per_s"] - row["images_per_s_lowest"] for row in rows],
-        [row["images_per_s_highest"] - row["images_per_s"] for row in rows],
-    ]
-    colours = [
-        "tab:blue" if row["loader"] == "this project" else "lightgrey" if "ceiling" in row["loader"] else "tab:grey"
-        for row in rows
-    ]
-    figure = Figure(figsize=(8, 0.4 * len(rows) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    axes.barh([row["loader"] for row in rows], rates, xerr=spread, color=colours)
-    for i, rate in enumerate(rates):
-        axes.annotate(f" {rate:,.0f}", (rate, i), xytext=(2, 6), textcoords="offset points", fontsize=8)
-    parameters = result["parameters"]
-    axes.set_xlabel(
-        f"images/s to {parameters['size']} px, batch {parameters['batch_size']}, {parameters['threads']} cores"
+
+def markdown_code(text: Any) -> str:
+    """Text as code on one line, whatever backticks it has."""
+    line = " ".join(str(text).split())
+    fence = "`" * (1 + max((len(ticks) for ticks in re.findall("`+", line)), default=0))
+    return f"{fence}{line}{fence}" if fence == "`" else f"{fence} {line} {fence}"
+
+
+def _section(one: Result) -> str:
+    document = one.document
+    parts = [f"## {markdown(f'{one.bench}: {one.path.stem}')}"]
+    parts += [f"Note: {markdown(note)}" for note in [note_of(document)] if note]
+    for table in tables_of(one.bench, document):
+        parts += _table(table)
+    name = markdown(one.path.name)
+    parts.append(
+        f"{markdown_code(document.get('command', ''))} at commit {markdown(document.get('commit', ''))}, "
+        f"{markdown(document.get('date', ''))[:10]}, on {markdown(machine_of(document))}: [{name}]({one.link})"
     )
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    pictures = [(chart.caption, one.picture(chart)) for chart in one.charts] if one.bench in PICTURED else []
+    if one.bench == "landscape" and one.path.with_suffix(".png").exists():  # the bench itself draws it
+        pictures = [("loss surfaces", one.path.with_suffix(".png"))]
+    if pictures:
+        images = (f"![{_alternative(what)}]({quote(f'results/{one.bench}/{path.name}')})" for what, path in pictures)
+        parts.append("\n".join(images))
+    return "\n\n".join(parts)
+
+
+def _table(table: Table) -> Iterator[str]:
+    if not table.headings:
+        return
+    lines = [
+        "| " + " | ".join(map(markdown, table.headings)) + " |",
+        "|" + "|".join("--:" if number else "---" for number in table.numeric) + "|",
+        *("| " + " | ".join(map(markdown, cells)) + " |" for cells in table.cells),
+    ]
+    if table.folded:
+        yield f"<details><summary>{escaped(table.title)}</summary>"
+    elif table.title:
+        yield f"**{markdown(table.title)}**"
+    yield "\n".join(lines)
+    if table.folded:
+        yield "</details>"
+
+
+def _alternative(text: str) -> str:
+    return markdown(text).replace("[", "(").replace("]", ")")
+
+
+def _anchor(heading: str) -> str:
+    """The fragment that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def _png(chart: Chart) -> bytes:
+    import matplotlib
+
+    content = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        chart.draw().savefig(content, format="png", dpi=110, metadata={"Software": None})
+    return content.getvalue()

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.accuracy import finish_runs, last_train_loss, read_summary
+from benchmarks.accuracy import SUMMARY_NAME, finish_runs, last_train_loss, read_summary
 from benchmarks.questions import answer_questions
 from benchmarks.result import read_rows, write_result
 from dist_train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 DRAWN, PHOTOS = "drawn", "photos"
 PRETRAINING_CAST, FINE_TUNING_CAST = 1, 2  # seeds of shards.demo: two casts without a common character
-BACKBONE, COARSER = "vit_tiny_patch16", "vit_tiny_patch32"
+BACKBONE, FINER = "vit_tiny_patch32", "vit_tiny_patch16"
 IMAGE_SIZE, SMALLER = 64, 32
 MARGIN = 8
 HEADS = ("cls", "ifa")
@@ -110,6 +110,12 @@ def write_study(study: Study, rows: list[dict[str, Any]], runs: list[Run], name:
         "finished_runs": len(rows),
         "optimizer": "sgd, momentum 0.9, cosine after a warm-up of a twentieth of the steps",
         "precision": "float32",
+        "pretraining_top1": {
+            backbone: json.loads((weights_file(study, backbone).with_suffix("") / SUMMARY_NAME).read_bytes())[
+                "evaluations"
+            ]["test"]["top1"]
+            for backbone in sorted({run.backbone for run in runs})
+        },
     }
     surfaces = [
         row | {"seed": runs[order[row["run"]]].seed} for row in read_rows("landscape", name) if row["run"] in order
@@ -139,8 +145,8 @@ def plan(study: Study) -> list[Run]:
                     # As many steps as the middle batch size has in the fixed number of epochs.
                     yield from (replace(drawn, budget="steps", batch_size=b) for b in (smallest, largest))
                 elif experiment == "patch" and head == "cls":
-                    yield replace(drawn, batch_size=middle, backbone=COARSER)
-                    yield replace(drawn, batch_size=middle, image_size=SMALLER)
+                    finer = replace(drawn, batch_size=middle, backbone=FINER)
+                    yield from (finer, replace(finer, image_size=SMALLER))
                 elif experiment == "text" and head == "cls" and study.vocabulary:
                     yield from (replace(drawn, batch_size=middle, text_tokens=tokens) for tokens in (16, 32, 64))
 
@@ -178,7 +184,7 @@ def pretrain(study: Study, backbones: list[str], jobs: int) -> None:
     data = data_config(study, "pretraining", IMAGE_SIZE)
     steps = math.ceil(study.pretraining_epochs * read_manifest(data.shards).split("train").samples / 64)
     optim = OptimConfig(
-        name="adamw", lr=0.001, weight_decay=0.05, decay_all=True, warmup_steps=steps // 20, clip_norm=1.0
+        name="adamw", lr=0.0005, weight_decay=0.05, decay_all=True, warmup_steps=steps // 10, clip_norm=1.0
     )
     recipes = [
         Recipe(

@@ -140,7 +140,8 @@ def test_a_gain_that_is_the_initialisation_is_not_put_down_to_the_aggregation() 
 def test_text_patches_and_image_size() -> None:
     base = grid(lambda i: 80 - 5 * i, lambda i: 80 - 2 * i)  # CLS at 64: 70
     rows = base + [r for n, v in ((16, 75), (32, 78), (64, 81)) for r in changed(v, batch=64, text_tokens=n)]
-    rows += changed(50, batch=64, backbone="vit_tiny_patch32") + changed(90, batch=64, image_size=32)
+    finer = {"batch": 64, "backbone": "vit_tiny_patch16"}
+    rows += changed(85, **finer) + changed(90, **finer, image_size=32)
     assert the("tags help", rows) == "confirmed" and the("more text tokens", rows) == "confirmed"
     assert the("smaller patches", rows) == "confirmed" and the("larger images", rows) == "not confirmed"
 
