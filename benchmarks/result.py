@@ -92,6 +92,9 @@ def _version(package: str) -> str | None:
 def _commit() -> str:
     """The commit of the working tree, with "+" if it has changes; "" outside of git."""
     here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **here)
-    changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **here)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **here)
+        changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **here)
+    except FileNotFoundError:  # no git here
+        return ""
     return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")

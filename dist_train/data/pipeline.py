@@ -135,7 +135,10 @@ class ImagePipeline:
 
 def _graph(config: DataConfig, train: bool, cut_only: bool, gpu: bool) -> Callable[[], Any]:
     size, square = config.image_size, config.image_size + config.crop_margin
-    decode = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}
+    decode: dict[str, Any] = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}
+    if gpu:
+        # Else the GPU's decoder repeats the colours of subsampled images where the CPU's blends them.
+        decode["jpeg_fancy_upsampling"] = True
     resize = {"device": "gpu", "size": [size, size], "interp_type": types.INTERP_TRIANGULAR}
 
     def graph() -> Any:

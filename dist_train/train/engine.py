@@ -21,10 +21,9 @@ from dist_train.errors import UseError, WorkError
 from dist_train.models.build import compile_blocks
 from dist_train.models.layers import head_layer, is_decayed, layer_of
 
-# What the recipe decides; a DeepSpeed JSON file may repeat such a key but not contradict it.
 _SILENT_STEPS = 1 << 30
-# Numbers in a bucket of gradients or parameters. DeepSpeed's 5e8 is more than a ViT-L has: nothing would be reduced while
-# the backward pass still runs, and a buffer of that size is allocated at every step.
+# Numbers in a bucket of gradients or parameters. DeepSpeed's 5e8 is more than a ViT-L has: nothing would be reduced
+# while the backward pass still runs, and a buffer of that size is allocated at every step.
 _BUCKET = 50_000_000
 # Seconds for all ranks to come to the meeting point, where train.timeout_s is shorter.
 _START_S = 300.0
