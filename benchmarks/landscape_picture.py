@@ -63,10 +63,15 @@ def draw_landscape(result: Path) -> Path:
         axes.set_ylabel("b", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.set_aspect("equal")
+        ticks = np.linspace(surface["a"][0], surface["a"][-1], 5)
+        axes.set_xticks(ticks)
+        axes.set_yticks(ticks)
 
         deep = figure.add_subplot(2, len(rows), 1 + len(rows) + i, projection="3d")
         a, b = np.meshgrid(surface["a"], surface["b"])
         deep.plot_surface(a, b, np.minimum(loss, top), cmap=_COLOURS, norm=norm, rstride=1, cstride=1, linewidth=0)
+        deep.set_xticks(ticks[::2])
+        deep.set_yticks(ticks[::2])
         deep.set_zlim(float(levels[0]), top)
         deep.set_xlabel("a", fontsize=8)
         deep.set_ylabel("b", fontsize=8)
@@ -94,13 +99,13 @@ def shared_levels(losses: list[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 
 def _title(row: dict[str, Any]) -> str:
-    return "\n".join(
-        [
-            textwrap.shorten(row["run"], 40, placeholder="...") if " " in row["run"] else row["run"][:40],
-            f"{row['head']} head, batch {row['batch_size']}, {row['image_size']} px",
-            f"loss {row['loss']:.3g}, top-1 {row['top1']:.3f}",
-        ]
-    )
+    loss, top1 = ("-" if row[key] is None else f"{row[key]:.3g}" for key in ("loss", "top1"))
+    lines = [
+        textwrap.fill(row["run"], 36),
+        f"{row['head']} head, batch {row['batch_size']}, {row['image_size']} px",
+        f"loss {loss}, top-1 {top1}",
+    ]
+    return "\n".join(lines)
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[np.float64]]:

@@ -127,10 +127,13 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
     "engine": [
         ("zero_stage", "ZeRO", "d"),
         ("micro_batch", "micro-batch", "d"),
+        ("turned_back", "ours with DeepSpeed's", ""),
         ("turns", "turns", "d"),
         ("bare_ms", "bare step ms", ",.0f"),
+        ("it_ratio", "that / bare", ".3f"),
         ("ours_ratio", "ours / bare", ".3f"),
         ("default_ratio", "DeepSpeed's defaults / bare", ".3f"),
+        ("it_excess_ms_per_million", "that: excess ms per 10^6 parameters", ".2f"),
         ("ours_excess_ms_per_million", "ours: excess ms per 10^6 parameters", ".2f"),
         ("ours_forward_ms_per_million", "in forward", ".2f"),
         ("ours_backward_ms_per_million", "in backward", ".2f"),
