@@ -283,6 +283,7 @@ def _initialisation(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
         ("both at PyTorch's default", "default", "reference"),
         ("both at zero", "reference", "zero"),
         ("as in the paper, CLS zero and IFA default", "reference", "reference"),
+        ("both at PyTorch's default, the aggregation as the mean over the blocks", "default", "mean"),
     ):
         cls = accuracies(rows, data="drawn", head="cls", batch_size=batch, head_init=cls_init)
         ifa = accuracies(rows, data="drawn", head="ifa", batch_size=batch, head_init=ifa_init)
@@ -290,7 +291,7 @@ def _initialisation(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
         if gain is not None:
             gains.append(gain)
             evidence.append(f"{what}: {gain} ({mean_of(ifa):.1f} % and {mean_of(cls):.1f} %)")
-    if len(gains) == 3:
+    if len(gains) >= 3:
         question = "Is IFA's gain the aggregation, and not the start of the classifier?"
         yield _answer(question, _verdict(gains[:2], 1), f"drawn, batch {batch}, IFA minus CLS, " + "; ".join(evidence))
 

@@ -139,8 +139,8 @@ def plan(study: Study) -> list[Run]:
                     yield from (replace(drawn, lr_scaling=rule) for rule in ("linear", "sqrt"))
                 elif experiment == "init":
                     # Beside `batch`, where CLS starts at zero and IFA at PyTorch's default, as in the reference.
-                    other = "default" if head == "cls" else "zero"
-                    yield from (replace(drawn, head_init=other, batch_size=b) for b in (smallest, largest))
+                    others = ("default",) if head == "cls" else ("zero", "mean")
+                    yield from (replace(drawn, head_init=o, batch_size=b) for o in others for b in (smallest, largest))
                 elif experiment == "steps":
                     # As many steps as the middle batch size has in the fixed number of epochs.
                     yield from (replace(drawn, budget="steps", batch_size=b) for b in (smallest, largest))

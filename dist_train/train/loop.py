@@ -65,7 +65,7 @@ from dist_train.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
-_WEIGHTS = 5  # first counter of a draw: what it is for (data has 1 to 3 and 6, training 4 and 7)
+WEIGHTS_DRAW = 5  # first counter of a draw: what it is for (data has 1 to 3 and 6, training 4 and 7)
 
 
 def train(recipe: Recipe, resume: str = "none") -> None:
@@ -130,7 +130,7 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
     train_loader(0)  # says what is wrong with the recipe before the model is built
 
     # ------------------------------------------------------------------ model and engine
-    torch.manual_seed(int(random_bits(recipe.train.seed, _WEIGHTS) >> 1))
+    torch.manual_seed(int(random_bits(recipe.train.seed, WEIGHTS_DRAW) >> 1))
     vocab_size = tokenizer.vocab_size if tokenizer else 0
     model, report = build_model(recipe.model, recipe.data.image_size, len(manifest.classes), vocab_size)
     log.info("%s, %s head: %s", recipe.model.backbone, recipe.model.head, report.summary())
