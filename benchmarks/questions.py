@@ -211,9 +211,10 @@ def _closes_the_gap(
         fixed = accuracies(rows, data="drawn", head="cls", batch_size=batch)
         changed = accuracies(rows, data="drawn", head="cls", batch_size=batch, **change)
         short, gained = difference(changed, small), difference(changed, fixed)
-        if short is None or gained is None:
+        gap = mean_of(small) - mean_of(fixed)
+        if short is None or gained is None or gap <= 0:
             continue
-        regained = (mean_of(changed) - mean_of(fixed)) / (mean_of(small) - mean_of(fixed))
+        regained = (mean_of(changed) - mean_of(fixed)) / gap
         closed = regained >= CLOSED and gained.sign > 0
         verdicts.append(CONFIRMED if closed else REFUTED if short.sign < 0 else UNDECIDED)
         evidence.append(

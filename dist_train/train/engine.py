@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +37,8 @@ def init_process_group(timeout_s: float = 1800) -> Place:
     Returns this process's place. Raises WorkError where the ranks do not find each other.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Newer torch has other names for what DeepSpeed's ZeRO 3 calls, and says so at every call on every rank.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # DeepSpeed would compile a collective of tensor-parallel inference here, for a minute, on every rank of a new host.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if timeout_s < 1:

@@ -121,6 +121,11 @@ def test_scaling_closes_the_gap_only_if_it_regains_nine_tenths(linear: float, ve
     assert f"{(linear - 60) / 20:.0%} of the gap" in evidence
 
 
+def test_where_there_is_no_gap_nothing_closes_it() -> None:
+    rows = grid(lambda i: 60 + 5 * i, lambda i: 60) + changed(80, lr_scaling="linear")
+    assert not [question for question in verdicts(rows) if "scaling the rate" in question]
+
+
 def test_equal_steps_are_compared_among_themselves() -> None:
     base = grid(lambda i: 80 - 5 * i, lambda i: 80 - 2 * i)
     better = base + changed(85, budget="steps") + changed(70, budget="steps", batch=16)

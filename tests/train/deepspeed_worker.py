@@ -81,23 +81,25 @@ def losses_through_deepspeed(
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
     command = [sys.executable, "-m", __name__, str(folder / "jobs.json"), str(folder / "losses.json")]
+    # Files, as a pipe that nobody reads yet would stop a rank that says much, and with it all others.
+    outputs = [folder / f"rank{rank}.log" for rank in range(world_size)]
     ranks = [
         subprocess.Popen(
             command,
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)},
             cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
+            stdout=outputs[rank].open("w"),
             stderr=subprocess.STDOUT,
-            text=True,
         )
         for rank in range(world_size)
     ]
     try:
-        outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
+        for rank in ranks:
+            rank.wait(timeout=600)
     finally:
         for rank in ranks:
             rank.kill()
-    assert not any(rank.returncode for rank in ranks), outputs[0][-3000:]
+    assert not any(rank.returncode for rank in ranks), outputs[0].read_text()[-3000:]
     return json.loads((folder / "losses.json").read_text())
 
 
