@@ -258,7 +258,7 @@ def _equal_steps(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
     """With equal steps the question is whether the large batch is as good as the small one with as many steps."""
     batch = _largest_with(rows, data="drawn", head="cls", budget="steps")
     batches = _batches(rows, "drawn")
-    if batch is None or not batches:
+    if batch is None or not batches or batch == batches[0]:
         return
     small, large = (
         accuracies(rows, data="drawn", head="cls", batch_size=size, budget="steps") for size in (batches[0], batch)
