@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def measure_batch_sizes(base: Recipe, sweep: Sweep, jobs: int, name: str) -> Pat
             rows.append(row)
             path = write_result("batch_size", name, parameters, rows)
             print(", ".join(f"{key} {value}" for key, value in row.items() if value is not None))
+    for _ in search_micro_batches(rows, recipes, sweep) if sweep.search else ():
+        path = write_result("batch_size", name, parameters, rows)
     if sweep.accuracy:
         for recipe in finish_runs(recipes_to_train(recipes, rows), jobs, "accuracy"):
             add_accuracy(rows, recipe)
@@ -132,7 +135,7 @@ def is_accumulated(recipe: Recipe) -> bool:
 
 
 def measure_point(recipe: Recipe, sweep: Sweep, samples: int, environment: dict[str, str]) -> dict[str, Any]:
-    """One row: cost of a step and of an epoch, and the largest micro-batch if it is searched."""
+    """One row: cost of a step and of an epoch."""
     row = describe(recipe)
     limit = int(sweep.memory_gb * 1e9)
     measured = run_point(recipe, sweep.arm, sweep.warmup, sweep.steps, environment, limit)
@@ -146,9 +149,19 @@ def measure_point(recipe: Recipe, sweep: Sweep, samples: int, environment: dict[
         row["train_minutes"] = round(minutes * recipe.train.epochs, 3)
         for what in ("epoch", "train") if sweep.price_per_hour is not None else ():
             row[f"{what}_price"] = round(row[f"{what}_minutes"] / 60 * (sweep.price_per_hour or 0), 4)
-    if sweep.search and not is_accumulated(recipe):
-        row["largest_micro_batch"] = largest_micro_batch(recipe, sweep.search, environment, limit)
     return row
+
+
+def search_micro_batches(rows: list[dict[str, Any]], recipes: list[Recipe], sweep: Sweep) -> Iterator[None]:
+    """Find each model's largest micro-batch, which is the same at every batch size, and put it into its rows."""
+    model_of = itemgetter("backbone", "head", "image_size")
+    for recipe in {model_of(describe(recipe)): recipe for recipe in recipes}.values():
+        mine = [row for row in rows if model_of(row) == model_of(describe(recipe))]
+        if any("largest_micro_batch" not in row for row in mine):
+            largest = largest_micro_batch(recipe, sweep.search, {}, int(sweep.memory_gb * 1e9))
+            for row in mine:
+                row["largest_micro_batch"] = largest
+            yield
 
 
 def largest_micro_batch(recipe: Recipe, most: int, environment: dict[str, str], limit: int) -> int:

@@ -149,6 +149,23 @@ def test_the_search_finds_the_largest_micro_batch_to_an_eighth(fits: int, most: 
     assert min(fits, most) - found <= max(1, found // 8) or (found * 2 > most and found == max(tried))
 
 
+def test_the_largest_micro_batch_is_searched_once_for_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = []
+
+    def search(recipe: Recipe, *_: Any) -> int:
+        searched.append(recipe.model.head)
+        return {"cls": 48, "ifa": 32}[recipe.model.head]
+
+    monkeypatch.setattr(batch_size, "largest_micro_batch", search)
+    sweep = batch_size.Sweep(("vit_tiny_patch16",), ("cls", "ifa"), (16, 64), (128,), micro_batch=16, search=64)
+    recipes = list(batch_size.points(Recipe(), sweep))
+    rows = [batch_size.describe(recipe) for recipe in recipes]
+    for _ in range(2):  # the second time all is known
+        list(batch_size.search_micro_batches(rows, recipes, sweep))
+    assert searched == ["cls", "ifa"]
+    assert {(row["head"], row["largest_micro_batch"]) for row in rows} == {("cls", 48), ("ifa", 32)}
+
+
 POINTS = st.lists(
     st.fixed_dictionaries({"train_minutes": st.integers(1, 9), "top1": st.integers(0, 9).map(lambda n: n / 10)}),
     min_size=1,
