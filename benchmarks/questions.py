@@ -333,7 +333,12 @@ def _beside(
     gain = difference(mine, other)
     if gain is not None:
         levels = f"{mean_of(mine):.1f} % and {mean_of(other):.1f} %"
-        yield _answer(question, _verdict([gain], 1), f"drawn, CLS, batch {batch}, {what}: {levels}, {gain} points")
+        evidence = f"drawn, CLS, batch {batch}, {what}: {levels}, {gain} points"
+        reached = {row["backbone"]: row["pretraining_top1"] for row in rows if "pretraining_top1" in row}
+        names = [(BASE | change)["backbone"] for change in (better, worse)]
+        if len(set(names)) > 1 and set(names) <= set(reached):
+            evidence += f"; their pretraining reached {reached[names[0]]:.1%} and {reached[names[1]]:.1%}"
+        yield _answer(question, _verdict([gain], 1), evidence)
 
 
 def _smoother(surfaces: Sequence[Row]) -> Iterator[dict[str, str]]:

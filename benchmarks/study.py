@@ -94,7 +94,7 @@ def run_study(study: Study, jobs: int, name: str) -> Path:
     rows: list[dict[str, Any]] = []
     path = None
     for recipe in finish_runs([recipe_of(run, study) for run in runs], jobs, "study"):
-        rows.append(row_of(by_folder[recipe.train.run], recipe))
+        rows.append(row_of(by_folder[recipe.train.run], recipe, study))
         path = write_study(study, rows, runs, name)
     if path is None:
         raise UseError("no run in this study: name at least one experiment, batch size and seed")
@@ -110,12 +110,6 @@ def write_study(study: Study, rows: list[dict[str, Any]], runs: list[Run], name:
         "finished_runs": len(rows),
         "optimizer": "sgd, momentum 0.9, cosine after a warm-up of a twentieth of the steps",
         "precision": "float32",
-        "pretraining_top1": {
-            backbone: json.loads((weights_file(study, backbone).with_suffix("") / SUMMARY_NAME).read_bytes())[
-                "evaluations"
-            ]["test"]["top1"]
-            for backbone in sorted({run.backbone for run in runs})
-        },
     }
     surfaces = [
         row | {"seed": runs[order[row["run"]]].seed} for row in read_rows("landscape", name) if row["run"] in order
@@ -259,13 +253,20 @@ def data_config(study: Study, folder: str, image_size: int) -> DataConfig:
     return DataConfig(shards=str(study.scratch / "data" / folder), image_size=image_size, crop_margin=margin)
 
 
-def row_of(run: Run, recipe: Recipe) -> dict[str, Any]:
+def pretraining_top1(study: Study, backbone: str) -> float:
+    """Test top-1 that the pretraining of the backbone reached."""
+    summary = json.loads((weights_file(study, backbone).with_suffix("") / SUMMARY_NAME).read_bytes())
+    return summary["evaluations"]["test"]["top1"]
+
+
+def row_of(run: Run, recipe: Recipe, study: Study) -> dict[str, Any]:
     """A finished run."""
     summary = read_summary(recipe)
     test = summary["evaluations"]["test"]
     return {
         "run": run.name,
         **asdict(run),
+        "pretraining_top1": pretraining_top1(study, run.backbone),
         "lr": recipe.optim.lr,
         "epochs": recipe.train.epochs,
         "steps": summary["steps"],
