@@ -19,10 +19,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from benchmarks.result import environment_of_one_process
+from benchmarks.result import environment_of_one_process, gpu_environment
 from benchmarks.step import recipe_from_dict
 from dist_train.cli import recipe_from_run
 from dist_train.config import Recipe
@@ -109,9 +108,7 @@ class Worker:
     def __init__(self, number: int, of: int, logs: Path) -> None:
         """Worker `number` of `of`; what it prints goes to a file in the folder `logs`."""
         cores = max(1, len(os.sched_getaffinity(0)) // of)
-        self._environment = environment_of_one_process() | {"OMP_NUM_THREADS": str(cores)}
-        if gpus := torch.cuda.device_count():
-            self._environment["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+        self._environment = environment_of_one_process() | {"OMP_NUM_THREADS": str(cores)} | gpu_environment(number)
         self._threads = cores
         self._log = logs / f"worker-{number}.log"
         self._process: subprocess.Popen[str] | None = None

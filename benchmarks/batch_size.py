@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 
 from benchmarks.accuracy import finish_runs, read_summary
-from benchmarks.result import finished_rows, write_result
+from benchmarks.result import finished_rows, gpu_environment, write_result
 from benchmarks.step import PAPER_CLASSES, Arm, run_point
 from dist_train.config import Recipe
 from dist_train.data.manifest import read_manifest
@@ -72,12 +73,19 @@ def measure_batch_sizes(base: Recipe, sweep: Sweep, jobs: int, name: str) -> Pat
     rows = list(there.values())
     path = write_result("batch_size", name, parameters, rows)
 
-    def measure(numbered: tuple[int, Recipe]) -> dict[str, Any]:
-        environment = {"CUDA_VISIBLE_DEVICES": str(numbered[0] % jobs)} if gpus else {}
-        return measure_point(numbered[1], sweep, samples, environment)
+    free: SimpleQueue[int] = SimpleQueue()
+    for number in range(jobs):
+        free.put(number)
+
+    def measure(recipe: Recipe) -> dict[str, Any]:
+        number = free.get()
+        try:
+            return measure_point(recipe, sweep, samples, gpu_environment(number))
+        finally:
+            free.put(number)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for row in pool.map(measure, enumerate(left)):
+        for row in pool.map(measure, left):
             rows.append(row)
             path = write_result("batch_size", name, parameters, rows)
             print(", ".join(f"{key} {value}" for key, value in row.items() if value is not None))
@@ -98,7 +106,7 @@ def points(base: Recipe, sweep: Sweep) -> Iterator[Recipe]:
         for head in sweep.heads:
             for size in sweep.sizes:
                 for batch in sweep.batches:
-                    for micro in {0, sweep.micro_batch if sweep.micro_batch < batch else 0}:
+                    for micro in (0, sweep.micro_batch) if 0 < sweep.micro_batch < batch else (0,):
                         if micro and batch % micro:
                             raise UseError(f"--micro-batch {micro} does not divide the batch size {batch}")
                         run = folder / f"{backbone}-{head}-{size}px-batch{batch}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -28,6 +27,7 @@ from benchmarks.charts import (
     new_axes,
     plain,
 )
+from benchmarks.landscape_picture import shared_levels
 from benchmarks.report_study import (
     BySeed,
     Category,
@@ -41,7 +41,6 @@ from benchmarks.report_study import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LEVELS = 16
 HEIGHT_OF_SQUARE = 4.2
 ARRAYS = ("a", "b", "loss", "t", "line_loss")
 # What each experiment of the study asks.
@@ -201,7 +200,8 @@ def _landscape_charts(rows: Sequence[Row]) -> list[Chart]:
     with_arrays = [(row, _arrays_path(row)) for row in rows if row.get("arrays")]
     with_arrays = [(row, path) for row, path in with_arrays if path.exists()]
     charts = []
-    for i, (row, path) in enumerate(with_arrays):
+    finite = [path for _, path in with_arrays if np.isfinite(_read_arrays(path)["loss"]).any()]
+    for i, (row, path) in enumerate(with_arrays if finite else []):
         caption = f"{row.get('run', '')}: loss over two filter-normalised directions, the same levels for all runs."
         every = [path for _, path in with_arrays]
         charts.append(Chart(f"surface-{i}", caption, partial(_draw_surface, row, path, every)))
@@ -225,16 +225,18 @@ def _read_arrays(path: Path) -> dict[str, NDArray[np.float64]]:
 def _draw_surface(row: Row, path: Path, every: Sequence[Path]) -> Figure:
     from matplotlib.colors import LogNorm
 
-    finite = np.concatenate([_read_arrays(other)["loss"].ravel() for other in every])
-    finite = finite[np.isfinite(finite)]
-    lowest = max(float(finite.min(initial=math.inf)), 1e-6) if len(finite) else 1e-6  # a logarithm ends above 0
-    levels = np.geomspace(lowest, max(float(finite.max(initial=0)), 1.001 * lowest), LEVELS)
+    levels = shared_levels([_read_arrays(other)["loss"] for other in every])
     arrays = _read_arrays(path)
     loss = np.where(np.isfinite(arrays["loss"]), arrays["loss"], np.nan).T  # contours have x along the columns
     figure, axes = new_axes(3.9)
     axes.grid(False)
     filled = axes.contourf(
-        arrays["a"], arrays["b"], np.maximum(loss, lowest), levels, norm=LogNorm(levels[0], levels[-1]), cmap="viridis"
+        arrays["a"],
+        arrays["b"],
+        np.maximum(loss, levels[0]),
+        levels,
+        norm=LogNorm(levels[0], levels[-1]),
+        cmap="viridis",
     )
     filled.set_rasterized(True)
     axes.contour(arrays["a"], arrays["b"], loss, levels[1:-1:2], colors="white", linewidths=0.6)

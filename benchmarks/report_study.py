@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.questions import difference
+
 Row = dict[str, Any]
 BySeed = dict[int, float]
 
@@ -57,11 +59,10 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
 
 def paired_difference(mine: BySeed, other: BySeed) -> tuple[float, float | None, int] | None:
     """Mean of mine minus other over the seeds that both have, its standard error (None for one seed), their number."""
-    differences = [mine[seed] - other[seed] for seed in sorted(set(mine) & set(other))]
-    if not differences:
+    estimate = difference(mine, other)
+    if estimate is None:
         return None
-    mean, sd = mean_and_sd(differences)
-    return mean, None if sd is None else sd / math.sqrt(len(differences)), len(differences)
+    return estimate.mean, None if math.isnan(estimate.error) else estimate.error, len(estimate.values)
 
 
 def heads_of(rows: Sequence[Row]) -> list[str]:

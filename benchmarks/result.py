@@ -70,6 +70,15 @@ def environment_of_one_process() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ranks}
 
 
+def gpu_environment(number: int) -> dict[str, str]:
+    """What makes GPU `number` of those that this process sees (modulo their count) the only one of another process."""
+    count = torch.cuda.device_count()
+    if not count:
+        return {}
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return {"CUDA_VISIBLE_DEVICES": seen.split(",")[number % count]}
+
+
 def hardware() -> dict[str, Any]:
     """Processor, usable cores, memory and GPUs of this machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
