@@ -35,8 +35,8 @@ def finish_runs(recipes: Sequence[Recipe], jobs: int, what: str) -> Iterator[Rec
     """Train every recipe to its end, `jobs` at a time, and yield each as it is done; finished ones come first.
 
     On GPUs worker i has GPU i mod their number; on the CPU the workers share the cores. `what` is the progress bar's
-    title. A run that fails is reported in a WorkError after all others. Raises UseError where a run folder holds a run
-    of another recipe.
+    title. A run that fails is reported in a WorkError after all others. Where the caller stops, or Ctrl-C, no further
+    run begins. Raises UseError where a run folder holds a run of another recipe.
     """
     left = [recipe for recipe in recipes if not is_finished(recipe)]
     bar = tqdm(total=len(recipes), initial=len(recipes) - len(left), desc=what, disable=not sys.stderr.isatty())
@@ -53,18 +53,22 @@ def finish_runs(recipes: Sequence[Recipe], jobs: int, what: str) -> Iterator[Rec
         finally:
             free.put(worker)
 
-    with bar, ThreadPoolExecutor(max(1, jobs)) as pool:
+    pool = ThreadPoolExecutor(max(1, jobs))
+    try:
         futures = {pool.submit(train_one, recipe): recipe for recipe in left}
         for future in as_completed(futures):
             recipe, failure = futures[future], future.result()
             bar.update()
             if failure is None:
-                print(f"{recipe.train.run}: test top-1 {read_summary(recipe)['evaluations']['test']['top1']:.4f}")
+                print(f"{recipe.train.run}: test top-1 {test_evaluation(recipe)['top1']:.4f}")
                 yield recipe
             else:
                 failures.append(f"{recipe.train.run}: {failure}")
-    while not free.empty():
-        free.get().close()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+        while not free.empty():
+            free.get().close()
     if failures:
         raise WorkError(
             f"{len(failures)} of {len(recipes)} runs failed; the same command tries them again. {failures[0]}"
@@ -93,6 +97,14 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
 def read_summary(recipe: Recipe) -> dict[str, Any]:
     """The `summary.json` of a finished run."""
     return json.loads((Path(recipe.train.run) / SUMMARY_NAME).read_bytes())
+
+
+def test_evaluation(recipe: Recipe) -> dict[str, Any]:
+    """What a finished run reached on the test split. Raises UseError where its shard set has none."""
+    evaluations = read_summary(recipe)["evaluations"]
+    if "test" not in evaluations:
+        raise UseError(f"{recipe.data.shards}: no test split, so {recipe.train.run} has no accuracy to compare")
+    return evaluations["test"]
 
 
 def last_train_loss(recipe: Recipe) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy import finish_runs, read_summary
+from benchmarks.accuracy import finish_runs, test_evaluation
 from benchmarks.result import finished_rows, gpu_environment, write_result
 from benchmarks.step import PAPER_CLASSES, Arm, run_point
 from dist_train.config import Recipe
@@ -239,7 +239,7 @@ def recipes_to_train(recipes: list[Recipe], rows: list[dict[str, Any]]) -> list[
 
 def add_accuracy(rows: list[dict[str, Any]], recipe: Recipe) -> None:
     """Put the test accuracy of a finished run into its row, and into that of the same batch accumulated."""
-    top1 = read_summary(recipe)["evaluations"]["test"]["top1"]
+    top1 = test_evaluation(recipe)["top1"]
     same = ("backbone", "head", "image_size", "batch_size")
     point = describe(recipe)
     for row in rows:

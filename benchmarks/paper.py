@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.accuracy import finish_runs, is_finished, read_summary
+from benchmarks.accuracy import finish_runs, is_finished, test_evaluation
 from benchmarks.result import write_result
 from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
@@ -192,7 +192,7 @@ def own_top1(recipe: Recipe) -> float | None:
     """Test top-1 of a finished run in percent; None where it was not run to its end."""
     if not is_finished(recipe):
         return None
-    return round(100 * read_summary(recipe)["evaluations"]["test"]["top1"], 2)
+    return round(100 * test_evaluation(recipe)["top1"], 2)
 
 
 def minus(a: float | None, b: float | None) -> float | None:

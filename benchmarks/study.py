@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.accuracy import SUMMARY_NAME, finish_runs, last_train_loss, read_summary
+from benchmarks.accuracy import finish_runs, last_train_loss, read_summary, test_evaluation
 from benchmarks.questions import answer_questions
 from benchmarks.result import read_rows, write_result
 from dist_train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
@@ -175,29 +175,30 @@ def pretrain(study: Study, backbones: list[str], jobs: int) -> None:
     """Train ViTs on the pretraining cast and export their weights, unless that is done."""
     from dist_train.cli import main
 
-    data = data_config(study, "pretraining", IMAGE_SIZE)
-    steps = math.ceil(study.pretraining_epochs * read_manifest(data.shards).split("train").samples / 64)
-    optim = OptimConfig(
-        name="adamw", lr=0.0005, weight_decay=0.05, decay_all=True, warmup_steps=steps // 10, clip_norm=1.0
-    )
-    recipes = [
-        Recipe(
-            data=data,
-            model=ModelConfig(backbone=backbone, head="cls"),
-            optim=optim,
-            train=TrainConfig(
-                run=str(weights_file(study, backbone).with_suffix("")),
-                epochs=study.pretraining_epochs,
-                eval_every=1000,
-                batch_size=64,
-            ),
-        )
-        for backbone in backbones
-    ]
+    recipes = [pretraining_recipe(study, backbone) for backbone in backbones]
     for recipe in finish_runs(recipes, jobs, "pretraining"):
         weights = weights_file(study, recipe.model.backbone)
         if not weights.exists():
             main(["export", recipe.train.run, str(weights)])
+
+
+def pretraining_recipe(study: Study, backbone: str) -> Recipe:
+    """The recipe of a pretraining: AdamW, the CLS head."""
+    data = data_config(study, "pretraining", IMAGE_SIZE)
+    steps = math.ceil(study.pretraining_epochs * read_manifest(data.shards).split("train").samples / 64)
+    return Recipe(
+        data=data,
+        model=ModelConfig(backbone=backbone, head="cls"),
+        optim=OptimConfig(
+            name="adamw", lr=0.0005, weight_decay=0.05, decay_all=True, warmup_steps=steps // 10, clip_norm=1.0
+        ),
+        train=TrainConfig(
+            run=str(weights_file(study, backbone).with_suffix("")),
+            epochs=study.pretraining_epochs,
+            eval_every=1000,
+            batch_size=64,
+        ),
+    )
 
 
 def weights_file(study: Study, backbone: str) -> Path:
@@ -253,20 +254,13 @@ def data_config(study: Study, folder: str, image_size: int) -> DataConfig:
     return DataConfig(shards=str(study.scratch / "data" / folder), image_size=image_size, crop_margin=margin)
 
 
-def pretraining_top1(study: Study, backbone: str) -> float:
-    """Test top-1 that the pretraining of the backbone reached."""
-    summary = json.loads((weights_file(study, backbone).with_suffix("") / SUMMARY_NAME).read_bytes())
-    return summary["evaluations"]["test"]["top1"]
-
-
 def row_of(run: Run, recipe: Recipe, study: Study) -> dict[str, Any]:
     """A finished run."""
-    summary = read_summary(recipe)
-    test = summary["evaluations"]["test"]
+    summary, test = read_summary(recipe), test_evaluation(recipe)
     return {
         "run": run.name,
         **asdict(run),
-        "pretraining_top1": pretraining_top1(study, run.backbone),
+        "pretraining_top1": test_evaluation(pretraining_recipe(study, run.backbone))["top1"],
         "lr": recipe.optim.lr,
         "epochs": recipe.train.epochs,
         "steps": summary["steps"],

@@ -69,6 +69,24 @@ def test_a_run_is_the_same_after_others_in_one_process_and_alone(shards: Path, t
 
 
 @pytest.mark.launch
+def test_where_the_caller_stops_no_further_run_begins(shards: Path, tmp_path: Path) -> None:
+    recipes = [small(shards, tmp_path / name) for name in ("a", "b", "c", "d")]
+    runs = accuracy.finish_runs(recipes, 1, "runs")
+    assert next(runs) is recipes[0]
+    runs.close()
+    begun = [name for name in "abcd" if (tmp_path / name / "recipe.yaml").exists()]
+    assert begun in (["a"], ["a", "b"])  # the one under way is finished
+    assert all((tmp_path / name / "summary.json").exists() for name in begun)
+
+
+@pytest.mark.launch
+def test_a_set_without_a_test_split_is_named(shard_set: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = small(shard_set({"train": [8]}, "untested", baked=40), tmp_path / "run")
+    with pytest.raises(UseError, match=r"untested: no test split, so .*run has no accuracy"):
+        list(accuracy.finish_runs([recipe], 1, "runs"))
+
+
+@pytest.mark.launch
 def test_a_run_that_fails_or_is_killed_stops_no_other(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
