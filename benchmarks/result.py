@@ -19,7 +19,10 @@ import torch
 from dist_train.data.manifest import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "deepspeed", "timm", "webdataset", "ffcv", "numpy", "numba")
+_PACKAGES = (
+    *("torch", "torchvision", "nvidia-dali-cuda120", "deepspeed", "timm", "transformers", "webdataset"),
+    *("ffcv", "numpy", "numba"),
+)
 
 
 def write_result(
@@ -99,11 +102,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit of the working tree, with "+" if it has changes; "" outside of git."""
+    """The commit of the working tree, with "+" if it has changes beside the results; "" outside of git."""
     here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
     try:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **here)
-        changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **here)
+        # A sweep rewrites its result row by row: that result is no change of what measures.
+        code = (":/", *(f":!{name}" for name in ("results", "results.html", "RESULTS.md")))
+        changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "--", *code], **here)
     except FileNotFoundError:  # no git here
         return ""
     return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")

@@ -56,7 +56,7 @@ def test_a_run_is_the_same_after_others_in_one_process_and_alone(shards: Path, t
     }
     alone = [sys.executable, "-m", "dist_train.cli", "train", *f"{SMALL} --data.shards {shards}".split()]
     alone += f"--train.run {tmp_path / 'alone'} --train.epochs 1 --train.batch_size 4 --train.seed 2".split()
-    environment = os.environ | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    environment = result.environment_of_one_process() | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     subprocess.run(alone, check=True, capture_output=True, env=environment)
     weights = [next((tmp_path / name / "checkpoints").glob("*/weights.safetensors")) for name in ("b", "alone")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -66,6 +66,31 @@ def test_a_run_is_the_same_after_others_in_one_process_and_alone(shards: Path, t
     assert written == {run: (tmp_path / run / "summary.json").stat().st_mtime_ns for run in "ab"}
     with pytest.raises(UseError, match=r"/a: holds a run of another recipe"):
         list(accuracy.finish_runs([replace(first, train=replace(first.train, epochs=2))], 1, "runs"))
+
+
+def test_a_commit_is_marked_where_the_code_has_changes_not_where_a_result_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a sweep that goes on in the result that it had begun would take it for another commit's."""
+    code, of_a_sweep, report = (tmp_path / "benchmarks" / name for name in ("a.py", "results/b/c.json", "RESULTS.md"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    of_a_sweep.parent.mkdir(parents=True)
+    for file in (code, of_a_sweep, report):
+        file.write_text("before")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(result, "__file__", str(code))
+    monkeypatch.setattr(result, "RESULTS", tmp_path / "elsewhere")
+
+    def commit() -> str:
+        return json.loads(result.write_result("bench", "name", {}, []).read_bytes())["commit"]
+
+    clean = commit()
+    of_a_sweep.write_text("after")
+    report.write_text("after")
+    assert commit() == clean != ""
+    code.write_text("after")
+    assert commit() == f"{clean}+"
 
 
 @pytest.mark.launch
