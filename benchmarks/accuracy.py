@@ -107,6 +107,11 @@ def test_evaluation(recipe: Recipe) -> dict[str, Any]:
     return evaluations["test"]
 
 
+def trained_at(recipe: Recipe) -> str:
+    """The commit that trained a finished run ("" outside of git): a sweep that went on later has runs of several."""
+    return (read_summary(recipe)["commit"] or "")[:7]
+
+
 def last_train_loss(recipe: Recipe) -> float:
     """The training loss of the last logged interval of a run."""
     lines = (Path(recipe.train.run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy import finish_runs, test_evaluation
+from benchmarks.accuracy import finish_runs, test_evaluation, trained_at
 from benchmarks.result import finished_rows, gpu_environment, write_result
 from benchmarks.step import PAPER_CLASSES, Arm, run_point
 from dist_train.config import Recipe
@@ -244,7 +244,7 @@ def add_accuracy(rows: list[dict[str, Any]], recipe: Recipe) -> None:
     point = describe(recipe)
     for row in rows:
         if all(row[key] == point[key] for key in same):
-            row["top1"] = top1
+            row |= {"top1": top1, "trained_at": trained_at(recipe)}
 
 
 def mark_front(rows: list[dict[str, Any]], tolerance: float) -> None:

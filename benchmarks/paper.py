@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.accuracy import finish_runs, is_finished, test_evaluation
+from benchmarks.accuracy import finish_runs, is_finished, test_evaluation, trained_at
 from benchmarks.result import write_result
 from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
@@ -175,16 +175,20 @@ def write_table(table: str, scale: str, cells: list[Cell], name: str) -> tuple[P
 
 
 def row_of(cell: Cell, scale: str) -> dict[str, Any]:
-    """A cell: the paper's number, and ours or null. Accuracies in percent."""
+    """A cell: the paper's number, and ours or null. Accuracies in percent.
+
+    At small scale ours is another model's on other data, so nothing is subtracted from it but our own baseline.
+    """
     ours = own_top1(cell.recipe)
     base = own_top1(cell.own_baseline) if cell.own_baseline else None
     row = {"table": cell.table, "cell": cell.name, "scale": scale, "paper_top1": cell.paper_top1, "top1": ours}
-    row["difference_points"] = minus(ours, cell.paper_top1)
+    row["difference_points"] = minus(ours, cell.paper_top1) if scale == "full" else None
     row["baseline"] = cell.baseline
     before = cell.paper_baseline_top1
     row["paper_difference_percent"] = round(100 * (cell.paper_top1 - before) / before, 2) if before else None
     row["paper_difference_points"] = minus(cell.paper_top1, before)
     row["our_difference_points"] = minus(ours, base)
+    row["trained_at"] = trained_at(cell.recipe) if is_finished(cell.recipe) else None
     return row
 
 

@@ -56,11 +56,12 @@ def _study(document: Document, rows: Sequence[Row]) -> str:
 def _paper(_: Document, rows: Sequence[Row]) -> str:
     parts = []
     for scale in dict.fromkeys(text_of(row.get("scale")) for row in rows):
-        run = having([row for row in rows if text_of(row.get("scale")) == scale], "difference_points")
+        run = having([row for row in rows if text_of(row.get("scale")) == scale], "top1")
         if run:
-            # Runs of another scale are not to be compared with the paper's.
-            mean = sum(abs(row["difference_points"]) for row in run) / len(run)
-            distance = f", on average {mean:.1f} points from the paper's" if scale == "full" else ""
+            # Only runs at full scale can be compared with the paper's.
+            distances = [abs(distance) for distance in _numbers(run, "difference_points")]
+            mean = sum(distances) / max(1, len(distances))
+            distance = f", on average {mean:.1f} points from the paper's" if distances else ""
             parts.append(f"{len(run)} of {len(rows)} cells run at {scale} scale{distance}")
     return "; ".join(parts) or (f"{len(rows)} cells of the paper, none run" if rows else "")
 

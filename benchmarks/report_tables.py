@@ -44,6 +44,7 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
         ("test_samples", "test samples", ",d"),
         ("train_loss", "train loss", ".4f"),
         ("seconds", "seconds", ",.0f"),
+        ("trained_at", "trained at", ""),
     ],
     "paper": [
         ("table", "table", ""),
@@ -56,6 +57,7 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
         ("paper_difference_percent", "paper's difference %", "+.2f"),
         ("paper_difference_points", "in points", "+.2f"),
         ("our_difference_points", "our difference, points", "+.2f"),
+        ("trained_at", "trained at", ""),
     ],
     "landscape": [
         ("run", "run", ""),
@@ -92,6 +94,7 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
         ("train_price", "training price", ",.4g"),
         ("pareto", "on the Pareto front", ""),
         ("recommended", "recommended", ""),
+        ("trained_at", "trained at", ""),
     ],
     "ifa": [
         ("backbone", "backbone", ""),

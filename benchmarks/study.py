@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.accuracy import finish_runs, last_train_loss, read_summary, test_evaluation
+from benchmarks.accuracy import finish_runs, last_train_loss, read_summary, test_evaluation, trained_at
 from benchmarks.questions import answer_questions
 from benchmarks.result import read_rows, write_result
 from dist_train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
@@ -270,6 +270,7 @@ def row_of(run: Run, recipe: Recipe, study: Study) -> dict[str, Any]:
         "test_samples": test["samples"],
         "train_loss": last_train_loss(recipe),
         "seconds": summary["seconds"],
+        "trained_at": trained_at(recipe),
     }
 
 

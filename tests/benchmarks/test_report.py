@@ -311,13 +311,13 @@ def test_each_bench_says_its_result_in_a_line() -> None:
     assert "20 kills on 2 ranks: weights bit-identical" in headline("kill", {"rows": [kill]})
     assert "not all" in headline("kill", {"rows": [kill, kill | {"identical_weights": False}]})
     cells = [
-        {"scale": "full", "difference_points": -3.0},
-        {"scale": "full"},
-        {"scale": "full", "difference_points": 1.0},
+        {"scale": "full", "top1": 80.0, "difference_points": -3.0},
+        {"scale": "full", "top1": None},
+        {"scale": "full", "top1": 84.0, "difference_points": 1.0},
     ]
     said = headline("paper", {"rows": cells})
     assert said == "2 of 3 cells run at full scale, on average 2.0 points from the paper's"
-    said = headline("paper", {"rows": [cell | {"scale": "small"} for cell in cells]})
+    said = headline("paper", {"rows": [cell | {"scale": "small", "difference_points": None} for cell in cells]})
     assert said == "2 of 3 cells run at small scale"
     assert headline("unheard_of", {"rows": [{}]}) == "1 row"
 
