@@ -26,6 +26,7 @@ from dist_train.models.build import build_model
 from dist_train.train.engine import compute_dtype
 from dist_train.train.inputs import one_sample
 from dist_train.train.meters import matmul_rate, training_flops_per_sample
+from dist_train.train.schedule import check_schedule, count_steps
 
 PAPER_SAMPLES = 322_947  # of DAF's train split; of an epoch where the recipe's shard set is not there
 START_S = 12.0  # of a measuring process, roughly; only the printed plan uses it
@@ -66,6 +67,8 @@ def measure_batch_sizes(base: Recipe, sweep: Sweep, jobs: int, name: str) -> Pat
         raise UseError(f"--jobs {jobs}: points at the same time need a GPU each, here are {gpus}; use {max(1, gpus)}")
     samples = samples_per_epoch(base)
     recipes = list(points(base, sweep))
+    if sweep.accuracy:
+        check_training(base, recipes)
     parameters = {"recipe": asdict(base), "sweep": asdict(sweep), "samples_per_epoch": samples}
     there = {key_of(row): row for row in finished_rows("batch_size", name, parameters)}
     left = [recipe for recipe in recipes if key_of(describe(recipe)) not in there]
@@ -97,6 +100,18 @@ def measure_batch_sizes(base: Recipe, sweep: Sweep, jobs: int, name: str) -> Pat
             mark_front(rows, sweep.tolerance)
             path = write_result("batch_size", name, parameters, rows)
     return path
+
+
+def check_training(base: Recipe, recipes: list[Recipe]) -> None:
+    """Raise UseError where a point could not be trained to its end and compared: before anything is measured."""
+    manifest = read_manifest(base.data.shards)
+    manifest.split("test")
+    samples = manifest.split("train").samples
+    for recipe in recipes:
+        try:
+            check_schedule(recipe.optim, count_steps(recipe.train.epochs, samples, recipe.train.batch_size))
+        except UseError as error:
+            raise UseError(f"batch size {recipe.train.batch_size}: {error}") from None
 
 
 def points(base: Recipe, sweep: Sweep) -> Iterator[Recipe]:

@@ -8,7 +8,6 @@ project, trained by its loop; `benchmarks/questions.py` says what the runs answe
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from benchmarks.result import read_rows, write_result
 from dist_train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from dist_train.data.manifest import MANIFEST_NAME, read_manifest
 from dist_train.errors import UseError
+from dist_train.train.schedule import count_steps
 
 T = TypeVar("T")
 
@@ -185,7 +185,7 @@ def pretrain(study: Study, backbones: list[str], jobs: int) -> None:
 def pretraining_recipe(study: Study, backbone: str) -> Recipe:
     """The recipe of a pretraining: AdamW, the CLS head."""
     data = data_config(study, "pretraining", IMAGE_SIZE)
-    steps = math.ceil(study.pretraining_epochs * read_manifest(data.shards).split("train").samples / 64)
+    steps = count_steps(study.pretraining_epochs, read_manifest(data.shards).split("train").samples, 64)
     return Recipe(
         data=data,
         model=ModelConfig(backbone=backbone, head="cls"),
@@ -215,7 +215,7 @@ def recipe_of(run: Run, study: Study) -> Recipe:
         if epochs * run.batch_size % middle:
             raise UseError(f"--epochs: {epochs} at batch {middle} are no whole epochs at batch {run.batch_size}")
         epochs = epochs * run.batch_size // middle
-    steps = math.ceil(epochs * samples / run.batch_size)
+    steps = count_steps(epochs, samples, run.batch_size)
     data = data_config(study, run.data, run.image_size)
     if run.text_tokens:
         data = replace(data, tokenizer=str(study.vocabulary))

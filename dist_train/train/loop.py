@@ -59,7 +59,7 @@ from dist_train.train.ranks import (
 )
 from dist_train.train.record import RunRecord, start_console_log
 from dist_train.train.runfolder import held_run_folder
-from dist_train.train.schedule import check_schedule, learning_rate
+from dist_train.train.schedule import check_schedule, count_steps, learning_rate
 from dist_train.train.step import TrainStep, make_forward
 from dist_train.train.watch import Watch
 
@@ -103,7 +103,7 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
             write_atomically(run / TAGS_NAME, "".join(f"{tag}\n" for tag in tags).encode())
         torch.distributed.barrier()
     tokenizer = build_tokenizer(recipe, run)
-    total_steps = math.ceil(recipe.train.epochs * train_samples / recipe.train.batch_size)
+    total_steps = count_steps(recipe.train.epochs, train_samples, recipe.train.batch_size)
     check_schedule(recipe.optim, total_steps)
     check_mixing(recipe, micro_batch)
 

@@ -8,6 +8,11 @@ from dist_train.config import OptimConfig
 from dist_train.errors import UseError
 
 
+def count_steps(epochs: float, samples: int, batch_size: int) -> int:
+    """Optimizer steps of a run: its last batch may take samples of the epoch after."""
+    return math.ceil(epochs * samples / batch_size)
+
+
 def scaled_rate(config: OptimConfig, batch_size: int) -> float:
     """The highest learning rate after the batch-size rule: none, linear (Goyal et al. 2017) or square root."""
     ratio = batch_size / config.lr_reference_batch

@@ -140,6 +140,22 @@ def test_a_run_that_fails_or_is_killed_stops_no_other(
     assert len(list(accuracy.finish_runs([killed], 1, "runs"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--optim.schedule cosine --optim.warmup_steps 5", "batch size 8: optim.warmup_steps 5 leaves nothing of the "),
+        ("--data.shards nowhere", "nowhere"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_anything_is_measured(
+    shards: Path, tmp_path: Path, results: Path, capsys: Any, more: str, said: str
+) -> None:
+    recipe = f"{SMALL} --data.shards {shards} --train.run {tmp_path / 'runs'} --train.epochs 2 {more}"
+    assert main(["batch_size", "--name", "s", "--batches", "4,8", "--accuracy", *recipe.split()]) == 2
+    assert said in capsys.readouterr().err
+    assert not results.exists()
+
+
 @pytest.mark.launch
 def test_a_sweep_over_batch_sizes(shards: Path, tmp_path: Path, results: Path, capsys: Any) -> None:
     recipe = f"{SMALL} --data.shards {shards} --train.run {tmp_path / 'runs'} --train.epochs 2"
