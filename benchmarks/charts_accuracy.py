@@ -154,40 +154,30 @@ def _draw_categories(categories: Sequence[Category]) -> Figure:
 
 
 def _paper_charts(rows: Sequence[Row]) -> list[Chart]:
+    """Of the runs at full scale: another scale's are no answer to the paper's."""
+    full = [row for row in rows if row.get("scale") == "full"]
     charts = []
-    if run := having(rows, "paper_top1", "top1"):
-        caption = "Our top-1 over the paper's, a point a cell; filled where the run is of full scale."
+    if run := having(full, "paper_top1", "top1"):
+        caption = "Our top-1 over the paper's, a point a cell."
         labels = ("the paper's top-1, %", "ours, %")
-        charts.append(Chart("top1", caption, partial(_draw_beside_paper, run, "paper_top1", "top1", labels, True)))
-    # Points with points where the result has them; the paper itself prints relative differences.
-    in_points = having(rows, "paper_difference_points", "our_difference_points")
-    theirs = "paper_difference_points" if in_points else "paper_difference_percent"
-    if compared := having(rows, theirs, "our_difference_points"):
+        charts.append(Chart("top1", caption, partial(_draw_beside_paper, run, "paper_top1", "top1", labels)))
+    if compared := having(full, "paper_difference_points", "our_difference_points"):
         caption = "What a cell gains over its baseline: ours over the paper's."
-        labels = (f"the paper's difference, {'points' if in_points else '%'}", "ours, points")
-        draw = partial(_draw_beside_paper, compared, theirs, "our_difference_points", labels, bool(in_points))
+        labels = ("the paper's difference, points", "ours, points")
+        draw = partial(_draw_beside_paper, compared, "paper_difference_points", "our_difference_points", labels)
         charts.append(Chart("differences", caption, draw))
     return charts
 
 
-def _draw_beside_paper(rows: Sequence[Row], x: str, y: str, labels: tuple[str, str], same_unit: bool) -> Figure:
+def _draw_beside_paper(rows: Sequence[Row], x: str, y: str, labels: tuple[str, str]) -> Figure:
     figure, axes = new_axes(HEIGHT_OF_SQUARE)
-    values = [row[key] for row in rows for key in ((x, y) if same_unit else (x,))]
-    if same_unit:
-        axes.plot([min(values), max(values)], [min(values), max(values)], color=GREY, linewidth=1)
+    values = [row[key] for row in rows for key in (x, y)]
+    axes.plot([min(values), max(values)], [min(values), max(values)], color=GREY, linewidth=1)
     for i, table in enumerate(dict.fromkeys(str(row.get("table", "")) for row in rows)):
-        colour, marker = COLOURS[i % 7], MARKERS[i % 7]
-        for full in (True, False):
-            its = [row for row in rows if str(row.get("table", "")) == table and (row.get("scale") == "full") is full]
-            if its:
-                axes.plot(
-                    [row[x] for row in its],
-                    [row[y] for row in its],
-                    marker,
-                    color=colour,
-                    markerfacecolor=colour if full else "white",
-                    label=plain(f"table {table}" if table.isdigit() else table) + ("" if full else ", small"),
-                )
+        its = [row for row in rows if str(row.get("table", "")) == table]
+        label = plain(f"table {table}" if table.isdigit() else table)
+        style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "linestyle": "none"}
+        axes.plot([row[x] for row in its], [row[y] for row in its], label=label, **style)
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])

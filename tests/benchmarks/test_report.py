@@ -72,7 +72,7 @@ def made_up_rows(columns: list[tuple[str, str, str]], number: int = 2) -> list[d
         for c, (key, _, form) in enumerate(columns):
             figure = 1001 + 100 * r + c
             row[key] = f"{key}-{figure}" if key in words else figure if form.endswith("d") else figure + 0.25
-            row[key] = True if key in YES_OR_NO else row[key]
+            row[key] = True if key in YES_OR_NO else "full" if key == "scale" else row[key]
         rows.append(row)
     return rows
 
@@ -193,11 +193,18 @@ def test_every_bench_with_something_to_show_has_its_figures(written: Path) -> No
     }
 
 
+def test_the_papers_accuracies_have_no_figure_beside_those_of_another_scale(results: Path) -> None:
+    rows = [row | {"scale": "small"} for row in made_up_rows(COLUMNS["paper"])]
+    put(results, "paper", "x", rows)
+    report.write_report()
+    assert "<svg" not in (results.parent / "results.html").read_text()
+
+
 def test_hostile_text_stays_text(results: Path) -> None:
     for bench, columns in COLUMNS.items():
         rows = made_up_rows(columns)
-        for row in rows:
-            row.update({key: HOSTILE for key, value in row.items() if isinstance(value, str)})
+        for row, kept in zip(rows, ("scale", None), strict=True):  # only what is of full scale has figures
+            row.update({key: HOSTILE for key, value in row.items() if isinstance(value, str) and key != kept})
         put(results, bench, "x", rows, command=HOSTILE, commit=HOSTILE, date=HOSTILE, parameters={"size": HOSTILE})
     put(results, "paper", "x", made_up_rows(COLUMNS["paper"]), parameters={"note": HOSTILE})
     put(results, "unknown <b>", "y & z", [{HOSTILE: HOSTILE}], versions={HOSTILE: HOSTILE})
