@@ -17,7 +17,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import accuracy, batch_size, result
+from benchmarks import accuracy, batch_size, paper, result
 from benchmarks.__main__ import main
 from benchmarks.batch_size import largest_micro_batch, mark_front
 from benchmarks.paper import row_of, table_cells
@@ -283,6 +283,7 @@ def test_a_cell_of_the_paper_runs_small_and_is_printed_beside_the_papers(
     tmp_path: Path, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paper, "SMALL_PICTURES", 200)
     for table, cell in (("5", "vilt-b32-daf"), ("2", "b32-batch256-64px")):
         assert main(["paper", "--table", table, "--scale", "small", "--cells", cell]) == 0
         printed = capsys.readouterr().out
