@@ -104,8 +104,11 @@ class ModelConfig:
     ViT; or backbone, all but the head (and the text embeddings)."""
     checkpoint_blocks: bool = False
     """Compute a ViT's blocks again in the backward pass instead of keeping their activations; same results."""
-    compile: bool = False
-    """Run torch.compile on the blocks of a ViT, or on the whole of a CNN; not with ZeRO 3."""
+    compile: Literal["auto", "none", "kernels", "graphs"] = "auto"
+    """What runs the model. none: PyTorch's operators one by one. kernels: torch.compile's, which take a minute to build.
+    graphs: kernels, and forward and backward pass of a micro-batch launched as one CUDA graph, so that a small batch
+    costs what the GPU needs and not what Python does; one GPU at ZeRO 0 without checkpoint_blocks. auto: on a GPU graphs
+    where they can be, else kernels (none with ZeRO 3, which they do not go with); on the CPU none."""
     norm_eps: float = 1e-6
     """Epsilon of the layer norms; the reference has 1e-12, which underflows in fp16."""
 
@@ -196,15 +199,20 @@ class TrainConfig:
 class DeepSpeedConfig:
     """What the DeepSpeed engine does with the model."""
 
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """Arithmetic of forward and backward; the optimizer always steps in float32."""
+    precision: Literal["auto", "float32", "tf32", "bf16", "bf16_autocast", "fp16"] = "auto"
+    """Arithmetic of forward and backward pass; weights, their gradients at ZeRO 0, and the optimizer's step are float32
+    in any case. float32: exact, on GPUs too. tf32: float32 whose matrix products a GPU rounds to 10 bits. bf16: matrix
+    products and all that lies between them, the tokens of a ViT included; sums of norms, and the loss, in float32.
+    bf16_autocast: the same, but tokens and norms in float32 by the rules of torch.autocast (ZeRO 0 only). fp16: with a
+    loss scale that follows overflows; needs a GPU. auto: bf16 on GPUs that have it, else float32. What the matrix
+    products really were is measured at the start of a run, which ends where that is not what is said here."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """ZeRO: 0 replicates everything, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """Keep in main memory, and step there: optimizer states (ZeRO 1 to 3); parameters and optimizer states (ZeRO 3)."""
     config: str | None = None
     """A DeepSpeed JSON file whose keys are added; keys that the recipe decides (batch, precision, ...) may differ
-    from it in nothing."""
+    from it in nothing. With it DeepSpeed's engine makes the steps at ZeRO 0 too, which costs some time."""
 
 
 @dataclass

@@ -24,6 +24,7 @@ from dist_train.errors import UseError
 from dist_train.hosts import read_hostfile
 from dist_train.models.build import build_model
 from dist_train.probe import existing_folder
+from dist_train.train.precision import precision_of
 
 _SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15"]
 _PROBE_S = 120  # seconds for a host to import torch from a cold disk
@@ -210,7 +211,7 @@ def state_bytes(recipe: Recipe, parameters: int, ranks: int) -> tuple[float, flo
     As counted in ZeRO (Rajbhandari et al. 2020, section 3.1): stage 1 shards the optimizer's states, 2 also the
     gradients, 3 also the weights.
     """
-    stage, precision = recipe.deepspeed.zero_stage, recipe.deepspeed.precision
+    stage, precision = recipe.deepspeed.zero_stage, precision_of(recipe.deepspeed)
     half = precision == "fp16" or (precision == "bf16" and stage > 0)
     weights, gradients = (2, 2) if half else (4, 4)
     optimizer = (4 if recipe.optim.name == "sgd" else 8) + (4 if half else 0)  # float32 master weights

@@ -64,7 +64,7 @@ def load_trained(run: Path, recipe: Recipe, which: str, averaged: bool) -> Train
     place = Place(device_id=0 if torch.cuda.is_available() else None)
     device = torch_device(place)
     model.to(device).eval()
-    float32 = replace(recipe, deepspeed=DeepSpeedConfig())
+    float32 = replace(recipe, deepspeed=DeepSpeedConfig(precision="float32"))
     return TrainedModel(model, make_forward(model, float32, device), tokenizer, class_names, checkpoint, place)
 
 

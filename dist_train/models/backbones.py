@@ -11,12 +11,13 @@ import difflib
 import re
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import timm
 import torch
-from timm.layers import LayerNorm
 from timm.models import VisionTransformer, checkpoint
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dist_train.errors import UseError
 
@@ -91,6 +92,56 @@ def timm_name(backbone: str, image_size: int) -> tuple[str, dict[str, int]]:
     return f"vit_{shape.size}_patch16_224", {"img_size": image_size, "patch_size": shape.patch}
 
 
+class LayerNorm(nn.LayerNorm):
+    """A layer norm whose output is of its input's type; its sums are float32 in any case.
+
+    Under autocast torch's own always gives float32, so that every token would be written in twice the bytes.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (..., D) normalised over the last dimension."""
+        if tokens.dtype == self.weight.dtype:
+            return super().forward(tokens)
+        with torch.autocast(tokens.device.type, enabled=False):
+            weight, bias = self.weight.to(tokens.dtype), self.bias.to(tokens.dtype)
+            return functional.layer_norm(tokens, self.normalized_shape, weight, bias, self.eps)
+
+
+class _TakeCLS(torch.autograd.Function):
+    """Tokens (B, S, D) to the same tokens and a copy of their [CLS], (B, D).
+
+    A plain `tokens[:, 0]` would make its gradient a tensor of zeros of all tokens and add that to the gradient of the
+    tokens, for every block. Here the [CLS]'s gradient is added to its own row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.shape = tokens.shape
+        return tokens.view_as(tokens), tokens[:, 0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, of_tokens: Tensor | None, of_cls: Tensor | None) -> Tensor | None:
+        if of_cls is None:
+            return of_tokens
+        if of_tokens is None:  # nothing reads the tokens of the last block but the head
+            of_tokens = of_cls.new_zeros(ctx.shape)
+        # In place is safe: the tokens have two readers, a block's residual and its norm, and the sum of their two
+        # gradients is a tensor that nothing else holds.
+        of_tokens[:, 0] += of_cls
+        return of_tokens
+
+
+def take_cls(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (B, S, D), for a transformer block to go on with, and their [CLS], (B, D), a copy.
+
+    A view of the [CLS] would keep all tokens of every block in memory.
+    """
+    if torch.compiler.is_compiling():  # which fuses the plain form's zeros and sum into what follows
+        return tokens, tokens[:, 0].clone()
+    return _TakeCLS.apply(tokens)
+
+
 class TokenTransformer(VisionTransformer):
     """timm's vision transformer without its classifier, giving [CLS] tokens and taking text tokens.
 
@@ -122,6 +173,8 @@ class TokenTransformer(VisionTransformer):
             norm_layer=partial(LayerNorm, eps=norm_eps),
         )
         self.every_block = every_block
+        self.token_dtype: torch.dtype | None = None
+        """Type of the tokens between the blocks (the residual stream); None: what the embedding gives."""
 
     def forward(self, images: Tensor, text: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """[CLS] tokens of images (B, 3, H, W), joined by embedded text tokens (B, T, D) if given.
@@ -133,6 +186,8 @@ class TokenTransformer(VisionTransformer):
         tokens = self._pos_embed(self.patch_embed(images))
         if text is not None:
             tokens = torch.cat([tokens, text], dim=1)
+        if self.token_dtype is not None:
+            tokens = tokens.to(self.token_dtype)
         cls_tokens = []
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
@@ -140,8 +195,8 @@ class TokenTransformer(VisionTransformer):
             else:
                 tokens = block(tokens, attn_mask=attention_mask)
             if self.every_block:
-                # A copy, because a view would keep all tokens of every block in memory.
-                cls_tokens.append(tokens[:, 0].clone())
+                tokens, cls = take_cls(tokens)
+                cls_tokens.append(cls)
         if self.every_block:
             return torch.stack(cls_tokens, dim=-1)
         return self.norm(tokens[:, 0])

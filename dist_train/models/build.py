@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
 from torch import Tensor, nn
 
 from dist_train.config import ModelConfig
@@ -26,6 +29,8 @@ class Classifier(nn.Module):
         self.mask_padding = mask_padding
         self.frozen: list[nn.Module] = []
         """Parts that stay in evaluation mode."""
+        self.autocast: torch.dtype | None = None
+        """What torch's autocast computes matrix products in; None: the type of the weights."""
 
     def train(self, mode: bool = True) -> Classifier:
         """As `nn.Module.train`, but frozen parts neither drop anything nor change their running statistics."""
@@ -40,6 +45,11 @@ class Classifier(nn.Module):
         A ViLT also needs `text_ids` (B, T), int64, and `text_mask` (B, T), bool, True for real tokens; a model of
         images alone takes neither. Raises ValueError where that is not so.
         """
+        # In here and not around the model: DeepSpeed's engine switches an autocast around it off, on GPUs alone.
+        with nullcontext() if self.autocast is None else torch.autocast(images.device.type, self.autocast):
+            return self._logits(images, text_ids, text_mask)
+
+    def _logits(self, images: Tensor, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor:
         if (text_ids is None) != (self.text is None):
             raise ValueError("a ViLT needs text_ids; a model of images alone takes none")
         if self.text is None:
@@ -109,7 +119,19 @@ def build_model(
 def compile_blocks(model: Classifier) -> None:
     """Run torch.compile, in place, on each block of a ViT (one is compiled and serves all) or on the whole of a CNN."""
     for module in model.backbone.blocks if isinstance(model.backbone, TokenTransformer) else [model.backbone]:
-        module.compile()
+        module.compile(dynamic=False)
+
+
+def compile_parts(model: Classifier) -> None:
+    """Run torch.compile, in place, on the backbone, the text embeddings and the head, each as a whole: some faster than
+    block by block, and in compiling that many times slower. Batches must be of one size.
+    """
+    if isinstance(model.backbone, TokenTransformer) and model.backbone.grad_checkpointing:
+        compile_blocks(model)  # the border of what is computed again
+        return
+    for part in (model.backbone, model.text, model.head):
+        if part is not None:
+            part.compile(dynamic=False)
 
 
 def plain_weights(model: Classifier) -> dict[str, Tensor]:

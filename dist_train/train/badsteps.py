@@ -35,7 +35,7 @@ class BadSteps:
         self.allowed, self.place = allowed, place
         self.skipped = self.skipped_since_log = 0
         self._file, self._sample_names = run / BAD_BATCH_NAME, sample_names
-        self._first: Tensor | None = None  # step of the first loss of this rank that is not finite, on the device
+        self._losses: list[tuple[int, Tensor]] = []  # of this rank since the last logged step, on the device
         self._statistics: list[Tensor] = []
 
     def before_forward(self, model: nn.Module) -> None:
@@ -49,7 +49,7 @@ class BadSteps:
         Without train.skip_bad_steps nothing waits for the loss here; `end_run` looks back.
         """
         if not self.allowed:
-            self._note(loss, step)
+            self._losses.append((step, loss.detach().clone()))
             return False
         bad = (~loss.detach().isfinite()).to(torch.int32)
         if self.place.world_size > 1:
@@ -75,13 +75,14 @@ class BadSteps:
 
     def end_run(self, logged: int) -> None:
         """Raise WorkError naming the first step whose loss was not finite; `logged` where no rank noted one."""
-        firsts = [first for first in gather(-1 if self._first is None else int(self._first), self.place) if first >= 0]
+        mine = next((step for step, loss in self._losses if not loss.isfinite()), -1)
+        firsts = [first for first in gather(mine, self.place) if first >= 0]
         self._end(min(firsts, default=logged - 1), "")
 
-    def _note(self, loss: Tensor, step: int) -> None:
-        if self._first is None:
-            self._first = torch.full((), -1, device=loss.device)
-        self._first = torch.where((self._first < 0) & ~loss.detach().isfinite(), step, self._first)
+    def logged(self) -> None:
+        """The losses so far are in the record, and finite."""
+        self._losses.clear()
+        self.skipped_since_log = 0
 
     def _end(self, step: int, after: str) -> None:
         self._write(step)

@@ -1,13 +1,13 @@
-"""The process group, and the model inside a DeepSpeed engine."""
+"""The process group, and the model inside an engine: DeepSpeed's, or at ZeRO 0 a replica."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import shutil
 import socket
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,14 @@ from torch import nn
 from dist_train.config import DeepSpeedConfig, OptimConfig, Recipe
 from dist_train.data.loader import Place
 from dist_train.errors import UseError, WorkError
-from dist_train.models.build import compile_blocks
+from dist_train.models.build import Classifier, compile_blocks, compile_parts
 from dist_train.models.layers import head_layer, is_decayed, layer_of
+from dist_train.train.precision import check_precision, precision_of, uses_autocast
+from dist_train.train.replica import Replica
+
+Engine = deepspeed.DeepSpeedEngine | Replica
+
+log = logging.getLogger(__name__)
 
 _SILENT_STEPS = 1 << 30
 # Numbers in a bucket of gradients or parameters. DeepSpeed's 5e8 is more than a ViT-L has: nothing would be reduced
@@ -108,31 +114,13 @@ def torch_device(place: Place) -> torch.device:
     return torch.device("cpu") if place.device_id is None else torch.device("cuda", place.device_id)
 
 
-def compute_dtype(config: DeepSpeedConfig) -> torch.dtype:
-    """The arithmetic of forward and backward."""
-    return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-
-
-def uses_autocast(config: DeepSpeedConfig) -> bool:
-    """bf16 without ZeRO runs under torch's autocast on float32 weights; DeepSpeed's own bf16 mode without ZeRO takes an
-    unfused optimizer that was measured ten times slower on CPU."""
-    return config.precision == "bf16" and config.zero_stage == 0
-
-
-def precision_context(config: DeepSpeedConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """What forward passes run in."""
-    if uses_autocast(config):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
-
-
 def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a recipe, with every default that changes results written out.
 
     What changes no result (bucket sizes) is ours unless deepspeed.config has its own. Raises UseError where that file
     contradicts the recipe.
     """
-    config = recipe.deepspeed
+    config, precision = recipe.deepspeed, precision_of(recipe.deepspeed)
     settings: dict[str, Any] = {
         "train_batch_size": recipe.train.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -142,9 +130,9 @@ def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int) -> dic
         "zero_optimization": {"stage": config.zero_stage, **_offload(config)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.precision == "bf16" and not uses_autocast(config)},
+        "bf16": {"enabled": precision == "bf16" and not uses_autocast(config)},
         # The loss scale starts at 2**16 and follows overflows.
-        "fp16": {"enabled": config.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
+        "fp16": {"enabled": precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
         "steps_per_print": _SILENT_STEPS,
     }
     extra: dict[str, Any] = {}
@@ -213,14 +201,14 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     return torch.optim.AdamW(described, config.lr, config.betas, fused=True)
 
 
-def check_combination(recipe: Recipe, device: torch.device) -> None:
+def check_combination(recipe: Recipe, device: torch.device, world_size: int = 1) -> None:
     """Raise UseError for settings that do not go together, or not on this device."""
     config, stage = recipe.deepspeed, recipe.deepspeed.zero_stage
-    if config.precision == "fp16" and device.type == "cpu":
-        raise UseError("deepspeed.precision fp16 needs a GPU; on the CPU use bf16 or float32")
-    if not recipe.model.backbone.startswith("vit_") and config.precision != "float32" and not uses_autocast(config):
+    check_precision(config, device)
+    precision = precision_of(config)
+    if not recipe.model.backbone.startswith("vit_") and precision in ("bf16", "fp16") and not uses_autocast(config):
         raise UseError(
-            f"{recipe.model.backbone} has batch norms, whose float32 statistics DeepSpeed's {config.precision} cannot "
+            f"{recipe.model.backbone} has batch norms, whose float32 statistics DeepSpeed's {precision} cannot "
             "take; use deepspeed.precision bf16 with deepspeed.zero_stage 0, or float32"
         )
     if config.offload == "optimizer" and stage == 0:
@@ -231,8 +219,10 @@ def check_combination(recipe: Recipe, device: torch.device) -> None:
         raise UseError(
             "train.ema needs whole parameters on every rank, which deepspeed.zero_stage 3 has not; use 0 to 2"
         )
-    if recipe.model.compile and stage == 3:
-        raise UseError("model.compile cannot see parameters that deepspeed.zero_stage 3 gathers; use 0 to 2")
+    if recipe.model.compile in ("kernels", "graphs") and stage == 3:
+        raise UseError("model.compile cannot see parameters that deepspeed.zero_stage 3 gathers; use 0 to 2, or none")
+    if recipe.model.compile == "graphs" and (problem := _no_graphs(recipe, device, world_size)):
+        raise UseError(f"model.compile graphs {problem}; use kernels, or auto")
     if recipe.train.channels_last and recipe.model.backbone.startswith("vit_"):
         raise UseError(f"train.channels_last is for CNNs; with {recipe.model.backbone} use false")
     for key, value in (("train.ema", recipe.train.ema), ("optim.class_weights_beta", recipe.optim.class_weights_beta)):
@@ -242,17 +232,57 @@ def check_combination(recipe: Recipe, device: torch.device) -> None:
         raise UseError(f"optim.layer_decay is {recipe.optim.layer_decay}; it must be above 0 and at most 1")
 
 
-def build_engine(model: nn.Module, recipe: Recipe, place: Place, micro_batch: int) -> deepspeed.DeepSpeedEngine:
-    """The model on its device, wrapped by DeepSpeed. Raises UseError for settings that do not go together."""
+def _no_graphs(recipe: Recipe, device: torch.device, world_size: int) -> str:
+    """Why forward and backward pass cannot be one CUDA graph; empty where they can."""
+    if device.type != "cuda":
+        return "needs a GPU"
+    if uses_deepspeed(recipe.deepspeed):
+        return "does not go with DeepSpeed's engine (deepspeed.zero_stage above 0, precision fp16, deepspeed.config)"
+    if world_size > 1:
+        return f"is for one GPU, not {world_size}: the exchange of gradients is not recorded"
+    if recipe.model.checkpoint_blocks:
+        return "does not go with model.checkpoint_blocks, whose random numbers cannot be recorded"
+    return ""
+
+
+def compile_mode(recipe: Recipe, device: torch.device, world_size: int) -> str:
+    """What model.compile is for this recipe and place: none, kernels or graphs."""
+    if recipe.model.compile != "auto":
+        return recipe.model.compile
+    if device.type != "cuda" or recipe.deepspeed.zero_stage == 3:
+        return "none"
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        log.warning("model.compile auto: none, as torch.compile needs a C compiler and there is none here; install gcc")
+        return "none"
+    return "kernels" if _no_graphs(recipe, device, world_size) else "graphs"
+
+
+def uses_deepspeed(config: DeepSpeedConfig) -> bool:
+    """Whether DeepSpeed's engine makes the steps: to shard, to scale fp16's loss, or to heed settings of its own."""
+    return config.zero_stage > 0 or precision_of(config) == "fp16" or config.config is not None
+
+
+def build_engine(model: Classifier, recipe: Recipe, place: Place, micro_batch: int) -> Engine:
+    """The model on its device, ready for steps. Raises UseError for settings that do not go together."""
     device = torch_device(place)
-    check_combination(recipe, device)
+    check_combination(recipe, device, place.world_size)
     model.to(device)
-    if recipe.model.compile:
-        compile_blocks(model)
+    if compile_mode(recipe, device, place.world_size) != "none":
+        # Compiled as a whole a model yields all gradients at the end of its backward pass; several ranks exchange them
+        # meanwhile, block by block.
+        (compile_parts if place.world_size == 1 and recipe.deepspeed.zero_stage == 0 else compile_blocks)(model)
+    optimizer = build_optimizer(recipe.optim, model)
+    if not uses_deepspeed(recipe.deepspeed):
+        return Replica(
+            model,
+            optimizer,
+            device,
+            accumulation=recipe.train.batch_size // (place.world_size * micro_batch),
+            clip_norm=recipe.optim.clip_norm,
+            world_size=place.world_size,
+        )
     engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=build_optimizer(recipe.optim, model),
-        config=deepspeed_settings(recipe, place.world_size, micro_batch),
+        model=model, optimizer=optimizer, config=deepspeed_settings(recipe, place.world_size, micro_batch)
     )
     if place.world_size == 1 and recipe.deepspeed.zero_stage == 0:
         # One process has nothing to reduce, but DeepSpeed would copy all gradients into one buffer and back.

@@ -6,6 +6,7 @@ import logging
 import math
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,7 @@ from dist_train.train.checkpoint import (
     read_averaged_weights,
 )
 from dist_train.train.ema import WeightAverage
-from dist_train.train.engine import (
-    build_engine,
-    compute_dtype,
-    init_process_group,
-    torch_device,
-)
+from dist_train.train.engine import build_engine, compile_mode, init_process_group, torch_device
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
 from dist_train.train.inputs import build_tokenizer, needs_frequent_tags, one_sample, read_shard_set
 from dist_train.train.losses import Objective
@@ -49,6 +45,7 @@ from dist_train.train.meters import (
     training_flops_per_sample,
 )
 from dist_train.train.mixing import check_mixing
+from dist_train.train.precision import compute_dtype, precision_of
 from dist_train.train.ranks import (
     StopSignal,
     average_batch_statistics,
@@ -86,6 +83,12 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
     run = Path(recipe.train.run)
     device = torch_device(place)
     stop = StopSignal(recipe.train.timeout_s)
+    # What `auto` is here goes into the record of the run.
+    recipe = replace(
+        recipe,
+        model=replace(recipe.model, compile=compile_mode(recipe, device, place.world_size)),
+        deepspeed=replace(recipe.deepspeed, precision=precision_of(recipe.deepspeed)),
+    )
     for key in ("epochs", "batch_size", "eval_batch_size", "eval_every", "log_every", "keep_checkpoints"):
         if getattr(recipe.train, key) < 1:
             raise UseError(f"train.{key} must be at least 1, not {getattr(recipe.train, key)}")
@@ -165,7 +168,9 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
 
     dtype = compute_dtype(recipe.deepspeed)
     meter = StepMeter(device, flops, device_peak(device, dtype) * place.world_size)
-    train_step = TrainStep(engine, forward, objective, recipe, share // micro_batch, place.rank, meter, bad_steps)
+    graphs = recipe.model.compile == "graphs"
+    accumulation = share // micro_batch
+    train_step = TrainStep(engine, forward, objective, recipe, accumulation, place.rank, meter, bad_steps, graphs)
     throughput: list[float] = []
 
     hosts = gather(f"{socket.gethostname()}: {device_name(device)}", place)
@@ -218,7 +223,7 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
                 if steps_counted and not math.isfinite(loss):
                     bad_steps.end_run(state.step)
                 loss_since_log.zero_()
-                bad_steps.skipped_since_log = 0
+                bad_steps.logged()
                 meter.reset()
 
             # ---------------------------------------------------------- end of an epoch

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -13,20 +12,24 @@ from dist_train.config import Recipe
 from dist_train.data.draws import random_bits
 from dist_train.data.loader import Batch
 from dist_train.train.badsteps import BadSteps
-from dist_train.train.engine import compute_dtype, precision_context, uses_autocast
+from dist_train.train.engine import Engine
 from dist_train.train.evaluate import Forward
+from dist_train.train.graphs import GraphedPass, generator_of
 from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
-from dist_train.train.mixing import mix_neighbours
+from dist_train.train.mixing import Mix, mix_neighbours
+from dist_train.train.precision import check_products, compute_dtype, measured_products, set_arithmetic, uses_autocast
 
 _DROPOUT = 4  # first counter of a draw: what it is for (data has 1 to 3 and 6, initial weights 5, mixing 7)
 
 
 @dataclass
 class TrainStep:
-    """Makes the optimizer steps of a run. accumulation: micro-batches of this rank in a step."""
+    """Makes the optimizer steps of a run; the model is in train mode. accumulation: micro-batches of this rank in a
+    step. graphs: whether forward and backward pass are a CUDA graph.
+    """
 
-    engine: deepspeed.DeepSpeedEngine
+    engine: Engine
     forward: Forward
     objective: Objective
     recipe: Recipe
@@ -34,45 +37,78 @@ class TrainStep:
     rank: int
     meter: StepMeter
     bad_steps: BadSteps | None = None
+    graphs: bool = False
+    products: str | None = None
+    """What computed the matrix products of the first pass, in words; None before it."""
+    _graph: GraphedPass | None = field(default=None, init=False)
 
     def __call__(self, batches: Iterator[Batch], rate: float, step: int) -> Tensor:
         """Make optimizer step `step` (from 0) at a learning rate. Returns this rank's mean loss, on the device.
 
-        A step that `bad_steps` skips changes nothing and has loss 0.
+        A step that `bad_steps` skips changes nothing and has loss 0. The first step ever runs without compiled code or
+        graph: its matrix products are looked at. Raises WorkError where they are not in the recipe's precision.
         """
         engine, seed = self.engine, self.recipe.train.seed
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
-        total = torch.zeros((), device=engine.device)
-        engine.train()
+        total: Tensor | None = None
+        first_step = self.products is None
         for micro in range(self.accumulation):
             batch = self.meter.wait(lambda: next(batches))
             position = (self.rank * self.accumulation + micro) * len(batch.labels)
             batch, mix = mix_neighbours(self.recipe.data, batch, seed, step, position)
-            torch.manual_seed(int(random_bits(seed, _DROPOUT, step, micro, self.rank) >> 1))
+            generator_of(engine.device).manual_seed(int(random_bits(seed, _DROPOUT, step, micro, self.rank) >> 1))
             if self.bad_steps is not None:
                 self.bad_steps.before_forward(engine.module)
-            with self.meter.in_forward():
-                logits = self.forward(batch).float()
-            loss = self.objective(logits, batch.labels, batch.weights, mix)
-            if self.bad_steps is not None and self.bad_steps.skips(engine.module, loss, step):
-                return total
-            engine.backward(loss)
+            if self.products is None:
+                with measured_products() as products:
+                    loss = self._pass(batch, mix, step)
+                self.products = check_products(self.recipe.deepspeed, products)
+            elif self.graphs and not first_step:
+                loss = self._graphed_pass(batch, mix, step)
+            else:
+                loss = self._pass(batch, mix, step)
+            if loss is None:
+                return torch.zeros((), device=engine.device)
             engine.step()
-            total += loss.detach() / self.accumulation
+            share = loss / self.accumulation
+            total = share if total is None else total + share
+        assert total is not None
         return total
 
+    def _pass(self, batch: Batch, mix: Mix | None, step: int) -> Tensor | None:
+        """Forward and backward pass of a micro-batch. Returns its loss, or None where the step is to be skipped."""
+        with self.meter.in_forward():
+            loss = self._loss(batch, mix)
+        if self.bad_steps is not None and self.bad_steps.skips(self.engine.module, loss, step):
+            return None
+        self.engine.backward(loss)
+        return loss.detach()
 
-def make_forward(model: nn.Module, recipe: Recipe, device: torch.device) -> Forward:
-    """A function from batch to logits in the recipe's precision."""
+    def _graphed_pass(self, batch: Batch, mix: Mix | None, step: int) -> Tensor | None:
+        if self._graph is None:
+            self._graph = GraphedPass(self.engine, self._loss)
+        loss = self._graph(batch, mix)
+        if self.bad_steps is not None and self.bad_steps.skips(self.engine.module, loss, step):
+            self.engine.drop_gradients()
+            return None
+        return loss
+
+    def _loss(self, batch: Batch, mix: Mix | None) -> Tensor:
+        return self.objective(self.forward(batch).float(), batch.labels, batch.weights, mix)
+
+
+def make_forward(model: Engine | nn.Module, recipe: Recipe, device: torch.device) -> Forward:
+    """A function from batch to logits in the recipe's precision, which the model gets by this. model: a `Classifier`, or
+    an engine with one."""
     config = recipe.deepspeed
+    set_arithmetic(getattr(model, "module", model), config)
     dtype = torch.float32 if uses_autocast(config) else compute_dtype(config)
     # Activations take the images' layout; weights keep theirs, as DeepSpeed refuses or flattens any other.
     layout = torch.channels_last if recipe.train.channels_last else torch.preserve_format
 
     def forward(batch: Batch) -> Tensor:
         images = batch.images.to(dtype, memory_format=layout)
-        with precision_context(config, device):
-            return model(images) if batch.text_ids is None else model(images, batch.text_ids, batch.text_mask)
+        return model(images) if batch.text_ids is None else model(images, batch.text_ids, batch.text_mask)
 
     return forward
