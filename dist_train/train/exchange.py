@@ -31,6 +31,7 @@ class _Bucket:
     parameters: list[nn.Parameter]
     views: list[Tensor]
     missing: set[int] = field(default_factory=set)  # of the parameters, whose gradients have not arrived in this step
+    streams: set[torch.cuda.Stream] = field(default_factory=set)  # on which they were copied, on a GPU
 
 
 class GradientExchange:
@@ -46,7 +47,7 @@ class GradientExchange:
     Build it once, when the parameters are on the device where they compute: the buckets take as much memory as the
     gradients, which then lie in them. Keep it as long as there are steps. What it does is done by hooks of the
     parameters, so it goes with any module and with compiled blocks; a model compiled as a whole yields all gradients at
-    the end, and nothing is sent before. A forward pass on several CUDA streams is not provided for.
+    the end, and nothing is sent before.
 
     bucket_mb: the most that a bucket holds, 10^6 bytes; a larger parameter has one of its own.
     """
@@ -111,12 +112,19 @@ class GradientExchange:
         """Put a gradient, divided, where the ranks' sum of it becomes the mean: one pass over it with the copy."""
         torch.div(bucket.parameters[place].grad, self._world_size, out=bucket.views[place])
         bucket.parameters[place].grad = bucket.views[place]
+        if bucket.flat.is_cuda:
+            bucket.streams.add(torch.cuda.current_stream(bucket.flat.device))
 
     def _send_full_buckets(self) -> None:
         """Start exchanging, up to the first that is not full: all ranks must send in one order."""
         for bucket in self._buckets[len(self._works) :]:
             if bucket.missing:
                 return
+            # A collective waits for what the current stream was given. Hooks run on the streams of the forward pass,
+            # mostly one; with compiled blocks DeepSpeed's were seen on several (its issue 8061, lost gradients).
+            for stream in bucket.streams:
+                torch.cuda.current_stream(bucket.flat.device).wait_stream(stream)
+            bucket.streams.clear()
             self._works.append(torch.distributed.all_reduce(bucket.flat, async_op=True))
 
 

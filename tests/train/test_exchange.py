@@ -24,7 +24,7 @@ def gradients(accumulation: int, reach: str, bucket_mb: float, compiled: bool = 
 
 
 def training(stop_after: int | None) -> dict[str, Any]:
-    return {"kind": "training", "steps": 6, "stop_after": stop_after, "bucket_mb": SMALL}
+    return {"kind": "training", "steps": 6, "stop_after": stop_after, "bucket_mb": LARGE}
 
 
 CASES = {
