@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +12,9 @@ from pathlib import Path
 
 import psutil
 
-TOOLS = ("ip", "sshd", "ssh", "ssh-keygen", "pdsh", "unshare", "nsenter", "mount")
-PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+from benchmarks.link import inside, joined_namespaces, why_no_namespaces
+
+TOOLS = ("sshd", "ssh", "ssh-keygen", "pdsh", "mount")
 
 # In a host's namespaces: wait for its end of the cable, then serve ssh. $1 name, $2 address, $3 folder with the keys.
 _BOOT = """
@@ -36,7 +36,7 @@ class Host:
 
     def command(self, *command: str) -> list[str]:
         """`command` to be run on the host, as if at its console."""
-        return ["nsenter", "--target", str(self.pid), "--all", f"--wd={os.getcwd()}", *command]
+        return inside(self.pid, *command)
 
     def run(self, *command: str) -> str:
         return subprocess.run(self.command(*command), check=True, capture_output=True, text=True).stdout
@@ -56,44 +56,24 @@ class Host:
 
 def why_not() -> str | None:
     """Why there can be no two hosts here, or None."""
-    if os.geteuid() != 0:
-        return "two hosts need root"
-    missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
-    if missing:
-        return f"two hosts need {', '.join(missing)} (openssh-server, pdsh, iproute2)"
-    tried = subprocess.run(
-        ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--uts", "true"], capture_output=True
-    )
-    return None if tried.returncode == 0 else "namespaces are not allowed here"
+    return why_no_namespaces(*TOOLS)
 
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
     """node1 and node2, each reachable by ssh from the other as root. Both end with the block, with all they run."""
     _write_keys(folder)
-    started: list[subprocess.Popen[bytes]] = []
-    hosts: list[Host] = []
-    try:
-        for name, address in (("node1", "10.77.0.1"), ("node2", "10.77.0.2")):
-            isolate = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-            boot = [*isolate, "bash", "-c", _BOOT, "boot", name, address, str(folder)]
-            outer = subprocess.Popen(boot, env={**os.environ, "PATH": PATH})
-            started.append(outer)
-            wait_for(lambda outer=outer: psutil.Process(outer.pid).children(), f"{name} to start")
-            hosts.append(Host(name, address, psutil.Process(outer.pid).children()[0].pid))
-        ends = [f"eth0 netns {host.pid}" for host in hosts]
-        subprocess.run(f"ip link add {ends[0]} type veth peer {ends[1]}".split(), check=True, env={"PATH": PATH})
-        for host, other in (hosts, hosts[::-1]):
+    addresses = {"node1": "10.77.0.1", "node2": "10.77.0.2"}
+    boots = [["bash", "-c", _BOOT, "boot", *host, str(folder)] for host in addresses.items()]
+    with joined_namespaces(boots) as pids:
+        first, second = (Host(*host, pid) for host, pid in zip(addresses.items(), pids, strict=True))
+        for host, other in ((first, second), (second, first)):
             check = host.command("ssh", "-o", "BatchMode=yes", other.name, "true")
             wait_for(
                 lambda check=check: subprocess.run(check, capture_output=True).returncode == 0,
                 f"ssh from {host.name} to {other.name}",
             )
-        yield hosts[0], hosts[1]
-    finally:
-        for outer in started:
-            outer.kill()
-            outer.wait()
+        yield first, second
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:

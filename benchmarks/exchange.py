@@ -1,0 +1,231 @@
+"""What of the gradients' exchange each way to train leaves exposed, between two hosts' worth of network namespaces.
+
+One rank in each, and between them a cable whose bandwidth is limited so that the exchange of a step takes as long as
+its computing: then everything can be hidden behind the backward pass and the forward pass of no one, and what is not
+hidden shows. All contestants have a model of their own in the same two processes and take turns at every step, so that
+whatever else the machine does meets all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.engine import CLASSES, bare_loop, engine_loop, make_recipe, timed_step
+from benchmarks.link import PATH, inside, joined_namespaces, why_no_namespaces
+from benchmarks.result import environment_of_one_process, write_result
+from dist_train.config import Recipe
+from dist_train.errors import UseError, WorkError
+from dist_train.models.build import build_model
+from dist_train.train.engine import build_optimizer, deepspeed_settings, init_process_group
+from dist_train.train.exchange import GradientExchange, forward_order
+
+ADDRESSES = ("10.78.0.1", "10.78.0.2")
+BUCKETS_MB = (1.0, 2.0, 5.0, 10.0, 25.0, 50.0)
+# Settings of ZeRO that cost nothing to change, over those of our configuration; bucket sizes in numbers.
+ZERO_SETTINGS: dict[str, dict[str, Any]] = {
+    "overlap_comm": {"overlap_comm": True},
+    "small buckets": {"reduce_bucket_size": 2_000_000, "allgather_bucket_size": 2_000_000},
+    "small buckets, overlap_comm": {
+        "overlap_comm": True,
+        "reduce_bucket_size": 2_000_000,
+        "allgather_bucket_size": 2_000_000,
+    },
+    "not contiguous": {"contiguous_gradients": False},
+}
+SETS = ("stages", "buckets", "settings")
+WARM_UP = 2  # steps of each: the first allocates, and DDP orders its buckets after it
+
+# In a namespace: wait for the cable's end, take the address $1, stay.
+_BOOT = """
+until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
+ip link set lo up && ip address add "$1/24" dev eth0 && ip link set eth0 up && exec sleep infinity
+"""
+
+Step = Callable[[Tensor, Tensor], Any]
+
+
+def measure_exchange(
+    backbone: str, size: int, micro_batch: int, turns: int, which: str, stages: list[int], name: str
+) -> Path:
+    """Measure a set of contestants (one of SETS; `stages`: of ZeRO) and write the result; returns its path.
+
+    Raises UseError where there can be no namespaces, WorkError where a rank fails.
+    """
+    if why := why_no_namespaces("tc"):
+        raise UseError(f"benchmarks exchange: {why}")
+    point = {"backbone": backbone, "size": size, "micro_batch": micro_batch, "turns": turns, "set": which}
+    point["stages"] = stages
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        boots = [["bash", "-c", _BOOT, "boot", address] for address in ADDRESSES]
+        with joined_namespaces(boots) as pids:
+            _run_ranks(pids, [sys.executable, "-m", __name__, json.dumps(point), str(answer)], Path(folder))
+        found = json.loads(answer.read_bytes())
+    parameters = {**point, "head": "cls", "optimizer": "sgd", "precision": "float32", "ranks": 2, "threads": 1}
+    return write_result("exchange", name, parameters | found["measured"], found["rows"])
+
+
+def _run_ranks(pids: list[int], command: list[str], folder: Path) -> None:
+    ranks, logs = [], [folder / f"rank{rank}.log" for rank in range(len(pids))]
+    shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "PATH": PATH, "OMP_NUM_THREADS": "1"}
+    shared |= {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "eth0"}
+    shared |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    for rank, pid in enumerate(pids):
+        environment = environment_of_one_process() | shared | {"RANK": str(rank)}
+        with logs[rank].open("w") as log:  # a pipe that nobody reads would stop the rank
+            ranks.append(subprocess.Popen(inside(pid, *command), env=environment, stdout=log, stderr=log))
+    for rank, log in zip(ranks, logs, strict=True):
+        if rank.wait():
+            raise WorkError(f"a rank of the exchange failed: {(log.read_text().strip().splitlines() or ['?'])[-1]}")
+
+
+def measure_rank(point: dict[str, Any]) -> dict[str, Any]:
+    """The rows, and what was measured besides; both ranks call this."""
+    place = init_process_group()
+    torch.manual_seed(place.rank)
+    images = torch.randn(point["micro_batch"], 3, point["size"], point["size"])
+    labels = torch.arange(point["micro_batch"]) % CLASSES
+    loops, gradient_bytes = contestants(point)
+    for _ in range(WARM_UP):
+        for step in loops.values():
+            timed(step, images, labels)
+    computing_s = statistics.median(timed(loops["alone"], images, labels)[0] for _ in range(5))
+    mbit = gradient_bytes * 8 / 1e6 / computing_s  # two ranks send each byte once: half of it summed, half a sum
+    limit_bandwidth(mbit)
+    for step in loops.values():
+        timed(step, images, labels)
+    turns: dict[str, list[tuple[float, int]]] = {name: [] for name in loops}
+    for turn in range(point["turns"]):
+        for name in list(loops) if turn % 2 == 0 else list(loops)[::-1]:
+            turns[name].append(timed(loops[name], images, labels))
+    measured = {"gradients_mb": round(gradient_bytes / 1e6, 1), "bandwidth_mbit": round(mbit)}
+    return {"measured": measured, "rows": rows_of(turns, round(mbit))}
+
+
+def contestants(point: dict[str, Any]) -> tuple[dict[str, Step], int]:
+    """A step of each contestant by name, and the bytes of the gradients."""
+
+    def recipe(stage: int) -> Recipe:
+        return make_recipe(point["backbone"], 2 * point["micro_batch"], stage)
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return build_model(recipe(0).model, point["size"], CLASSES, 0)[0]
+
+    def engine(stage: int, **changes: Any) -> Step:
+        net, settings = model(), deepspeed_settings(recipe(stage), 2, point["micro_batch"])
+        settings["zero_optimization"] |= changes
+        optimizer = build_optimizer(recipe(stage).optim, net)
+        return engine_loop(deepspeed.initialize(model=net, optimizer=optimizer, config=settings)[0])
+
+    gradient_bytes = sum(parameter.nbytes for parameter in model().parameters())
+    flat = torch.zeros(gradient_bytes // 4)
+    loops: dict[str, Step] = {
+        "alone": bare_loop(model(), recipe(0)),
+        "exchange": lambda *_: torch.distributed.all_reduce(flat),
+        "ddp": ddp_loop(model(), recipe(0)),
+    }
+    if point["set"] == "buckets":
+        for bucket_mb in BUCKETS_MB:
+            loops[f"ours, {bucket_mb:g} MB"] = our_loop(model(), recipe(0), bucket_mb=bucket_mb)
+        return loops, gradient_bytes
+    loops["ours"] = our_loop(model(), recipe(0))
+    for stage in point["stages"]:
+        loops[f"ZeRO {stage}" if stage else "DeepSpeed, ZeRO 0"] = engine(stage)
+        for what, changes in ZERO_SETTINGS.items() if stage and point["set"] == "settings" else ():
+            if not (stage == 3 and "contiguous_gradients" in changes):  # which ZeRO 3 needs
+                loops[f"ZeRO {stage}, {what}"] = engine(stage, **changes)
+    return loops, gradient_bytes
+
+
+def our_loop(model: nn.Module, recipe: Recipe, **options: float) -> Step:
+    """A step with `GradientExchange`."""
+    optimizer = build_optimizer(recipe.optim, model)
+    exchange = GradientExchange(forward_order(model), 2, **options)
+
+    def backward(loss: Tensor) -> None:
+        exchange.begin()
+        loss.backward()
+        exchange.finish()
+
+    return timed_step(model, backward, _update_of(optimizer))
+
+
+def ddp_loop(model: nn.Module, recipe: Recipe) -> Step:
+    """A step with torch's DistributedDataParallel."""
+    optimizer = build_optimizer(recipe.optim, model)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return timed_step(wrapped, lambda loss: loss.backward(), _update_of(optimizer))
+
+
+def _update_of(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
+
+
+def timed(step: Step, images: Tensor, labels: Tensor) -> tuple[float, int]:
+    """Seconds of one step, begun together, on the rank that took longer; bytes that this rank put on the cable."""
+    torch.distributed.barrier()
+    sent, start = sent_bytes(), time.perf_counter()
+    step(images, labels)
+    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    torch.distributed.all_reduce(seconds, torch.distributed.ReduceOp.MAX)
+    return float(seconds), sent_bytes() - sent
+
+
+def sent_bytes() -> int:
+    """What this namespace has put on the cable, with all headers."""
+    return psutil.net_io_counters(pernic=True)["eth0"].bytes_sent
+
+
+def limit_bandwidth(mbit: float) -> None:
+    """Limit what this namespace sends to so many 10^6 bits a second."""
+    # What may leave at once is small beside a step's bytes, and the queue long enough that nothing is dropped.
+    shape = f"tc qdisc replace dev eth0 root tbf rate {mbit * 1000:.0f}kbit burst 256kb limit 16mb"
+    subprocess.run(shape.split(), check=True)
+
+
+def rows_of(turns: dict[str, list[tuple[float, int]]], mbit: int) -> list[dict[str, Any]]:
+    """A row for each contestant: medians over the turns, of ratios and differences within a turn."""
+    seconds = {name: [spent for spent, _ in its] for name, its in turns.items()}
+    exchange_ms = 1000 * statistics.median(seconds["exchange"])
+    rows = []
+    for name, its in seconds.items():
+        ratios = [mine / ddp for mine, ddp in zip(its, seconds["ddp"], strict=True)]
+        lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+        row = {"contestant": name, "turns": len(its), "step_ms": round(1000 * statistics.median(its), 1)}
+        if name != "exchange":
+            exposed = 1000 * statistics.median(mine - alone for mine, alone in zip(its, seconds["alone"], strict=True))
+            row |= {
+                "step_over_ddp": round(middle, 4),
+                "step_over_ddp_lower_quartile": round(lower, 4),
+                "step_over_ddp_upper_quartile": round(upper, 4),
+                "exposed_ms": round(exposed, 1),
+                "exposed_share": round(exposed / exchange_ms, 4),
+            }
+        row["sent_mb"] = round(statistics.median(sent for _, sent in turns[name]) / 1e6, 2)
+        rows.append(row | {"bandwidth_mbit": mbit})
+    return rows
+
+
+if __name__ == "__main__":
+    answer = measure_rank(json.loads(sys.argv[1]))
+    if torch.distributed.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(answer))
