@@ -44,6 +44,16 @@ def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
 
     Raises UseError for an unknown key, naming the nearest known one, and for a value of the wrong kind.
     """
+    parser = _recipe_parser()
+    _check_keys(arguments)
+    try:
+        parsed = parser.parse_args(arguments)
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UseError(" ".join(str(error).split())) from None
+    return _recipe(parsed.as_dict()), parsed.resume
+
+
+def _recipe_parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(prog="dist-train train", exit_on_error=False)
     parser.add_argument("--config", action="config", help="a recipe; may be given several times")
     parser.add_argument("--resume", default="none", help="auto (the newest checkpoint of the run), none, or a folder")
@@ -51,13 +61,11 @@ def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     for section, kind in SECTIONS.items():
         parser.add_class_arguments(kind, section)
-    _check_keys(arguments)
-    try:
-        parsed = parser.parse_args(arguments)
-    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-        raise UseError(" ".join(str(error).split())) from None
-    values = parsed.as_dict()
-    return Recipe(**{section: _build(kind, values[section]) for section, kind in SECTIONS.items()}), parsed.resume
+    return parser
+
+
+def _recipe(values: dict[str, Any]) -> Recipe:
+    return Recipe(**{section: _build(kind, values[section]) for section, kind in SECTIONS.items()})
 
 
 def recipe_from_run(run: Path) -> Recipe:
@@ -65,7 +73,13 @@ def recipe_from_run(run: Path) -> Recipe:
     path = run / "recipe.yaml"
     if not path.is_file():
         raise UseError(f"{run}: no run here (no recipe.yaml)")
-    return parse_recipe(["--config", str(path)])[0]
+    document = _read_recipe_file(path)
+    if isinstance(document.get("model", {}).get("compile"), bool):  # of runs before there was more than on and off
+        document["model"]["compile"] = "kernels" if document["model"]["compile"] else "none"
+    try:
+        return _recipe(_recipe_parser().parse_object(document).as_dict())
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UseError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def _run_doctor(arguments: list[str]) -> int:
@@ -89,10 +103,11 @@ def _check_keys(arguments: list[str]) -> None:
         if name.startswith("--") and "." in name:
             _check_key(name[2:], "the command line")
         if name == "--config":
-            _check_file(Path(value or (arguments[i + 1] if i + 1 < len(arguments) else "")))
+            _read_recipe_file(Path(value or (arguments[i + 1] if i + 1 < len(arguments) else "")))
 
 
-def _check_file(path: Path) -> None:
+def _read_recipe_file(path: Path) -> dict[str, Any]:
+    """The document in a recipe file. Raises UseError where it is none, or has keys that no recipe has."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -107,6 +122,7 @@ def _check_file(path: Path) -> None:
             raise UseError(f"{path}: unknown section '{section}'; the nearest known one is '{nearest[0]}'")
         for key in entries or {}:
             _check_key(f"{section}.{key}", str(path))
+    return document
 
 
 def _check_key(key: str, where: str) -> None:

@@ -195,6 +195,8 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
         while state.step < total_steps:
             rate = learning_rate(recipe.optim, recipe.train.batch_size, state.step, total_steps, train_samples)
             loss_since_log += train_step(batches, rate, state.step)
+            if not throughput and meter.steps == 0:
+                log.info("%s", train_step.products)
             if has_batch_statistics:
                 average_batch_statistics(engine.module, place.world_size)
             epoch_before = state.samples_consumed // train_samples
@@ -267,6 +269,7 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
                 "seconds": round(time.perf_counter() - started, 1),
                 "images_per_s": sorted(throughput)[len(throughput) // 2] if throughput else None,
                 "peak_memory_mb": round(peak_memory_mb(device), 1),
+                "matrix_products": train_step.products,
                 "hosts": hosts,
                 "manifest_digest": manifest.digest,
             }

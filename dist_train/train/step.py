@@ -99,8 +99,10 @@ class TrainStep:
 
 
 def make_forward(model: Engine | nn.Module, recipe: Recipe, device: torch.device) -> Forward:
-    """A function from batch to logits in the recipe's precision, which the model gets by this. model: a `Classifier`, or
-    an engine with one."""
+    """A function from batch to logits in the recipe's precision, which this gives the model.
+
+    model: a `Classifier`, or an engine with one.
+    """
     config = recipe.deepspeed
     set_arithmetic(getattr(model, "module", model), config)
     dtype = torch.float32 if uses_autocast(config) else compute_dtype(config)

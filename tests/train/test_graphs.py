@@ -1,0 +1,170 @@
+"""A recorded pass, replayed, trains exactly as the pass itself, with everything that a step may have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_train.cli import main
+from dist_train.train import engine as engine_module
+from dist_train.train import graphs
+from dist_train.train.checkpoint import newest_checkpoint, read_averaged_weights, read_weights
+from tests.conftest import jpeg_bytes, write_shard_set
+from tests.train.recording import record
+from tests.train.test_training import arguments
+
+DROPS = {"model.dropout": 0.2, "model.drop_path": 0.2}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two of the pictures are no pictures."""
+    return write_shard_set(
+        tmp_path_factory.mktemp("sets") / "set",
+        {"train": [37, 35], "val": [11]},
+        baked=20,
+        text=True,
+        replace={5: b"not an image", 40: jpeg_bytes(40, 20, 20)[:300]},
+    )
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Graphs are allowed here and recorded by the CPU's stand-in. Returns a list that gets an entry a recording."""
+    recordings: list[int] = []
+
+    def counted(run: Callable[[], Any], device: torch.device) -> Any:
+        recordings.append(1)
+        return record(run, device)
+
+    monkeypatch.setattr(engine_module, "_no_graphs", lambda *_: "")
+    monkeypatch.setattr(engine_module, "compile_parts", lambda model: None)
+    monkeypatch.setattr(graphs, "record", counted)
+    return recordings
+
+
+def train(shards: Path, run: Path, mode: str, resume: str = "none", **overrides: object) -> None:
+    overrides = {"model.compile": mode, "train.eval_batch_size": 4, **overrides}
+    assert main(["train", *arguments(shards, run, **overrides), "--resume", resume]) == 0
+
+
+def figures(run: Path) -> list[tuple[Any, ...]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("split"), line.get("top1"), line["loss"]) for line in lines]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    {
+        "plain": {},
+        "dropout, a ViLT, AdamW, clipping": {
+            **DROPS,
+            "model.text_tokens": 4,
+            "data.tokenizer": "tags",
+            "optim.name": "adamw",
+            "optim.clip_norm": 0.5,
+        },
+        "micro-batches": {**DROPS, "train.micro_batch_size": 6},
+        "mixing, class weights, smoothing": {
+            "data.mixup": 0.4,
+            "data.cutmix": 1.0,
+            "optim.class_weights": "inverse",
+            "optim.label_smoothing": 0.1,
+        },
+        "frozen layers": {"model.freeze": "3", "optim.layer_decay": 0.5},
+        "running statistics": {"model.backbone": "resnet18", "model.head": "cls", "data.image_size": 16},
+        "bf16": {"deepspeed.precision": "bf16", "train.micro_batch_size": 12},
+    }.items(),
+    ids=lambda pair: pair[0],
+)
+def test_replayed_passes_train_to_the_same_weights(
+    shards: Path, tmp_path: Path, recorded: list[int], settings: tuple[str, dict[str, object]]
+) -> None:
+    """With two bad samples of weight 0, averaged weights, evaluations in between, and a stop and a resume."""
+    options = {"train.ema": 0.9, **settings[1]}
+    train(shards, tmp_path / "eager", "none", **options)
+    assert not recorded
+    train(shards, tmp_path / "graphs", "graphs", **options)
+    assert len(recorded) == 1  # evaluation neither uses nor breaks it
+    train(shards, tmp_path / "stopped", "graphs", **options, **{"train.stop_after_steps": 2})
+    train(shards, tmp_path / "stopped", "graphs", "auto", **options)
+    expected = newest_checkpoint(tmp_path / "eager")
+    for name in ("graphs", "stopped"):
+        assert figures(tmp_path / name) == figures(tmp_path / "eager")
+        found = newest_checkpoint(tmp_path / name)
+        for read in (read_weights, read_averaged_weights):
+            for key, tensor in read(expected).items():
+                assert torch.equal(read(found)[key], tensor), key
+    assert len((tmp_path / "graphs" / "quarantine.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_step_that_is_skipped_leaves_nothing_behind(
+    shards: Path, tmp_path: Path, recorded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dist_train.train import step as step_module
+
+    whole = step_module.mix_neighbours
+
+    def poisoned(config: Any, batch: Any, seed: int, step: int, position: int) -> Any:
+        if step == 3:
+            batch.images[0] = float("nan")
+        return whole(config, batch, seed, step, position)
+
+    monkeypatch.setattr(step_module, "mix_neighbours", poisoned)
+    for mode in ("none", "graphs"):
+        train(shards, tmp_path / mode, mode, **{"train.skip_bad_steps": 1})
+    assert recorded and figures(tmp_path / "graphs") == figures(tmp_path / "none")
+    assert (tmp_path / "graphs" / "bad_batch.json").exists()
+    weights = [read_weights(newest_checkpoint(tmp_path / mode)) for mode in ("none", "graphs")]
+    assert all(torch.equal(weights[1][key], tensor) for key, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ([], "model.compile graphs needs a GPU"),
+        (["--deepspeed.zero_stage=1"], "does not go with DeepSpeed's engine"),
+        (["--deepspeed.precision=fp16"], "does not go with DeepSpeed's engine"),
+        (["--model.checkpoint_blocks=true"], "does not go with model.checkpoint_blocks"),
+        (["ranks"], "is for one GPU, not 2"),
+    ],
+)
+def test_where_there_can_be_no_graph_it_is_refused_in_one_line_and_auto_takes_less(
+    options: list[str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dist_train.errors import UseError
+    from dist_train.train.engine import check_combination, compile_mode
+    from tests.train.deepspeed_worker import recipe_of
+
+    ranks = 2 if options == ["ranks"] else 1
+    options = [option for option in options if option != "ranks"]
+    device = torch.device("cuda" if line != "model.compile graphs needs a GPU" else "cpu")
+    with pytest.raises(UseError) as error:
+        check_combination(recipe_of(Path(), [*options, "--model.compile=graphs"]), device, ranks)
+    assert line in str(error.value) and "\n" not in str(error.value)
+    mode = compile_mode(recipe_of(Path(), options), device, ranks)
+    assert mode == ("none" if device.type == "cpu" else "kernels")
+
+
+def test_on_one_gpu_auto_is_graphs_and_with_zero_3_nothing_is_compiled() -> None:
+    from dist_train.train.engine import compile_mode
+    from tests.train.deepspeed_worker import recipe_of
+
+    gpu = torch.device("cuda")
+    assert compile_mode(recipe_of(Path(), []), gpu, 1) == "graphs"
+    assert compile_mode(recipe_of(Path(), ["--deepspeed.zero_stage=3"]), gpu, 1) == "none"
+    assert compile_mode(recipe_of(Path(), ["--model.compile=none"]), gpu, 1) == "none"
+    assert compile_mode(recipe_of(Path(), []), torch.device("cpu"), 1) == "none"
+
+
+def test_a_batch_of_another_shape_is_an_error_not_a_broadcast() -> None:
+    target, source = torch.zeros(4), torch.zeros(1)
+    from dist_train.train.mixing import Mix
+
+    with pytest.raises(ValueError, match="share of a recorded pass is"):
+        graphs._copy(Mix(target, target.clone()), Mix(target, source))
