@@ -105,10 +105,10 @@ class ModelConfig:
     checkpoint_blocks: bool = False
     """Compute a ViT's blocks again in the backward pass instead of keeping their activations; same results."""
     compile: Literal["auto", "none", "kernels", "graphs"] = "auto"
-    """What runs the model. none: PyTorch's operators one by one. kernels: those of torch.compile, which take a minute to
-    build. graphs: kernels, and forward and backward pass of a micro-batch launched as one CUDA graph, so that a small
-    batch costs what the GPU needs and not what Python does; one GPU at ZeRO 0 without checkpoint_blocks. auto: on a GPU
-    graphs where they can be, else kernels (none with ZeRO 3, which they do not go with); on the CPU none."""
+    """What runs the model. none: PyTorch's operators one by one. kernels: those of torch.compile, which take up to a
+    minute to build. graphs: kernels, and forward and backward pass of a micro-batch launched as one CUDA graph, so that
+    a small batch costs what the GPU needs and not what Python does; one GPU at ZeRO 0 without checkpoint_blocks. auto:
+    on a GPU graphs where they can be, else kernels (none with ZeRO 3, which they do not go with); on the CPU none."""
     norm_eps: float = 1e-6
     """Epsilon of the layer norms; the reference has 1e-12, which underflows in fp16."""
 
