@@ -143,7 +143,11 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
         "--seconds", type=float, default=60, metavar="T", help="more turns up to this time (%(default)s)"
     )
     engine.add_argument(
-        "--settings", action="store_true", help="turn our settings back one at a time, for what each of them saves"
+        "--arm",
+        default="model",
+        choices=("model", "settings", "host"),
+        help="model: the backbone beside a bare loop and DeepSpeed's defaults; settings: our settings turned back, one "
+        "at a time; host: the host's time for a step, with a model too small to compute (default: %(default)s)",
     )
     engine.add_argument("--name", required=True, help="of the result: benchmarks/results/engine/NAME.json")
     engine.set_defaults(command=_engine)
@@ -162,7 +166,7 @@ def _engine(options: argparse.Namespace) -> int:
             micro_batches,
             options.pairs,
             options.seconds,
-            options.settings,
+            options.arm,
             options.name,
         )
     )

@@ -23,9 +23,9 @@ from dist_train.config import Recipe
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError
 from dist_train.models.build import build_model
-from dist_train.train.engine import compute_dtype
 from dist_train.train.inputs import one_sample
 from dist_train.train.meters import matmul_rate, training_flops_per_sample
+from dist_train.train.precision import compute_dtype
 from dist_train.train.schedule import check_schedule, count_steps
 
 PAPER_SAMPLES = 322_947  # of DAF's train split; of an epoch where the recipe's shard set is not there

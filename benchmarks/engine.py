@@ -1,7 +1,10 @@
-"""What DeepSpeed's engine costs over a bare PyTorch loop on the same batch, and where.
+"""What an engine costs over a bare PyTorch loop on the same batch, and where.
 
-One process; the bare loop, our engine and an engine as DeepSpeed configures itself take turns at every step, so that
-whatever else the machine does meets all of them.
+One process; the bare loop, our engine (a replica at ZeRO 0, DeepSpeed's with our settings above) and an engine as
+DeepSpeed configures itself take turns at every step, so that whatever else the machine does meets all of them.
+
+The arm `host` does so with a model too small to compute anything: what is left is the host's own time for a step of
+training, all of it (`TrainStep`), which is what bounds small batches and small models on a GPU.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,11 +30,21 @@ from tqdm import tqdm
 
 from benchmarks.result import environment_of_one_process, write_result
 from dist_train.config import ModelConfig, Recipe
+from dist_train.data.loader import Batch, Place
 from dist_train.errors import WorkError
-from dist_train.models.build import build_model
-from dist_train.train.engine import build_engine, build_optimizer, deepspeed_settings, init_process_group
+from dist_train.models.backbones import TokenTransformer, ViTShape
+from dist_train.models.build import Classifier, build_model
+from dist_train.models.heads import CLSHead
+from dist_train.train.engine import build_engine, build_optimizer, deepspeed_settings, init_process_group, torch_device
+from dist_train.train.losses import Objective
+from dist_train.train.meters import StepMeter
+from dist_train.train.step import TrainStep, make_forward
+
+Arm = Literal["model", "settings", "host"]
 
 CLASSES = 40
+HOST_SHAPE = ViTShape("host", patch=16, dim=24, depth=12, heads=2)
+HOST_SIZE, HOST_BATCH = 32, 2
 PHASES = ("forward", "backward", "step")
 # What an engine's step is made of beyond the model: operators as torch's profiler calls them, by their beginnings.
 SPENDING = {
@@ -56,19 +71,21 @@ def measure_engine(
     micro_batches: list[int],
     pairs: int,
     seconds: float,
-    settings: bool,
+    arm: Arm,
     name: str,
 ) -> Path:
     """Measure every combination of ZeRO stage and micro-batch in a process of its own and write the result.
 
-    pairs: turns at least; more of them as far as `seconds` allow. settings: a row for each setting of ours that is
-    turned back instead of the comparison with DeepSpeed's defaults. Returns the path of the result.
+    pairs: turns at least; more of them as far as `seconds` allow. arm: `model` compares with DeepSpeed's defaults,
+    `settings` has a row for each setting of ours that is turned back, `host` one for each stage with a model of its own
+    (backbone, size and micro_batches are not heeded). Returns the path of the result.
     """
     rows = []
+    if arm == "host":
+        backbone, size, micro_batches = "ViT of depth 12 with 24 channels", HOST_SIZE, [HOST_BATCH]
     points = [(stage, micro_batch) for stage in stages for micro_batch in micro_batches]
     for stage, micro_batch in tqdm(points, desc="engine", disable=not sys.stderr.isatty()):
-        point = {"backbone": backbone, "size": size, "zero_stage": stage, "micro_batch": micro_batch}
-        point["settings"] = settings
+        point = {"backbone": backbone, "size": size, "zero_stage": stage, "micro_batch": micro_batch, "arm": arm}
         limits = {"pairs": pairs, "seconds": seconds}
         command = [sys.executable, "-m", "benchmarks.engine", json.dumps(point | limits)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment_of_one_process())
@@ -88,6 +105,8 @@ def measure_engine(
 def measure_point(point: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of one combination: the loops in turns."""
     place = init_process_group()
+    if point["arm"] == "host":
+        return [measure_host(point, place)]
     recipe = make_recipe(point["backbone"], point["micro_batch"], point["zero_stage"])
     images = torch.randn(point["micro_batch"], 3, point["size"], point["size"])
     labels = torch.arange(point["micro_batch"]) % CLASSES
@@ -101,14 +120,14 @@ def measure_point(point: dict[str, Any]) -> list[dict[str, Any]]:
         "bare": bare_loop(model(), recipe),
         "ours": engine_loop(build_engine(model(), recipe, place, point["micro_batch"])),
     }
-    if point["settings"]:
+    if point["arm"] == "settings":
         for what, theirs in TURNED_BACK.items():
             loops[what] = engine_loop(changed_engine(model(), recipe, point["micro_batch"], what, theirs))
     else:
         loops["default"] = engine_loop(default_engine(model(), recipe, point["micro_batch"]))
     turns = take_turns(loops, images, labels, point["pairs"], point["seconds"])
     where = {"zero_stage": point["zero_stage"], "micro_batch": point["micro_batch"], "turns": len(turns["bare"])}
-    if point["settings"]:
+    if point["arm"] == "settings":
         return [
             where | {"turned_back": what} | figures(turns, millions, {"ours": "ours", "it": what})
             for what in TURNED_BACK
@@ -120,6 +139,50 @@ def measure_point(point: dict[str, Any]) -> list[dict[str, Any]]:
         for what in SPENDING
     }
     return [where | figures(turns, millions, {"ours": "ours", "default": "default"}) | spent_on]
+
+
+def measure_host(point: dict[str, Any], place: Place) -> dict[str, Any]:
+    """The row of a ZeRO stage: a whole step of ours over a bare one, both on one thread."""
+    torch.set_num_threads(1)
+    recipe = make_recipe("vit_tiny_patch16", HOST_BATCH, point["zero_stage"])
+    batch = Batch(
+        torch.randn(HOST_BATCH, 3, HOST_SIZE, HOST_SIZE),
+        torch.arange(HOST_BATCH),
+        torch.ones(HOST_BATCH),
+        None,
+        None,
+        np.arange(HOST_BATCH),
+    )
+
+    def model() -> Classifier:
+        torch.manual_seed(0)
+        transformer = TokenTransformer(HOST_SHAPE, HOST_SIZE, every_block=False, dropout=0.0, norm_eps=1e-6)
+        return Classifier(transformer, CLSHead(HOST_SHAPE.dim, CLASSES), None, True)
+
+    device = torch_device(place)
+    engine = build_engine(model(), recipe, place, HOST_BATCH)
+    forward, objective = make_forward(engine, recipe, device), Objective(recipe.optim, [1] * CLASSES, device)
+    train_step = TrainStep(engine, forward, objective, recipe, 1, place.rank, StepMeter(device, 1.0, 1.0))
+    batches, numbers = repeat(batch), count()
+
+    def ours(*_: Tensor) -> dict[str, float]:
+        begin = time.perf_counter()
+        train_step(batches, recipe.optim.lr, next(numbers))
+        return {"step": 1000 * (time.perf_counter() - begin)}
+
+    loops = {"bare": bare_loop(model(), recipe), "ours": ours}
+    for _ in range(5):  # the first steps allocate, and look at the precision
+        ours()
+    turns = take_turns(loops, batch.images, batch.labels, point["pairs"], point["seconds"])
+    totals = {which: [sum(turn.values()) for turn in its] for which, its in turns.items()}
+    ratios = [mine / bare for mine, bare in zip(totals["ours"], totals["bare"], strict=True)]
+    return {
+        "zero_stage": point["zero_stage"],
+        "micro_batch": HOST_BATCH,
+        "turns": len(ratios),
+        "bare_ms": round(statistics.median(totals["bare"]), 2),
+        "ours_ratio": round(statistics.median(ratios), 4),
+    }
 
 
 def take_turns(

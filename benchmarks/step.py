@@ -6,6 +6,7 @@ batch that stays on the device (the model alone), `loader` only loads, `end_to_e
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from itertools import pairwise, repeat
+from itertools import chain, pairwise, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from dist_train.data.loader import Batch, TrainLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import build_model
-from dist_train.train.engine import build_engine, compute_dtype, init_process_group, torch_device
+from dist_train.train.engine import build_engine, compile_mode, init_process_group, torch_device
 from dist_train.train.inputs import build_tokenizer, one_sample
 from dist_train.train.losses import Objective
 from dist_train.train.meters import (
@@ -37,10 +38,12 @@ from dist_train.train.meters import (
     device_peak,
     matmul_rate,
     memory_figures,
+    outside_torch_mb,
     peak_resident_mb,
     synchronize,
     training_flops_per_sample,
 )
+from dist_train.train.precision import compute_dtype, precision_of
 from dist_train.train.step import TrainStep, make_forward
 
 Arm = Literal["synthetic", "loader", "end_to_end"]
@@ -93,13 +96,14 @@ def describe(recipe: Recipe, arm: Arm) -> dict[str, Any]:
         "image_size": recipe.data.image_size,
         "batch_size": recipe.train.batch_size,
         "micro_batch": recipe.train.micro_batch_size or recipe.train.batch_size,
-        "precision": recipe.deepspeed.precision,
+        "precision": precision_of(recipe.deepspeed),
         "zero_stage": recipe.deepspeed.zero_stage,
+        "compile": recipe.model.compile,
     }
 
 
 def measure_point(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any]:
-    """Measure one arm in this process."""
+    """Measure one arm in this process, which holds nothing of it afterwards."""
     try:
         return _measure(recipe, arm, warmup, steps)
     except torch.OutOfMemoryError:
@@ -108,6 +112,16 @@ def measure_point(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str
         if not any(words in str(error) for words in ("can't allocate memory", "could not create a memory")):
             raise
         return {"out_of_memory": True}
+    finally:
+        free_memory()
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, to the driver too."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any]:
@@ -121,6 +135,7 @@ def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any
             f"train.micro_batch_size {micro_batch} does not divide train.batch_size {recipe.train.batch_size}"
         )
     batches: Iterator[Batch]
+    loaded: dict[str, float] = {}
     if arm == "synthetic":
         classes, vocabulary = PAPER_CLASSES, SYNTHETIC_VOCABULARY if recipe.model.text_tokens else 0
         batches = repeat(synthetic_batch(recipe, micro_batch, classes, device))
@@ -128,6 +143,7 @@ def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any
         manifest = read_manifest(recipe.data.shards)
         tokenizer = build_tokenizer(recipe, Path(recipe.train.run))
         classes, vocabulary = len(manifest.classes), tokenizer.vocab_size if tokenizer else 0
+        outside = outside_torch_mb(device) if device.type == "cuda" else 0.0
         loader = TrainLoader(
             recipe.data,
             manifest,
@@ -138,10 +154,14 @@ def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any
             tokenizer=tokenizer,
         )
         batches = iter(loader)
+        first = next(batches)  # the pipeline has then all memory that it needs for images like these
+        if device.type == "cuda":
+            loaded["dali_mb"] = round(outside_torch_mb(device) - outside, 1)
+        batches = chain([first], batches)
     accumulation = recipe.train.batch_size // micro_batch
     if arm == "loader":
         times = timed(lambda _: [next(batches) for _ in range(accumulation)], warmup, steps, device)
-        return step_figures(times, recipe.train.batch_size) | memory_figures(device)
+        return step_figures(times, recipe.train.batch_size) | memory_figures(device) | loaded
 
     torch.manual_seed(recipe.train.seed)
     model, _ = build_model(recipe.model, recipe.data.image_size, classes, vocabulary)
@@ -149,25 +169,26 @@ def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, recipe, place, micro_batch)
     forward = make_forward(engine, recipe, device)
-    engine.train()
-    saved_mb = saved_activations_mb(engine, forward, next(batches))
     meter = StepMeter(device, flops, 1.0)
     objective = Objective(recipe.optim, [1] * classes, device)
-    train_step = TrainStep(engine, forward, objective, recipe, accumulation, place.rank, meter)
+    graphs = compile_mode(recipe, device, place.world_size) == "graphs"
+    train_step = TrainStep(engine, forward, objective, recipe, accumulation, place.rank, meter, graphs=graphs)
     energy = EnergyMeter(device)
 
     def step(number: int) -> None:
         if number == warmup:
-            meter.reset()
+            meter.reset()  # the time and the memory of the steps alone
             energy.start()
         train_step(batches, recipe.optim.lr, number)
 
     times = timed(step, warmup, steps, device)
     joules = energy.read()
     figures = step_figures(times, recipe.train.batch_size)
-    figures |= {"data_wait_share": round(meter.data_wait / sum(times), 4)} | memory_figures(device)
+    figures |= {"data_wait_share": round(meter.data_wait / sum(times), 4)} | memory_figures(device) | loaded
+    figures["matrix_products"] = train_step.products
+    # What follows takes memory of its own.
+    saved_mb = saved_activations_mb(engine.module, forward, next(batches))
     figures |= {"saved_activations_mb": saved_mb, "parameters": parameters, "gflops_per_image": round(flops / 1e9, 3)}
-    # The product is measured last, so that its matrices are not in the peak memory.
     dtype = compute_dtype(recipe.deepspeed)
     rate = flops * recipe.train.batch_size / float(np.median(times))
     figures["mfu_of_matmul"] = round(rate / matmul_rate(device, dtype), 4)
@@ -227,9 +248,10 @@ def synthetic_batch(recipe: Recipe, size: int, classes: int, device: torch.devic
     )
 
 
-def saved_activations_mb(engine: Any, forward: Any, batch: Batch) -> float:
-    """MB (10**6 bytes) that autograd keeps from one forward pass for the backward pass, beside the weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in engine.module.parameters()}
+def saved_activations_mb(model: torch.nn.Module, forward: Any, batch: Batch) -> float:
+    """MB (10**6 bytes) that autograd keeps from one forward pass for the backward pass, beside the weights, with
+    PyTorch's own operators."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -238,7 +260,7 @@ def saved_activations_mb(engine: Any, forward: Any, batch: Batch) -> float:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.compiler.set_stance("force_eager"), saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = functional.cross_entropy(forward(batch).float(), batch.labels)
     del loss
     return round(sum(kept.values()) / 1e6, 1)

@@ -130,7 +130,9 @@ def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int) -> dic
         "zero_optimization": {"stage": config.zero_stage, **_offload(config)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": precision == "bf16" and not uses_autocast(config)},
+        # Overflows are fp16's; looking for them in every gradient makes the host wait for the GPU at each step. A loss
+        # that is not finite ends a run at any stage (`badsteps.py`).
+        "bf16": {"enabled": precision == "bf16" and not uses_autocast(config), "check_grad_overflow": False},
         # The loss scale starts at 2**16 and follows overflows.
         "fp16": {"enabled": precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
         "steps_per_print": _SILENT_STEPS,
@@ -142,7 +144,10 @@ def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int) -> dic
             extra = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UseError(f"deepspeed.config {path}: cannot be read as JSON ({error})") from None
-    extra["zero_optimization"] = _buckets(config.zero_stage, world_size) | extra.get("zero_optimization", {})
+    ours = _buckets(config.zero_stage, world_size)
+    if config.zero_stage in (1, 2) and recipe.optim.clip_norm == 0 and config.offload == "none":
+        ours["compute_grad_norm"] = False  # a norm for each parameter, which only clipping reads
+    extra["zero_optimization"] = ours | extra.get("zero_optimization", {})
     return _merge(extra, settings, path, "")
 
 

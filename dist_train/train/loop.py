@@ -41,7 +41,6 @@ from dist_train.train.meters import (
     StepTrace,
     device_name,
     device_peak,
-    peak_memory_mb,
     training_flops_per_sample,
 )
 from dist_train.train.mixing import check_mixing
@@ -268,7 +267,7 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
                 "best_step": state.best_step,
                 "seconds": round(time.perf_counter() - started, 1),
                 "images_per_s": sorted(throughput)[len(throughput) // 2] if throughput else None,
-                "peak_memory_mb": round(peak_memory_mb(device), 1),
+                "peak_memory_mb": meter.highest_mb,
                 "matrix_products": train_step.products,
                 "hosts": hosts,
                 "manifest_digest": manifest.digest,

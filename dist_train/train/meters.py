@@ -8,7 +8,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -93,14 +93,15 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory so far, in MB (10**6 bytes): allocated on the GPU, or resident in this process on the CPU."""
+    """Largest memory since `forget_peak_memory`, in MB (10**6 bytes): allocated by torch on the GPU, or resident in
+    this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return peak_resident_mb()
 
 
 def peak_resident_mb() -> float:
-    """Largest resident memory of this process so far, MB (10**6 bytes).
+    """Largest resident memory of this process so far, or since `forget_peak_memory`, MB (10**6 bytes).
 
     Not `ru_maxrss` where Linux says better: that begins with what the parent process held when it started this one.
     """
@@ -112,13 +113,33 @@ def peak_resident_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_mb` begin anew, with what is in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # not Linux, or not allowed: the peak is then that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def outside_torch_mb(device: torch.device) -> float:
+    """MB in use on a GPU that torch has not allocated: CUDA's own, DALI's, NCCL's, and other processes'."""
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free - torch.cuda.memory_reserved(device)) / 1e6
+
+
 def memory_figures(device: torch.device) -> dict[str, float]:
-    """memory_mb: `peak_memory_mb`. On a GPU also the most that torch reserved, how often it had to free its cache and
-    try again, and how often it ran out of memory."""
+    """memory_mb: `peak_memory_mb`. On a GPU also memory_reserved_mb, the most that torch took from the driver;
+    device_mb, what is in use on the whole GPU, a peak too, as neither torch nor DALI gives anything back between steps;
+    outside_torch_mb, the part of it that is not torch's; and how often torch had to free its cache and try again, and
+    how often it ran out of memory."""
     figures: dict[str, float] = {"memory_mb": round(peak_memory_mb(device), 1)}
     if device.type == "cuda":
         stats = torch.cuda.memory_stats(device)
         figures["memory_reserved_mb"] = round(stats["reserved_bytes.all.peak"] / 1e6, 1)
+        free, total = torch.cuda.mem_get_info(device)
+        figures["device_mb"] = round((total - free) / 1e6, 1)
+        figures["outside_torch_mb"] = round(outside_torch_mb(device), 1)
         figures["allocation_retries"] = stats["num_alloc_retries"]
         figures["out_of_memory"] = stats["num_ooms"]
     return figures
@@ -142,6 +163,9 @@ class StepMeter:
     data_wait: float = 0.0
     forward: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+    highest_mb: float = 0.0
+    """Largest memory of the steps so far, MB."""
+    _before_pause: float = 0.0  # of the steps since the reset, where evaluations came in between
 
     def wait(self, fetch: Callable[[], T]) -> T:
         """Call `fetch` and count its time as data wait."""
@@ -159,11 +183,13 @@ class StepMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside (evaluation, checkpoints) is no part of the steps' time."""
+        """What happens inside (evaluation, checkpoints) is no part of the steps' time, nor of their memory."""
         synchronize(self.device)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), peak_memory_mb(self.device)
         yield
         synchronize(self.device)
+        forget_peak_memory(self.device)
+        self._before_pause = max(self._before_pause, before)
         self.started += time.perf_counter() - start
 
     def step(self, samples: int) -> None:
@@ -183,17 +209,22 @@ class StepMeter:
         """Figures since the last reset: images_per_s, step_ms, data_wait_ms, mfu, and the memory."""
         synchronize(self.device)
         elapsed = time.perf_counter() - self.started
+        memory = memory_figures(self.device)
+        memory["memory_mb"] = max(memory["memory_mb"], round(self._before_pause, 1))
+        self.highest_mb = max(self.highest_mb, memory["memory_mb"])
         rate = self.samples / elapsed
         return {
             "images_per_s": round(rate, 2),
             "step_ms": round(1000 * elapsed / self.steps, 2),
             "data_wait_ms": round(1000 * self.data_wait / self.steps, 2),
             "mfu": round(rate * self.flops_per_sample / self.peak, 4),
-        } | memory_figures(self.device)
+        } | memory
 
     def reset(self) -> None:
         """Begin a new interval now."""
         self.steps, self.samples, self.data_wait, self.forward = 0, 0, 0.0, 0.0
+        self._before_pause = 0.0
+        forget_peak_memory(self.device)
         self.started = time.perf_counter()
 
 

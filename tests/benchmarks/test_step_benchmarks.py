@@ -104,7 +104,15 @@ def test_the_engine_benchmark_says_where_the_time_goes(results: Path) -> None:
     # DeepSpeed's own configuration of ZeRO copies all gradients and parameters at every step.
     assert rows[1]["default_copies_ms_per_million"] > rows[0]["ours_copies_ms_per_million"]
 
-    assert main([*arguments.replace("0,1", "1").split(), "--seconds", "0", "--settings"]) == 0
+    assert main([*arguments.replace("0,1", "1").split(), "--seconds", "0", "--arm", "settings"]) == 0
     rows = json.loads((results / "engine/small.json").read_bytes())["rows"]
     assert [row["turned_back"] for row in rows] == list(TURNED_BACK)
     assert all(row["it_ratio"] > 0 and row["ours_ratio"] > 0 for row in rows)
+
+
+def test_the_host_arm_measures_whole_steps_of_every_stage(results: Path) -> None:
+    assert main("engine --arm host --name host --stages 0,3 --pairs 3 --seconds 0".split()) == 0
+    rows = json.loads((results / "engine/host.json").read_bytes())["rows"]
+    assert [(row["zero_stage"], row["turns"]) for row in rows] == [(0, 3), (3, 3)]
+    # A third of a step is what DeepSpeed's engine costs at ZeRO 0; sharding costs several.
+    assert rows[0]["ours_ratio"] < rows[1]["ours_ratio"]
