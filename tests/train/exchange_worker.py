@@ -126,8 +126,8 @@ def early_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, An
     started, seen = [], {}
     real = torch.distributed.all_reduce
 
-    def watched(tensor: Tensor, **options: Any) -> Any:
-        started.append((tensor, real(tensor, **options)))
+    def watched(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        started.append((tensor, real(tensor, *arguments, **options)))
         return started[-1][1]
 
     def at_the_first_layer(_: Tensor) -> None:
