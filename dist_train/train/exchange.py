@@ -31,7 +31,7 @@ class _Bucket:
     parameters: list[nn.Parameter]
     views: list[Tensor]
     missing: set[int] = field(default_factory=set)  # of the parameters, whose gradients have not arrived in this step
-    streams: set[torch.cuda.Stream] = field(default_factory=set)  # on which they were copied, on a GPU
+    streams: set[torch.cuda.Stream] = field(default_factory=set)  # on which they arrived, on a GPU
 
 
 class GradientExchange:
@@ -56,6 +56,7 @@ class GradientExchange:
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
         self._world_size = world_size
         self._buckets = [_make_bucket(group) for group in _group(trainable[::-1], bucket_mb * 1e6)]
+        self._averages = torch.distributed.get_backend() == "nccl"  # gloo only adds
         self._running = False
         self._works: list[torch.distributed.Work] = []  # of the first buckets, one each
         # The parameters would otherwise keep the buckets, and those the parameters.
@@ -87,8 +88,6 @@ class GradientExchange:
             for place in bucket.missing:  # no gradient in this pass; perhaps in an earlier one of the step
                 if bucket.parameters[place].grad is None:
                     bucket.parameters[place].grad = bucket.views[place].zero_()
-                else:
-                    self._take_share(bucket, place)
             bucket.missing.clear()
         self._send_full_buckets()
         for work in self._works:
@@ -104,28 +103,29 @@ class GradientExchange:
             return
         if place not in bucket.missing:
             raise RuntimeError("two backward passes after one GradientExchange.begin: call finish after the first")
-        self._take_share(bucket, place)
         bucket.missing.remove(place)
-        self._send_full_buckets()
-
-    def _take_share(self, bucket: _Bucket, place: int) -> None:
-        """Put a gradient, divided, where the ranks' sum of it becomes the mean: one pass over it with the copy."""
-        torch.div(bucket.parameters[place].grad, self._world_size, out=bucket.views[place])
-        bucket.parameters[place].grad = bucket.views[place]
         if bucket.flat.is_cuda:
             bucket.streams.add(torch.cuda.current_stream(bucket.flat.device))
+        if not bucket.missing:
+            self._send_full_buckets()
 
     def _send_full_buckets(self) -> None:
         """Start exchanging, up to the first that is not full: all ranks must send in one order."""
         for bucket in self._buckets[len(self._works) :]:
             if bucket.missing:
                 return
-            # A collective waits for what the current stream was given. Hooks run on the streams of the forward pass,
-            # mostly one; with compiled blocks DeepSpeed's were seen on several (its issue 8061, lost gradients).
-            for stream in bucket.streams:
-                torch.cuda.current_stream(bucket.flat.device).wait_stream(stream)
-            bucket.streams.clear()
-            self._works.append(torch.distributed.all_reduce(bucket.flat, async_op=True))
+            if bucket.flat.is_cuda:
+                _join_streams(bucket)
+            gradients = [parameter.grad for parameter in bucket.parameters]
+            if self._averages:  # few launches, whatever the number of parameters
+                torch._foreach_copy_(bucket.views, gradients)
+            else:  # one pass over memory
+                for gradient, view in zip(gradients, bucket.views, strict=True):
+                    torch.div(gradient, self._world_size, out=view)
+            for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
+                parameter.grad = view
+            op = torch.distributed.ReduceOp.AVG if self._averages else torch.distributed.ReduceOp.SUM
+            self._works.append(torch.distributed.all_reduce(bucket.flat, op, async_op=True))
 
 
 def forward_order(model: Classifier) -> list[nn.Parameter]:
@@ -133,6 +133,20 @@ def forward_order(model: Classifier) -> list[nn.Parameter]:
     # The text embeddings are registered behind the backbone; a ViLT reaches them before its blocks.
     text = [] if model.text is None else list(model.text.parameters())
     return [*text, *model.backbone.parameters(), *model.head.parameters()]
+
+
+def _join_streams(bucket: _Bucket) -> None:
+    """Let the current stream wait for gradients that came on others.
+
+    Hooks run on the stream of the forward pass; with compiled blocks DeepSpeed's were seen on several, and gradients
+    were lost (its issue 8061).
+    """
+    current = torch.cuda.current_stream(bucket.flat.device)
+    for stream in bucket.streams - {current}:
+        current.wait_stream(stream)
+        for parameter in bucket.parameters:
+            parameter.grad.record_stream(current)  # or its memory could be given away before it is copied
+    bucket.streams.clear()
 
 
 def _group(parameters: list[nn.Parameter], limit: float) -> list[list[nn.Parameter]]:

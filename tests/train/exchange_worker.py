@@ -96,11 +96,11 @@ def run_case(case: dict[str, Any], rank: int, world_size: int) -> list[dict[str,
 
 
 def train_case(case: dict[str, Any], rank: int, world_size: int) -> list[Tensor]:
-    """The weights after a short training; `stop_after`: with a new model, optimizer and exchange from that step on."""
+    """The weights and last gradients of a short training; from step `stop_after` on with everything new."""
 
     def build(state: dict[str, Any] | None) -> tuple[Net, torch.optim.Optimizer, GradientExchange]:
         net = make_net()
-        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 1e-3, momentum=0.9)
+        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.03, momentum=0.9)
         if state is not None:
             net.load_state_dict(state["net"])
             optimizer.load_state_dict(state["optimizer"])
@@ -108,14 +108,15 @@ def train_case(case: dict[str, Any], rank: int, world_size: int) -> list[Tensor]
 
     net, optimizer, exchange = build(None)
     for step in range(case["steps"]):
+        optimizer.zero_grad()
         if step == case["stop_after"]:
             net, optimizer, exchange = build({"net": net.state_dict(), "optimizer": optimizer.state_dict()})
         exchange.begin()
         net(inputs_of(step, 0, rank), whole=True).square().mean().backward()
         exchange.finish()
         optimizer.step()
-        optimizer.zero_grad()
-    return [parameter.detach() for parameter in net.parameters()]
+    gradients = [parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None]
+    return [*(parameter.detach() for parameter in net.parameters()), *gradients]
 
 
 def early_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
@@ -126,8 +127,8 @@ def early_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, An
     started, seen = [], {}
     real = torch.distributed.all_reduce
 
-    def watched(tensor: Tensor, **options: Any) -> Any:
-        started.append((tensor, real(tensor, **options)))
+    def watched(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        started.append((tensor, real(tensor, *arguments, **options)))
         return started[-1][1]
 
     def at_the_first_layer(_: Tensor) -> None:
