@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks import ifa
-from benchmarks.step import describe, measure_point, recipe_from_dict, synthetic_batch
+from benchmarks.own_step import synthetic_batch
+from benchmarks.step import describe, measure_point, recipe_from_dict
 from dist_train.config import DataConfig, DeepSpeedConfig, ModelConfig, Recipe, TrainConfig
 from dist_train.data.augment import draw_augmentation, no_augmentation
 from dist_train.data.fetch import ShardFetcher

@@ -6,7 +6,6 @@ batch that stays on the device (the model alone), `loader` only loads, `end_to_e
 
 from __future__ import annotations
 
-import gc
 import json
 import resource
 import subprocess
@@ -14,37 +13,35 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from itertools import chain, pairwise, repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional
 
+from benchmarks.own_step import OwnStep, free_memory, saved_activations_mb, synthetic_batch
 from benchmarks.result import environment_of_one_process, write_result
+from benchmarks.timing import EnergyMeter, describe_row, step_figures, timed
 from dist_train.cli import SECTIONS
 from dist_train.config import Recipe
-from dist_train.data.loader import Batch, TrainLoader
+from dist_train.data.loader import Batch, Place, TrainLoader
 from dist_train.data.manifest import read_manifest
+from dist_train.data.text import TagTokenizer
 from dist_train.errors import UseError, WorkError
-from dist_train.models.build import build_model
-from dist_train.train.engine import build_engine, compile_mode, init_process_group, torch_device
-from dist_train.train.inputs import build_tokenizer, one_sample
-from dist_train.train.losses import Objective
+from dist_train.train.engine import init_process_group, torch_device
+from dist_train.train.inputs import build_tokenizer
 from dist_train.train.meters import (
-    StepMeter,
     device_peak,
+    forget_peak_memory,
     matmul_rate,
     memory_figures,
     outside_torch_mb,
+    peak_memory_mb,
     peak_resident_mb,
     synchronize,
-    training_flops_per_sample,
 )
 from dist_train.train.precision import compute_dtype, precision_of
-from dist_train.train.step import TrainStep, make_forward
 
 Arm = Literal["synthetic", "loader", "end_to_end"]
 ARMS: tuple[Arm, ...] = ("synthetic", "loader", "end_to_end")
@@ -53,8 +50,12 @@ SYNTHETIC_VOCABULARY = 30522  # of bert-base-uncased
 
 
 def measure_steps(recipe: Recipe, arms: list[Arm], warmup: int, steps: int, name: str) -> Path:
-    """Measure the arms, a process each, and write the result; returns its path."""
-    rows = [run_point(recipe, arm, warmup, steps) for arm in arms]
+    """Measure the arms, a process each, print a line of each and write the result; returns its path."""
+    rows = []
+    for arm in arms:
+        rows.append(run_point(recipe, arm, warmup, steps))
+        named = f"{arm}, {recipe.model.backbone} {recipe.model.head} batch {recipe.train.batch_size}"
+        print(describe_row(rows[-1], named), flush=True)
     return write_result("step", name, {"recipe": asdict(recipe), "warmup": warmup, "steps": steps}, rows)
 
 
@@ -116,14 +117,6 @@ def measure_point(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str
         free_memory()
 
 
-def free_memory() -> None:
-    """Give back what nothing refers to any more, to the driver too."""
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any]:
     place = init_process_group()
     if place.world_size != 1:
@@ -140,158 +133,81 @@ def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any
         classes, vocabulary = PAPER_CLASSES, SYNTHETIC_VOCABULARY if recipe.model.text_tokens else 0
         batches = repeat(synthetic_batch(recipe, micro_batch, classes, device))
     else:
-        manifest = read_manifest(recipe.data.shards)
         tokenizer = build_tokenizer(recipe, Path(recipe.train.run))
-        classes, vocabulary = len(manifest.classes), tokenizer.vocab_size if tokenizer else 0
-        outside = outside_torch_mb(device) if device.type == "cuda" else 0.0
-        loader = TrainLoader(
-            recipe.data,
-            manifest,
-            place,
-            batch_size=recipe.train.batch_size,
-            micro_batch=micro_batch,
-            seed=recipe.train.seed,
-            tokenizer=tokenizer,
-        )
-        batches = iter(loader)
-        first = next(batches)  # the pipeline has then all memory that it needs for images like these
-        if device.type == "cuda":
-            loaded["dali_mb"] = round(outside_torch_mb(device) - outside, 1)
-        batches = chain([first], batches)
+        vocabulary = tokenizer.vocab_size if tokenizer else 0
+        batches, classes, loaded = load(recipe, place, tokenizer)
     accumulation = recipe.train.batch_size // micro_batch
     if arm == "loader":
         times = timed(lambda _: [next(batches) for _ in range(accumulation)], warmup, steps, device)
         return step_figures(times, recipe.train.batch_size) | memory_figures(device) | loaded
 
-    torch.manual_seed(recipe.train.seed)
-    model, _ = build_model(recipe.model, recipe.data.image_size, classes, vocabulary)
-    flops = training_flops_per_sample(model, *one_sample(recipe))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    engine = build_engine(model, recipe, place, micro_batch)
-    forward = make_forward(engine, recipe, device)
-    meter = StepMeter(device, flops, 1.0)
-    objective = Objective(recipe.optim, [1] * classes, device)
-    graphs = compile_mode(recipe, device, place.world_size) == "graphs"
-    train_step = TrainStep(engine, forward, objective, recipe, accumulation, place.rank, meter, graphs=graphs)
+    own = OwnStep(recipe, place, classes, vocabulary)
+    graphs = own.train_step.graphs
+    warmup = max(warmup, 2 if graphs else 0)  # the first step is eager, the second records
     energy = EnergyMeter(device)
+    recorded_mb = 0.0
 
     def step(number: int) -> None:
+        nonlocal recorded_mb
+        if number == 1 and graphs:
+            forget_peak_memory(device)
         if number == warmup:
-            meter.reset()  # the time and the memory of the steps alone
+            if graphs:  # a replay allocates nothing: what it needs is what the recording took
+                recorded_mb = peak_memory_mb(device)
+            own.meter.reset()  # the time and the memory of the steps alone
             energy.start()
-        train_step(batches, recipe.optim.lr, number)
+        own(batches)
 
     times = timed(step, warmup, steps, device)
     joules = energy.read()
     figures = step_figures(times, recipe.train.batch_size)
-    figures |= {"data_wait_share": round(meter.data_wait / sum(times), 4)} | memory_figures(device) | loaded
-    figures["matrix_products"] = train_step.products
+    figures |= {"data_wait_share": round(own.meter.data_wait / sum(times), 4)} | memory_figures(device) | loaded
+    figures["memory_mb"] = max(figures["memory_mb"], round(recorded_mb, 1))
+    figures["matrix_products"] = own.products
     # What follows takes memory of its own.
-    saved_mb = saved_activations_mb(engine.module, forward, next(batches))
-    figures |= {"saved_activations_mb": saved_mb, "parameters": parameters, "gflops_per_image": round(flops / 1e9, 3)}
-    dtype = compute_dtype(recipe.deepspeed)
-    rate = flops * recipe.train.batch_size / float(np.median(times))
-    figures["mfu_of_matmul"] = round(rate / matmul_rate(device, dtype), 4)
-    figures["mfu_of_peak"] = round(rate / device_peak(device, dtype), 4) if device.type == "cuda" else None
+    saved_mb = saved_activations_mb(own.engine.module, own.forward, next(batches))
+    figures |= {"saved_activations_mb": saved_mb, "parameters": own.parameters}
+    figures["gflops_per_image"] = round(own.flops / 1e9, 3)
+    figures |= utilisation(recipe, own.flops, float(np.median(times)), device)
     figures["joules_per_image"] = None if joules is None else round(joules / (steps * recipe.train.batch_size), 4)
     return figures
 
 
-def timed(step: Any, warmup: int, steps: int, device: torch.device) -> list[float]:
-    """Seconds of each of `steps` calls of step(number), after `warmup` others.
-
-    A GPU's own clock is read between the steps, so that the host runs ahead of it as it does in training.
-    """
-    if device.type == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(1 + steps)]
-        for number in range(warmup + steps):
-            if number == warmup:
-                synchronize(device)
-                marks[0].record()
-            step(number)
-            if number >= warmup:
-                marks[1 + number - warmup].record()
-        synchronize(device)
-        return [before.elapsed_time(after) / 1000 for before, after in pairwise(marks)]
-    times = []
-    for number in range(warmup + steps):
-        begin = time.perf_counter()
-        step(number)
-        times.append(time.perf_counter() - begin)
-    return times[warmup:]
-
-
-def step_figures(times: list[float], batch_size: int) -> dict[str, Any]:
-    """Median and tail of the step times, and the throughput of the median step."""
-    median, p95, p99 = np.percentile(times, [50, 95, 99])
-    return {
-        "steps": len(times),
-        "step_ms": round(1000 * median, 2),
-        "step_ms_p95": round(1000 * p95, 2),
-        "step_ms_p99": round(1000 * p99, 2),
-        "images_per_s": round(batch_size / median, 2),
-    }
-
-
-def synthetic_batch(recipe: Recipe, size: int, classes: int, device: torch.device) -> Batch:
-    """A batch of noise."""
-    generator = torch.Generator().manual_seed(recipe.train.seed)
-    side, tokens = recipe.data.image_size, recipe.model.text_tokens
-    ids = torch.randint(1000, 2000, (size, tokens), generator=generator) if tokens else None
-    return Batch(
-        torch.randn(size, 3, side, side, generator=generator).to(device),
-        torch.randint(classes, (size,), generator=generator).to(device),
-        torch.ones(size, device=device),
-        None if ids is None else ids.to(device),
-        None if ids is None else torch.ones_like(ids, dtype=torch.bool, device=device),
-        np.arange(size),
+def load(
+    recipe: Recipe, place: Place, tokenizer: TagTokenizer | None = None
+) -> tuple[Iterator[Batch], int, dict[str, float]]:
+    """The recipe's training batches, the classes of its set, and what loading takes: first_batch_s, from the loader to
+    its first batch, and on a GPU dali_mb."""
+    device = torch_device(place)
+    manifest = read_manifest(recipe.data.shards)
+    outside = outside_torch_mb(device) if device.type == "cuda" else 0.0
+    begin = time.perf_counter()
+    loader = TrainLoader(
+        recipe.data,
+        manifest,
+        place,
+        batch_size=recipe.train.batch_size,
+        micro_batch=recipe.train.micro_batch_size or recipe.train.batch_size,
+        seed=recipe.train.seed,
+        tokenizer=tokenizer,
     )
+    batches = iter(loader)
+    first = next(batches)  # the pipeline has then all memory that it needs for images like these
+    synchronize(device)
+    figures = {"first_batch_s": round(time.perf_counter() - begin, 3)}
+    if device.type == "cuda":
+        figures["dali_mb"] = round(outside_torch_mb(device) - outside, 1)
+    return chain([first], batches), len(manifest.classes), figures
 
 
-def saved_activations_mb(model: torch.nn.Module, forward: Any, batch: Batch) -> float:
-    """MB (10**6 bytes) that autograd keeps from one forward pass for the backward pass, beside the weights, with
-    PyTorch's own operators."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.compiler.set_stance("force_eager"), saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = functional.cross_entropy(forward(batch).float(), batch.labels)
-    del loss
-    return round(sum(kept.values()) / 1e6, 1)
-
-
-class EnergyMeter:
-    """Joules that a GPU took since `start`, by its own counter; None on devices without one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._handle: Any = None
-        if device.type == "cuda":
-            try:
-                import pynvml
-
-                pynvml.nvmlInit()
-                self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-                self._nvml = pynvml
-                self.start()
-            except Exception:  # no library, or no such counter
-                self._handle = None
-
-    def start(self) -> None:
-        """Begin to count."""
-        if self._handle is not None:
-            self._begin = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
-
-    def read(self) -> float | None:
-        """Joules since `start`."""
-        if self._handle is None:
-            return None
-        return (self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) - self._begin) / 1000
+def utilisation(recipe: Recipe, flops: int, step_s: float, device: torch.device) -> dict[str, float | None]:
+    """MFU of a step of `step_s` seconds: of the matrix product's rate measured now, and of the data sheet's."""
+    dtype = compute_dtype(recipe.deepspeed)
+    rate = flops * recipe.train.batch_size / step_s
+    return {
+        "mfu_of_matmul": round(rate / matmul_rate(device, dtype), 4),
+        "mfu_of_peak": round(rate / device_peak(device, dtype), 4) if device.type == "cuda" else None,
+    }
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
