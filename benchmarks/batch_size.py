@@ -1,7 +1,8 @@
 """What a batch size costs and gains: step time, memory, time and money per epoch, and with training the accuracy.
 
-Every point of the sweep (model, head, image size, global batch, micro-batch) is measured by `benchmarks.step` in a
-process of its own. The result is written after each point, and the same command goes on where it stopped.
+Every point of the sweep (model, head, image size, global batch, micro-batch, and what runs the model) is measured by
+`benchmarks.step` in a process of its own. The result is written after each point, and the same command goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from operator import itemgetter
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,8 +19,10 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy import finish_runs, test_evaluation, trained_at
+from benchmarks.fit import largest_micro_batch
 from benchmarks.result import finished_rows, gpu_environment, write_result
 from benchmarks.step import PAPER_CLASSES, Arm, run_point
+from benchmarks.timing import describe_row
 from dist_train.config import Recipe
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError
@@ -30,6 +34,7 @@ from dist_train.train.schedule import check_schedule, count_steps
 
 PAPER_SAMPLES = 322_947  # of DAF's train split; of an epoch where the recipe's shard set is not there
 START_S = 12.0  # of a measuring process, roughly; only the printed plan uses it
+RUN = ("backbone", "head", "image_size", "batch_size")  # what tells one training from another
 UTILISATION = 0.5  # of the matrix-product rate, likewise
 
 
@@ -37,6 +42,7 @@ UTILISATION = 0.5  # of the matrix-product rate, likewise
 class Sweep:
     """The points of a sweep, and what is asked of each.
 
+    compile: values of model.compile; none beside graphs shows what of a step is the host's and what the GPU's.
     micro_batch: also measure each batch accumulated from micro-batches of this many (0: not). search: find the largest
     micro-batch that fits, up to this many (0: not). memory_gb: what a process may take, 10**9 bytes (0: what there is).
     price_per_hour: of the device. tolerance: points of top-1 that the recommended batch may be below the best.
@@ -46,6 +52,7 @@ class Sweep:
     heads: tuple[str, ...]
     batches: tuple[int, ...]
     sizes: tuple[int, ...]
+    compile: tuple[str, ...] = ("none",)
     arm: Arm = "synthetic"
     micro_batch: int = 0
     search: int = 0
@@ -91,7 +98,7 @@ def measure_batch_sizes(base: Recipe, sweep: Sweep, jobs: int, name: str) -> Pat
         for row in pool.map(measure, left):
             rows.append(row)
             path = write_result("batch_size", name, parameters, rows)
-            print(", ".join(f"{key} {value}" for key, value in row.items() if value is not None))
+            print(describe_row(row, f"{row['backbone']} {row['head']} batch {row['batch_size']}"), flush=True)
     for _ in search_micro_batches(rows, recipes, sweep) if sweep.search else ():
         path = write_result("batch_size", name, parameters, rows)
     if sweep.accuracy:
@@ -121,14 +128,15 @@ def points(base: Recipe, sweep: Sweep) -> Iterator[Recipe]:
         for head in sweep.heads:
             for size in sweep.sizes:
                 for batch in sweep.batches:
-                    for micro in (0, sweep.micro_batch) if 0 < sweep.micro_batch < batch else (0,):
+                    run = folder / f"{backbone}-{head}-{size}px-batch{batch}"
+                    micros = (0, sweep.micro_batch) if 0 < sweep.micro_batch < batch else (0,)
+                    for micro, compile in product(micros, sweep.compile):
                         if micro and batch % micro:
                             raise UseError(f"--micro-batch {micro} does not divide the batch size {batch}")
-                        run = folder / f"{backbone}-{head}-{size}px-batch{batch}"
                         yield replace(
                             base,
                             data=replace(base.data, image_size=size),
-                            model=replace(base.model, backbone=backbone, head=head),
+                            model=replace(base.model, backbone=backbone, head=head, compile=compile),
                             train=replace(base.train, batch_size=batch, micro_batch_size=micro, run=str(run)),
                         )
 
@@ -143,13 +151,14 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "batch_size": recipe.train.batch_size,
         "micro_batch": micro,
         "accumulation": recipe.train.batch_size // micro,
+        "compile": recipe.model.compile,
         "precision": recipe.deepspeed.precision,
     }
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """The point that a row is of."""
-    return tuple(row[key] for key in ("backbone", "head", "image_size", "batch_size", "micro_batch"))
+    return tuple(row[key] for key in (*RUN, "micro_batch", "compile"))
 
 
 def is_accumulated(recipe: Recipe) -> bool:
@@ -187,27 +196,6 @@ def search_micro_batches(rows: list[dict[str, Any]], recipes: list[Recipe], swee
             yield
 
 
-def largest_micro_batch(recipe: Recipe, most: int, environment: dict[str, str], limit: int) -> int:
-    """The largest micro-batch of which one training step fits, to an eighth of it; `most` if that fits, 0 if none.
-
-    Doubled until it does not fit, then halved between. limit: bytes that a process may take, 0 for no limit.
-    """
-
-    def fits(size: int) -> bool:
-        tried = replace(recipe, train=replace(recipe.train, batch_size=size, micro_batch_size=0))
-        return run_point(tried, "synthetic", 0, 2, environment, limit).get("out_of_memory") is not True
-
-    low, high = 0, 16
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    if low * 2 > most:
-        return low
-    while high - low > max(1, low // 8):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
 def samples_per_epoch(recipe: Recipe) -> int:
     """Samples of the train split of the recipe's shard set, or the paper's where the set is not there."""
     try:
@@ -241,24 +229,25 @@ def describe_plan(left: list[Recipe], total: int, sweep: Sweep, samples: int) ->
 
 
 def recipes_to_train(recipes: list[Recipe], rows: list[dict[str, Any]]) -> list[Recipe]:
-    """One recipe for each model, head, image size and batch: with the fastest of the micro-batches that fit."""
+    """One recipe for each model, head, image size and batch: with the fastest of the micro-batches and values of
+    model.compile that fit."""
     by_key = {key_of(row): row for row in rows}
     fastest: dict[tuple[Any, ...], Recipe] = {}
     for recipe in recipes:
         row = by_key[key_of(describe(recipe))]
-        best = fastest.get(key_of(row)[:-1])
+        run = tuple(row[key] for key in RUN)
+        best = fastest.get(run)
         if "step_ms" in row and (best is None or row["step_ms"] < by_key[key_of(describe(best))]["step_ms"]):
-            fastest[key_of(row)[:-1]] = recipe
+            fastest[run] = recipe
     return list(fastest.values())
 
 
 def add_accuracy(rows: list[dict[str, Any]], recipe: Recipe) -> None:
-    """Put the test accuracy of a finished run into its row, and into that of the same batch accumulated."""
+    """Put the test accuracy of a finished run into its row, and into those of the same batch made in other ways."""
     top1 = test_evaluation(recipe)["top1"]
-    same = ("backbone", "head", "image_size", "batch_size")
     point = describe(recipe)
     for row in rows:
-        if all(row[key] == point[key] for key in same):
+        if all(row[key] == point[key] for key in RUN):
             row |= {"top1": top1, "trained_at": trained_at(recipe)}
 
 

@@ -174,9 +174,10 @@ def _batch_charts(rows: Sequence[Row], memory: str) -> list[Chart]:
 
 
 def cheapest(rows: Sequence[Row], cost: str) -> list[Row]:
-    """One row for each batch size of each line: micro-batches change what a training costs, not what it learns."""
+    """One row for each batch size of each line: the way a batch is computed changes what a training
+    costs, not what it learns."""
     best: dict[tuple[str, int], Row] = {}
-    for name, its in series_of(rows, by_micro_batch=False).items():
+    for name, its in series_of(rows, by_way=False).items():
         for row in its:
             point = (name, row["batch_size"])
             if point not in best or row[cost] < best[point][cost]:
@@ -184,8 +185,9 @@ def cheapest(rows: Sequence[Row], cost: str) -> list[Row]:
     return list(best.values())
 
 
-def series_of(rows: Sequence[Row], by_micro_batch: bool = True) -> dict[str, list[Row]]:
-    """The rows by what tells lines over the batch size apart, under a name of what differs."""
+def series_of(rows: Sequence[Row], by_way: bool = True) -> dict[str, list[Row]]:
+    """The rows by what tells lines over the batch size apart, under a name of what differs. by_way: micro-batches and
+    model.compile do, which change what a step costs and not what it learns."""
 
     def accumulated(row: Row) -> str:
         micro = row.get("micro_batch")
@@ -200,16 +202,18 @@ def series_of(rows: Sequence[Row], by_micro_batch: bool = True) -> dict[str, lis
         "precision": lambda row: str(row.get("precision", "")),
         "zero_stage": lambda row: f"ZeRO {row.get('zero_stage')}",
     }
+    if by_way:
+        words["compile"] = lambda row: {"none": "eager"}.get(row.get("compile"), str(row.get("compile") or ""))
     differ = [key for key in words if len({row.get(key) for row in rows}) > 1]
     found: dict[str, list[Row]] = {}
     for row in rows:
-        parts = [words[key](row) for key in differ] + ([accumulated(row)] if by_micro_batch else [])
+        parts = [words[key](row) for key in differ] + ([accumulated(row)] if by_way else [])
         found.setdefault(", ".join(part for part in parts if part), []).append(row)
     return {name: sorted(its, key=lambda row: row["batch_size"]) for name, its in found.items()}
 
 
 def _draw_lines(rows: Sequence[Row], key: str, what: str, out_of_memory: Sequence[int], scale: float = 1) -> Figure:
-    series = series_of(rows, by_micro_batch=key != "top1")
+    series = series_of(rows, by_way=key != "top1")
     figure, axes = new_axes(HEIGHT + 0.2 * max(0, len(series) - 3))
     for i, (name, its) in enumerate(series.items()):
         x, y = [row["batch_size"] for row in its], [scale * row[key] for row in its]
@@ -241,7 +245,7 @@ def _draw_bars(rows: Sequence[Row], key: str, what: str) -> Figure:
 
 
 def _draw_pareto(rows: Sequence[Row], cost: str) -> Figure:
-    series = series_of(rows, by_micro_batch=False)
+    series = series_of(rows, by_way=False)
     figure, axes = new_axes(HEIGHT + 0.2 * max(1, len(series) - 2))
     for i, (name, its) in enumerate(series.items()):
         for row in its:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from dist_train.errors import UseError
 
+COMPILE = ("none", "kernels", "graphs")  # values of model.compile that a sweep can compare
+
 
 def add_sweeps(commands: argparse._SubParsersAction) -> None:
     """Add `study`, `batch_size`, `paper` and `landscape`."""
@@ -98,6 +100,12 @@ def _add_batch_size(commands: argparse._SubParsersAction) -> None:
         "--arm", default="synthetic", choices=("synthetic", "end_to_end"), help="of `step` (default: %(default)s)"
     )
     batch_size.add_argument(
+        "--compile",
+        metavar="A,B",
+        help="values of model.compile (default: none,graphs on a GPU, which shows what of a step is the host's; else "
+        "none)",
+    )
+    batch_size.add_argument(
         "--micro-batch", type=int, default=0, metavar="N", help="measure each batch accumulated from this many, too"
     )
     batch_size.add_argument(
@@ -120,15 +128,21 @@ def _add_batch_size(commands: argparse._SubParsersAction) -> None:
 
 
 def _batch_size(options: argparse.Namespace) -> int:
+    import torch
+
     from benchmarks.batch_size import Sweep, measure_batch_sizes
     from dist_train.cli import parse_recipe
 
     recipe, _ = parse_recipe(options.recipe_arguments)
+    compile = (options.compile or ("none,graphs" if torch.cuda.is_available() else "none")).split(",")
+    if unknown := set(compile) - set(COMPILE):
+        raise UseError(f"--compile: no '{min(unknown)}'; there are {', '.join(COMPILE)}")
     sweep = Sweep(
         backbones=tuple((options.backbones or recipe.model.backbone).split(",")),
         heads=tuple(options.heads.split(",")),
         batches=tuple(numbers("--batches", options.batches)),
         sizes=tuple(numbers("--sizes", options.sizes)) if options.sizes else (recipe.data.image_size,),
+        compile=tuple(compile),
         arm=options.arm,
         micro_batch=options.micro_batch,
         search=options.search,
