@@ -206,8 +206,8 @@ def _add_precision(commands: argparse._SubParsersAction) -> None:
     precision = commands.add_parser(
         "precision",
         help="what a precision costs in accuracy",
-        description="Train a recipe, as `dist-train train` takes it (--config FILE --section.key value ...), to its end "
-        "in several precisions with the same seeds, and compare test accuracies in pairs.",
+        description="Train a recipe, as `dist-train train` takes it (--config FILE --section.key value ...), to its "
+        "end in several precisions with the same seeds, and compare test accuracies in pairs.",
     )
     precision.add_argument("--precisions", default="float32,bf16_autocast,bf16", metavar="A,B", help="(%(default)s)")
     precision.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")

@@ -125,9 +125,8 @@ def _engine(_: Document, rows: Sequence[Row]) -> str:
 def _precision(document: Document, _: Sequence[Row]) -> str:
     parts = []
     for row in having(document.get("differences") or [], "points", "standard_error"):
-        parts.append(
-            f"{row['precision']} is {row['points']:+.2f} +- {row['standard_error']:.2f} points from {row['compared_with']}"
-        )
+        points = f"{row['points']:+.2f} +- {row['standard_error']:.2f} points"
+        parts.append(f"{row['precision']} is {points} from {row['compared_with']}")
     return ", ".join(parts)
 
 
