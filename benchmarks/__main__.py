@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_loader(commands)
     _add_scale(commands)
     _add_engine(commands)
+    _add_precision(commands)
     _add_step(commands)
     _add_ifa(commands)
     _add_kill(commands)
@@ -198,6 +199,29 @@ def _step(options: argparse.Namespace) -> int:
         raise UseError(f"--arms: no arm '{min(unknown)}'; there are {', '.join(ARMS)}")
     recipe, _ = parse_recipe(options.recipe_arguments)
     print(measure_steps(recipe, arms, options.warmup, options.steps, options.name))
+    return 0
+
+
+def _add_precision(commands: argparse._SubParsersAction) -> None:
+    precision = commands.add_parser(
+        "precision",
+        help="what a precision costs in accuracy",
+        description="Train a recipe, as `dist-train train` takes it (--config FILE --section.key value ...), to its "
+        "end in several precisions with the same seeds, and compare test accuracies in pairs.",
+    )
+    precision.add_argument("--precisions", default="float32,bf16_autocast,bf16", metavar="A,B", help="(%(default)s)")
+    precision.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
+    precision.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
+    precision.add_argument("--name", required=True, help="of the result: benchmarks/results/precision/NAME.json")
+    precision.set_defaults(command=_precision, takes_recipe=True)
+
+
+def _precision(options: argparse.Namespace) -> int:
+    from benchmarks.precision import measure_precisions
+    from dist_train.cli import parse_recipe
+
+    recipe, _ = parse_recipe(options.recipe_arguments)
+    print(measure_precisions(recipe, options.precisions.split(","), options.seeds, options.jobs, options.name))
     return 0
 
 

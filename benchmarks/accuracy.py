@@ -26,6 +26,7 @@ from benchmarks.step import recipe_from_dict
 from dist_train.cli import recipe_from_run
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError, run_command
+from dist_train.train.precision import precision_of
 
 SUMMARY_NAME = "summary.json"
 _ANSWER = "answer: "  # begins a worker's answer; libraries print too, some when they are imported
@@ -87,8 +88,9 @@ def is_finished(recipe: Recipe) -> bool:
 
 
 def comparable(recipe: Recipe) -> dict[str, Any]:
-    """What decides the result of a run."""
-    values = asdict(recipe)
+    """What decides the result of a run; what is `auto` in it, as it is on this machine."""
+    values = asdict(replace(recipe, deepspeed=replace(recipe.deepspeed, precision=precision_of(recipe.deepspeed))))
+    del values["model"]["compile"]
     for section, key in (("data", "threads"), ("data", "prefetch"), ("data", "cache"), ("train", "log_every")):
         del values[section][key]
     return values

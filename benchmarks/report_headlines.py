@@ -17,6 +17,7 @@ BENCHES = {
     "landscape": "Loss surfaces around trained weights",
     "batch_size": "What a batch size costs and gains",
     "ifa": "What the IFA head costs over the CLS head",
+    "precision": "What a precision costs in accuracy",
     "gpu": "Correctness and speed on a GPU",
     "step": "What a training step costs",
     "engine": "DeepSpeed's engine beside a bare PyTorch loop",
@@ -121,6 +122,14 @@ def _engine(_: Document, rows: Sequence[Row]) -> str:
     return f"Ours takes {span(ours, '.3f')} of a bare loop's step, DeepSpeed's defaults {span(default, '.3f')}"
 
 
+def _precision(document: Document, _: Sequence[Row]) -> str:
+    parts = []
+    for row in having(document.get("differences") or [], "points", "standard_error"):
+        points = f"{row['points']:+.2f} +- {row['standard_error']:.2f} points"
+        parts.append(f"{row['precision']} is {points} from {row['compared_with']}")
+    return ", ".join(parts)
+
+
 def _loader(_: Document, rows: Sequence[Row]) -> str:
     ours = _numbers([row for row in rows if row.get("loader") == "this project"], "images_per_s")
     others = [
@@ -166,6 +175,7 @@ _HEADLINES: dict[str, Callable[[Document, Sequence[Row]], Any]] = {
     "gpu": _gpu,
     "step": _step,
     "engine": _engine,
+    "precision": _precision,
     "loader": _loader,
     "scale": _scale,
     "kill": _kill,

@@ -172,6 +172,64 @@ def test_ifa_needs_at_most_three_times_its_cls_tokens_more_memory_than_cls(mode:
     assert 0 < peaks["ifa"] - peaks["cls"] <= 3 * cls_tokens
 
 
+class TokenSized(TorchDispatchMode):
+    """Counts operators that make a tensor of at least `numel` numbers of their own, not a view, while it lasts."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.made = numel, 0
+
+    def __torch_dispatch__(self, operation: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.numel() >= self.numel:
+                self.made += tensor.untyped_storage().data_ptr() not in known
+        return result
+
+
+@pytest.mark.parametrize("settings", [{}, {"drop_path": 0.3}, {"checkpoint_blocks": True}, {"freeze": "3"}])
+@pytest.mark.parametrize("text_tokens", [0, 6])
+def test_the_gradient_of_a_cls_token_makes_no_tensor_of_all_tokens(settings: dict[str, Any], text_tokens: int) -> None:
+    """A backward pass of IFA makes as many of that size as one of CLS; `tokens[:, 0]` makes two a block more."""
+    made = {}
+    for head in ("cls", "ifa"):
+        torch.manual_seed(0)
+        model = build(head, text_tokens, head_init="mean", **settings)
+        loss = model(*inputs(model, batch=2)).square().sum()
+        with TokenSized(2 * (1 + 64 + text_tokens) * DIM) as watch:
+            loss.backward()
+        made[head] = watch.made
+    assert made["ifa"] == made["cls"] > DEPTH - 3
+
+
+@pytest.mark.parametrize("settings", [{}, {"drop_path": 0.3}, {"checkpoint_blocks": True}, {"freeze": "3"}])
+@pytest.mark.parametrize("text_tokens", [0, 6])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_those_of_the_papers_way(settings: dict[str, Any], text_tokens: int, compiled: bool) -> None:
+    """In float64, against all tokens of all blocks stacked before token 0 is taken."""
+    torch.manual_seed(0)
+    model = build("ifa", text_tokens, head_init="mean", **settings).double()
+    images, *text = inputs(model, batch=2)
+    batch = (images.double().requires_grad_(), *text)
+
+    def gradients(logits: Tensor) -> list[Tensor]:
+        return torch.autograd.grad(
+            logits.square().sum(), [batch[0], *filter(lambda p: p.requires_grad, model.parameters())]
+        )
+
+    torch.manual_seed(1)  # for drop path
+    stacked, _ = every_blocks_output(model, *batch)
+    expected = gradients(model.head(stacked[:, 0]))
+    if compiled:
+        if settings:
+            return
+        model.backbone.compile(backend="aot_eager", fullgraph=True)
+    torch.manual_seed(1)
+    for found, exact in zip(gradients(model(*batch)), expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)
+
+
 def test_the_mean_start_aggregates_the_blocks_by_their_mean() -> None:
     head = IFAHead(dim=6, depth=4, num_classes=3, norm_eps=1e-6)
     initialise_head(head, "mean")
