@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
-# A GPU measured in one command, in less than nine minutes and without a network: correctness first (loss and gradient
-# against the CPU, DALI's pixels against the CPU's), then ViT-L/16 and ViT-B/16 with both heads, the IFA head beside the
-# CLS head, the loader, data wait end to end, and MFU.
+# A GPU measured in one command, in eight minutes and without a network: correctness first (loss and gradient against
+# float64, DALI's pixels, CUDA graphs, precision), then ViT-L/16 and ViT-B/16 eager, compiled and in CUDA graphs in turns
+# with a plain PyTorch loop and with the IFA head, the loader in turns with DALI's usual pipeline, both end to end, memory
+# and energy, and a run through the command line that is stopped, resumed and evaluated.
 #
 #   benchmarks/gpu_suite.sh [--smoke] [--name NAME] [--budget SECONDS] [--results DIR] [--shards SET]
 #
 #   --smoke    the same with small models and a few steps, on the CPU where there is no GPU
 #   --name     of the result, benchmarks/results/gpu/NAME.json (default: the device's name)
-#   --budget   seconds for all of it, the drawing of the images included (default: 500)
+#   --budget   seconds for all of it, the drawing of the images included (default: 480)
 #   --results  a folder in place of benchmarks/results (--smoke: data/gpu-suite-smoke/results)
 #   --shards   a shard set of images baked to the training square, 160 px (default: one is drawn into data/)
+#
+# PYTHON names the interpreter (default: .venv/bin/python where there is one, else python3).
 #
 # The result is written after every point; the same command goes on where one was cut off. Exit status 1 if a
 # correctness point failed.
 set -euo pipefail
 
-smoke='' name='' budget=500 results='' shards=''
+smoke='' name='' budget=480 results='' shards=''
 while (($#)); do
   case $1 in
     --smoke)
@@ -43,8 +46,8 @@ done
 [[ -z $results ]] || results=$(realpath -m -- "$results")
 [[ -z $shards ]] || shards=$(realpath -m -- "$shards")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=python3
-[[ ! -x .venv/bin/python ]] || python=.venv/bin/python
+python=${PYTHON:-python3}
+[[ -n ${PYTHON:-} || ! -x .venv/bin/python ]] || python=.venv/bin/python
 
 if [[ -n $smoke ]]; then
   shards=${shards:-data/gpu-suite-smoke/shards}

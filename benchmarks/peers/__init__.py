@@ -13,6 +13,7 @@ from pathlib import Path
 
 MEAN = STD = 0.5
 JITTER = 0.1  # brightness, contrast, saturation and hue
+PREPARED = 10  # batches before any that count: two workers with four each, or DALI's queue, and what is under way
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.peers import Task
-
-PREPARED = 10  # batches: two workers with four each, or DALI's queue, and what is under way
+from benchmarks.peers import PREPARED, Task
 
 
 def main() -> None:

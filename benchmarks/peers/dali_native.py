@@ -12,11 +12,14 @@ from nvidia.dali.pipeline import pipeline_def
 from benchmarks.peers import JITTER, MEAN, STD, Task
 
 
-def batches(task: Task) -> Iterator[Any]:
-    """Batches of images."""
+def batches(task: Task, device_id: int | None = None) -> Iterator[Any]:
+    """Batches of images; device_id: the GPU that decodes and augments, or None for the CPU."""
     square = task.size + task.margin
+    decoder = "cpu" if device_id is None else "mixed"
 
-    @pipeline_def(batch_size=task.batch_size, num_threads=task.threads, device_id=None, prefetch_queue_depth=2, seed=0)
+    @pipeline_def(
+        batch_size=task.batch_size, num_threads=task.threads, device_id=device_id, prefetch_queue_depth=2, seed=0
+    )
     def graph() -> Any:
         encoded, _ = fn.readers.webdataset(
             paths=[str(tar) for tar in task.tars],
@@ -27,7 +30,7 @@ def batches(task: Task) -> Iterator[Any]:
             pad_last_batch=True,
             name="reader",
         )
-        image = fn.resize(fn.decoders.image(encoded, output_type=types.RGB), size=[square, square])
+        image = fn.resize(fn.decoders.image(encoded, device=decoder, output_type=types.RGB), size=[square, square])
         image = fn.crop(
             image,
             crop=[task.size, task.size],
