@@ -12,7 +12,6 @@ from typing import Any
 
 from dist_train.config import DataConfig, DeepSpeedConfig, ModelConfig, Recipe, TrainConfig
 
-
 RUN = "check: the command line trains, is stopped, goes on and evaluates"
 PRODUCTS = "check: what matrix products are computed in"
 
@@ -117,7 +116,7 @@ def plan(scale: Scale, shards: str) -> list[Point]:
             seconds=90,
             smoke=True,
         ),
-        steps(scale, base, first, bare={"bare": ("autocast", "none")}, seconds=12, **beside),
+        steps(scale, base, first, bare={"bare": ("autocast", "none")}, shards=shards, seconds=20, smoke=True, **beside),
         # The smallest first: from the two ends of the scale one can guess what lies between.
         *(
             steps(scale, backbone, batch, seconds=6 if backbone == base else 10, record=True, smoke=batch == 4)
@@ -212,7 +211,8 @@ def steps(
         "steps": scale.steps,
         "loaded_steps": scale.loaded_steps,
     }
-    return Point(what, "steps", arguments, seconds, smoke=smoke)
+    # A CPU takes minutes to compile even a tiny model.
+    return Point(what, "steps", arguments, seconds, needs_gpu=compile, smoke=smoke)
 
 
 def loader(

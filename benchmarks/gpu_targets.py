@@ -36,7 +36,7 @@ def targets(rows: Sequence[Row], scale: Scale) -> list[Row]:
     found.append(_target("GPU loader over DALI's usual pipeline, images/s", 1.0, min_of(loaders["over_dali"]), True))
     found.append(_target("GPU loader over DALI's usual pipeline, host work", 1.0, max_of(loaders["cpu_over_dali"])))
     for backbone, limit in ((large, 1.02), (base, 1.04)):
-        over = max_of(values(rows, "over_model", backbone, first))
+        over = max_of(values(rows, "over_model", backbone, first, compile="kernels"))
         found.append(_target(f"end to end over the model alone, {backbone} batch {first}", limit, over))
     found.append(_target("share of a step that waits for data", 0.01, max_of(values(rows, "data_wait_share"))))
     found.append(_target("first batch of a run, s", 0.5, max_of(first_batches(rows))))
