@@ -15,6 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,10 @@ def _run(options: argparse.Namespace, begin: float) -> int:
     def write(rows: list[Row]) -> None:
         result.write_result("gpu", name, parameters, rows, {"command": command, "targets": targets(rows, scale)})
 
-    with Worker() as worker:
+    with Worker() as worker, Worker() as beside:
 
         def measure(point: Point, limit: float) -> Row:
-            return worker.measure(point.kind, point.arguments, limit)
+            return (beside if point.ahead else worker).measure(point.kind, point.arguments, limit)
 
         kept = result.finished_rows("gpu", name, parameters)
         rows = run_points(points, kept, begin + options.budget, gpu, measure, write)
@@ -92,24 +93,29 @@ def run_points(
     """The rows of all points, those in `kept` that hold figures as they are; `write` gets all there are after each.
 
     end: by time.monotonic(), when to be done; a point that may take longer than until then is not begun.
-    measure(point, limit) returns figures, or raises TimeoutError after `limit` seconds.
+    measure(point, limit) returns figures, or raises TimeoutError after `limit` seconds; for points that run `ahead` it
+    is called in other threads.
     """
     finished = {row["what"]: row for row in kept if "error" not in row and "skipped" not in row}
     rows = {point.what: finished[point.what] for point in points if point.what in finished}
     longest: dict[str, float] = {}
-    for point in points:
-        if point.what in rows:
-            row = rows[point.what]
-            print(f"{point.what}: kept from before")
-        else:
-            left = end - time.monotonic()
-            expected = longest.get(point.takes_as, point.seconds)
-            row = {"what": point.what} | _row(point, left, expected, gpu, measure)
-            rows[point.what] = row
-            write([rows[done.what] for done in points if done.what in rows])
-            print(describe_row(row, point.what), flush=True)
-        if "seconds" in row:
-            longest[point.takes_as] = max(row["seconds"], longest.get(point.takes_as, 0.0))
+
+    def row_of(point: Point) -> Row:
+        return _row(point, end - time.monotonic(), longest.get(point.takes_as, point.seconds), gpu, measure)
+
+    with ThreadPoolExecutor() as pool:
+        ahead = {point.what: pool.submit(row_of, point) for point in points if point.ahead and point.what not in rows}
+        for point in points:
+            if point.what in rows:
+                row = rows[point.what]
+                print(f"{point.what}: kept from before")
+            else:
+                row = {"what": point.what} | (ahead[point.what].result() if point.ahead else row_of(point))
+                rows[point.what] = row
+                write([rows[done.what] for done in points if done.what in rows])
+                print(describe_row(row, point.what), flush=True)
+            if "seconds" in row:
+                longest[point.takes_as] = max(row["seconds"], longest.get(point.takes_as, 0.0))
     return [rows[point.what] for point in points]
 
 

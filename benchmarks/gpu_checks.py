@@ -207,7 +207,7 @@ def check_products(_: dict[str, Any]) -> dict[str, Any]:
     return {"device": device_name(own.device), **figures, "met": min(shares.values()) == 1.0}
 
 
-CHECKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "loss": check_loss,
     "pixels": check_pixels,
     "training": check_training,

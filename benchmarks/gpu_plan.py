@@ -1,5 +1,5 @@
 """What the GPU suite measures, in order: correctness first, then what the targets and the comparisons need. (The run
-through the command line comes later than the other checks, as it takes over a minute.)
+through the command line takes over a minute, nearly all of it imports: it is made beside the other checks.)
 
 `seconds` of a point is what it takes on an H100, roughly; compiling is most of it, about a minute for a whole ViT-L and
 half of that for a ViT-B. Together they fit into the suite's time, the last excepted.
@@ -19,8 +19,8 @@ PRODUCTS = "check: what matrix products are computed in"
 @dataclass(frozen=True)
 class Scale:
     """How large the points are. batches: the largest first. turns: of the contestants of a point, of `steps` steps
-    each. loaded_steps: of a turn that loads data. loader_batches: of a turn of a loader alone. run_batch: of the
-    run through the command line."""
+    each. loaded_steps: of a turn that loads data. loader_batches: of a turn of a loader alone. run_backbone, run_batch:
+    of the run through the command line."""
 
     large: str
     base: str
@@ -32,6 +32,7 @@ class Scale:
     steps: int
     loaded_steps: int
     loader_batches: int
+    run_backbone: str
     run_batch: int
 
 
@@ -46,6 +47,7 @@ FULL = Scale(
     steps=5,
     loaded_steps=20,
     loader_batches=40,
+    run_backbone="vit_small_patch16",
     run_batch=64,
 )
 SMOKE = Scale(
@@ -59,6 +61,7 @@ SMOKE = Scale(
     steps=1,
     loaded_steps=2,
     loader_batches=2,
+    run_backbone="vit_tiny_patch16",
     run_batch=8,
 )
 
@@ -66,7 +69,8 @@ SMOKE = Scale(
 @dataclass(frozen=True)
 class Point:
     """One row. what: its key. kind, arguments: what the worker measures. seconds: that it may take, as long as none of
-    its `similar` ones has been measured. smoke: whether the smoke run has it too."""
+    its `similar` ones has been measured. ahead: begun with the first point and waited for in its turn. smoke: whether
+    the smoke run has it too."""
 
     what: str
     kind: str
@@ -74,6 +78,7 @@ class Point:
     seconds: float = 5.0
     similar: str = ""
     needs_gpu: bool = False
+    ahead: bool = False
     smoke: bool = False
 
     @property
@@ -85,68 +90,32 @@ class Point:
 def plan(scale: Scale, shards: str) -> list[Point]:
     """All points, the most wanted first."""
     large, base, first, last = scale.large, scale.base, scale.batches[0], scale.batches[-1]
-    beside = {"ifa": True, "record": True}
+    plain = {"bare": ("autocast", "none")}
+    blocks = {"bare": ("autocast", "blocks"), "bare_pure": ("pure", "blocks")}
+    both = {"ifa": True, "record": True}
     return [
         *checks(scale, shards),
-        steps(scale, large, first, bare={"bare": ("autocast", "none")}, seconds=25, smoke=True, **beside),
+        steps(scale, large, first, bare=plain, seconds=22, smoke=True, **both),
+        steps(scale, base, first, bare=plain, shards=shards, seconds=15, smoke=True, **both),
+        loader(scale, shards, "gpu", smoke=True),
+        steps(scale, large, first, compile=True, bare=blocks, shards=shards, seconds=140, smoke=True, **both),
         steps(
-            scale,
-            large,
-            first,
-            compile=True,
-            bare={"bare": ("autocast", "blocks"), "bare_pure": ("pure", "blocks")},
-            shards=shards,
-            seconds=140,
-            **beside,
+            scale, base, first, compile=True, bare={"bare": ("autocast", "whole")}, shards=shards, seconds=85, **both
         ),
-        steps(scale, base, last, compile=True, bare={"bare_graphs": ("autocast", "reduce-overhead")}, seconds=60),
-        loader(scale, shards, "gpu", needs_gpu=True, smoke=True),
-        loader(scale, shards, "gpu", threads=4, needs_gpu=True),
-        loader(scale, shards, "cpu", smoke=True),
-        Point(
-            RUN,
-            "run",
-            {
-                "shards": shards,
-                "backbone": scale.base if scale is SMOKE else "vit_small_patch16",
-                "image_size": scale.image_size,
-                "crop_margin": scale.crop_margin,
-                "batch": scale.run_batch,
-            },
-            seconds=90,
-            smoke=True,
-        ),
-        steps(scale, base, first, bare={"bare": ("autocast", "none")}, shards=shards, seconds=20, smoke=True, **beside),
+        steps(scale, base, last, compile=True, bare={"bare_graphs": ("autocast", "reduce-overhead")}, seconds=55),
         # The smallest first: from the two ends of the scale one can guess what lies between.
         *(
-            steps(scale, backbone, batch, seconds=6 if backbone == base else 10, record=True, smoke=batch == 4)
+            steps(scale, backbone, batch, record=True, turns=3, seconds=seconds, smoke=batch == 4)
             for batch in sorted(scale.batches[1:])
-            for backbone in (base, large)
+            for backbone, seconds in ((base, 4), (large, 6))
         ),
-        steps(scale, base, first, text_tokens=scale.text_tokens, record=True, seconds=8, smoke=True),
-        steps(scale, base, first, precision="bf16_autocast", bare={"bare": ("autocast", "none")}, seconds=10),
-        steps(scale, large, first, zero_stage=1, seconds=12, smoke=True),
-        steps(
-            scale,
-            base,
-            first,
-            compile=True,
-            bare={"bare": ("autocast", "whole")},
-            shards=shards,
-            seconds=100,
-            smoke=True,
-            **beside,
-        ),
-        steps(scale, base, first, zero_stage=1, seconds=8),
-        steps(
-            scale,
-            large,
-            first,
-            compile=True,
-            precision="bf16_autocast",
-            bare={"bare": ("autocast", "blocks")},
-            seconds=80,
-        ),
+        steps(scale, base, first, text_tokens=scale.text_tokens, record=True, seconds=6, smoke=True),
+        steps(scale, large, first, zero_stage=1, turns=3, seconds=8, smoke=True),
+        steps(scale, base, first, precision="bf16_autocast", bare=plain, turns=3, seconds=6),
+        loader(scale, shards, "cpu", smoke=True),
+        loader(scale, shards, "gpu", threads=4),
+        steps(scale, base, first, zero_stage=1, turns=3, seconds=6),
+        steps(scale, large, first, compile=True, precision="bf16_autocast", bare={"bare": blocks["bare"]}, seconds=80),
     ]
 
 
@@ -171,6 +140,14 @@ def checks(scale: Scale, shards: str) -> list[Point]:
         ),
         Point("check: a CUDA graph trains as its kernels do", "graphs", {"steps": 6}, needs_gpu=True, smoke=True),
         Point(PRODUCTS, "products", {}, smoke=True),
+        Point(
+            RUN,
+            "run",
+            pixels | {"backbone": scale.run_backbone, "crop_margin": scale.crop_margin, "batch": scale.run_batch},
+            seconds=90,
+            ahead=True,
+            smoke=True,
+        ),
     ]
 
 
@@ -188,6 +165,7 @@ def steps(
     ifa: bool = False,
     record: bool | None = None,
     shards: str = "",
+    turns: int | None = None,
     seconds: float = 5.0,
     smoke: bool = False,
 ) -> Point:
@@ -195,6 +173,7 @@ def steps(
 
     bare: plain loops by name, each autocast or pure, and what compiles it. ifa: the same model with the IFA head, too.
     record: afterwards as a CUDA graph, too (None: where it is compiled). shards: also on what is loaded from there.
+    turns: fewer than the scale's.
     """
     model = ModelConfig(backbone=backbone, head=head, text_tokens=text_tokens, compile="kernels" if compile else "none")
     what = f"step: {backbone} {head} batch {batch}, {precision}"
@@ -207,7 +186,7 @@ def steps(
         "ifa": ifa,
         "record": compile if record is None else record,
         "loaded": bool(shards),
-        "turns": scale.turns,
+        "turns": min(turns or scale.turns, scale.turns),
         "steps": scale.steps,
         "loaded_steps": scale.loaded_steps,
     }
@@ -233,7 +212,7 @@ def loader(
     what = f"loader: on the {device.upper()}, batch {batch}" + (f", {threads} threads" if threads else "")
     what += "".join(f", {key} {value}" for key, value in data.items())
     arguments = {"recipe": asdict(recipe), "turns": 3, "batches": scale.loader_batches}
-    return Point(what, "loader", arguments, 15, f"loader {device}", needs_gpu, smoke)
+    return Point(what, "loader", arguments, 10, f"loader {device}", device == "gpu", smoke=smoke)
 
 
 def recipe_of(scale: Scale, model: ModelConfig, batch: int, precision: str, zero_stage: int, shards: str) -> Recipe:

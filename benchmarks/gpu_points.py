@@ -21,7 +21,7 @@ from nvidia.dali import backend
 
 from benchmarks import ifa
 from benchmarks.bare import bare_step
-from benchmarks.gpu_run import measure_run
+from benchmarks.memory import allocated, peak_mb
 from benchmarks.own_step import OwnStep, synthetic_batch
 from benchmarks.peers import PREPARED, Task, dali_native
 from benchmarks.step import PAPER_CLASSES, SYNTHETIC_VOCABULARY, describe, load, recipe_from_dict, utilisation
@@ -194,7 +194,7 @@ def take(stream: Iterator[Any], batches: int, device: torch.device) -> tuple[flo
     return time.perf_counter() - begin, time.process_time() - before
 
 
-POINTS: dict[str, Callable[[Row], Row]] = {"steps": measure_steps, "loader": measure_loader, "run": measure_run}
+KINDS: dict[str, Callable[[Row], Row]] = {"steps": measure_steps, "loader": measure_loader}
 
 
 def warm_up(step: Callable[[int], Any], device: torch.device) -> None:
@@ -207,18 +207,6 @@ def warm_up(step: Callable[[int], Any], device: torch.device) -> None:
 def per_second(batch: int, turns: list[list[float]]) -> float:
     """Images a second at the median step."""
     return round(batch / float(np.median(np.concatenate(turns))), 1)
-
-
-def allocated(device: torch.device) -> int:
-    """Bytes of tensors on a GPU; 0 on the CPU, where torch does not count them."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def peak_mb(step: Callable[[], Any], device: torch.device, base: int) -> float:
-    """The most MB that are allocated in a step, beyond the `base` bytes that were before its model was built; on a CPU
-    only what the step itself allocates."""
-    before = allocated(device)
-    return (ifa.peak_bytes(step, device) + before - base) / 1e6
 
 
 def joules_per_image(step: Callable[[], Any], batch: int, seconds: float, device: torch.device) -> float | None:

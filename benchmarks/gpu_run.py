@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def measure_run(point: Row) -> Row:
     """One epoch in a process that is stopped half-way and one that goes on, beside an epoch in one piece.
 
     `met`: both end with the same test loss (within `limit`, relative), and `dist-train evaluate` finds the accuracy
-    that the run has written down. images_per_s is the stopped run's, when nothing ran beside it; first_batch_s what its
-    first five steps waited for data. point: shards, backbone, image_size, crop_margin, batch.
+    that the run has written down. images_per_s is the stopped run's, beside which the suite's checks ran;
+    first_batch_s what its first five steps waited for data. point: shards, backbone, image_size, crop_margin, batch.
     """
     begin = time.perf_counter()
     steps = read_manifest(point["shards"]).split("train").samples // point["batch"]
@@ -37,7 +38,7 @@ def measure_run(point: Row) -> Row:
         stopped, whole = Path(folder) / "stopped", Path(folder) / "whole"
         finish(start([*train(point, stopped), "--train.stop_after_steps", str(max(1, steps // 2))]))
         logged = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
-        # Side by side, as nothing of them is timed.
+        # Side by side: nothing of them is timed.
         both = [start([*train(point, stopped), "--resume", "auto"]), start(train(point, whole))]
         for process in both:
             finish(process)
@@ -66,6 +67,9 @@ def measure_run(point: Row) -> Row:
         "wall_s": round(time.perf_counter() - begin, 1),
         "met": difference <= limit and abs(evaluated["top1"] - its["top1"]) <= limit,
     }
+
+
+KINDS: dict[str, Callable[[Row], Row]] = {"run": measure_run}
 
 
 def train(point: Row, run: Path) -> list[str]:

@@ -7,6 +7,7 @@ harmless, the next point has a new process, as after an error a GPU may be good 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
@@ -18,8 +19,10 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
+import torch
 
 from benchmarks.result import environment_of_one_process
+from dist_train.errors import UseError, WorkError
 
 Row = dict[str, Any]
 
@@ -111,31 +114,27 @@ def main() -> None:
     # What libraries print must not be taken for an answer, nor what their C code does.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import torch
-
-    from benchmarks.gpu_checks import CHECKS
-    from benchmarks.gpu_points import POINTS
-    from benchmarks.own_step import free_memory
-
     gpu = torch.cuda.is_available()
     for line in sys.stdin:
         point = json.loads(line)
         held = torch.cuda.memory_allocated() if gpu else 0
-        row = row_of((CHECKS | POINTS)[point["kind"]], point)
-        free_memory()
-        if gpu:
+        row = row_of(point)
+        if gpu and point["kind"] != "run":  # which does everything in processes of its own
+            importlib.import_module("benchmarks.memory").free_memory()
             row["left_mb"] = round((torch.cuda.memory_allocated() - held) / 1e6, 2)
         print(json.dumps(row), file=answers, flush=True)
 
 
-def row_of(measure: Callable[[Row], Row], point: Row) -> Row:
+def kinds_of(kind: str) -> dict[str, Callable[[Row], Row]]:
+    """What measures a kind of point, among others; only what is needed is imported."""
+    module = {"steps": "points", "loader": "points", "run": "run"}.get(kind, "checks")
+    return importlib.import_module(f"benchmarks.gpu_{module}").KINDS
+
+
+def row_of(point: Row) -> Row:
     """The row of a point, whatever happens: "unusable" says that this process may be of no use after it."""
-    import torch
-
-    from dist_train.errors import UseError, WorkError
-
     try:
-        return measure(point)
+        return kinds_of(point["kind"])[point["kind"]](point)
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}
     except (UseError, WorkError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,13 +108,3 @@ def saved_activations_mb(model: torch.nn.Module, forward: Any, batch: Batch) -> 
         loss = functional.cross_entropy(forward(batch).float(), batch.labels)
     del loss
     return round(sum(kept.values()) / 1e6, 1)
-
-
-def free_memory() -> None:
-    """Give back what nothing refers to any more, to the driver too."""
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        if hasattr(torch._C, "_cuda_clearCublasWorkspaces"):  # one for each stream that a graph was recorded on
-            torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()

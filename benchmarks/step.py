@@ -20,7 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from benchmarks.own_step import OwnStep, free_memory, saved_activations_mb, synthetic_batch
+from benchmarks.memory import free_memory
+from benchmarks.own_step import OwnStep, saved_activations_mb, synthetic_batch
 from benchmarks.result import environment_of_one_process, write_result
 from benchmarks.timing import EnergyMeter, describe_row, step_figures, timed
 from dist_train.cli import SECTIONS
