@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 
 from benchmarks import ifa, result
 from benchmarks.__main__ import main
+from benchmarks.bare import bare_step
 from benchmarks.engine import SPENDING, TURNED_BACK
 from benchmarks.step import SYNTHETIC_VOCABULARY, recipe_from_dict, run_point
+from benchmarks.timing import median_ms, ratio, timed_in_turns
 from dist_train.cli import parse_recipe
 
 
@@ -22,7 +25,9 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_point_is_measured_in_each_arm(shard_set: Callable[..., Path], results: Path) -> None:
+def test_a_point_is_measured_in_each_arm_and_printed(
+    shard_set: Callable[..., Path], results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shards = shard_set({"train": [40, 30]}, baked=40)
     recipe = (
         "--data.image_size 32 --data.crop_margin 8 --data.threads 1 --model.backbone vit_tiny_patch16 --model.head ifa"
@@ -33,6 +38,10 @@ def test_a_point_is_measured_in_each_arm(shard_set: Callable[..., Path], results
     document = json.loads((results / "step/small.json").read_bytes())
     rows = {row["arm"]: row for row in document["rows"]}
     assert set(rows) == {"synthetic", "loader", "end_to_end"}
+    lines = capsys.readouterr().out.splitlines()
+    for line, (arm, row) in zip(lines, rows.items(), strict=False):
+        assert line.startswith(f"{arm}, vit_tiny_patch16 ifa batch 8: ") and f"step_ms {row['step_ms']}" in line
+    assert lines[-1] == str(results / "step/small.json")
     for row in rows.values():
         assert row["steps"] == 3 and row["step_ms"] <= row["step_ms_p95"] <= row["step_ms_p99"]
         assert row["images_per_s"] == pytest.approx(8000 / row["step_ms"], rel=0.01)
@@ -40,6 +49,29 @@ def test_a_point_is_measured_in_each_arm(shard_set: Callable[..., Path], results
     # ViT-Ti at 32 px: 12 blocks keep at least their inputs for 4 images of 5 tokens.
     assert rows["synthetic"]["saved_activations_mb"] > 12 * 4 * 5 * 192 * 4 / 1e6
     assert document["parameters"]["recipe"]["train"]["micro_batch_size"] == 4
+
+
+@pytest.mark.parametrize(("pure", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_the_bare_loop_trains_timms_model_on_what_it_is_given(pure: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    step = bare_step("vit_tiny_patch16_224", {"img_size": 32}, 8, images, labels, pure=pure)
+    held = dict(zip(step.__code__.co_freevars, (cell.cell_contents for cell in step.__closure__), strict=True))
+    weights = list(held["network"].parameters())
+    assert {weight.dtype for weight in weights} == {dtype} and len(weights) == 152
+    losses = [float(step()) for _ in range(30)]
+    assert losses[-1] < losses[0]
+
+
+def test_contestants_take_turns_and_ratios_are_of_the_same_turn() -> None:
+    order: list[tuple[str, int]] = []
+    steps = {name: partial(lambda name, number: order.append((name, number)), name) for name in "ab"}
+    times = timed_in_turns(steps, turns=2, warmup=1, steps=2, device=torch.device("cpu"))
+    assert order == [(name, number) for name in "abba" for number in range(3)]
+    assert {name: [len(turn) for turn in turns] for name, turns in times.items()} == {"a": [2, 2], "b": [2, 2]}
+    # The machine is ten times as slow in the second turn: the ratio is the same.
+    assert ratio([[2.0, 2.2], [20.0, 22.0]], [[1.0, 1.1], [10.0, 11.0]]) == 2
+    assert median_ms([[1.0, 3.0], [2.0]]) == 2000
 
 
 def test_a_recipe_survives_its_way_into_the_measuring_process() -> None:

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import accuracy, batch_size, paper, result
+from benchmarks import accuracy, batch_size, fit, paper, result
 from benchmarks.__main__ import main
-from benchmarks.batch_size import largest_micro_batch, mark_front
+from benchmarks.batch_size import mark_front
+from benchmarks.fit import largest_micro_batch
 from benchmarks.paper import row_of, table_cells
+from benchmarks.report_tables import tables_of
 from benchmarks.step import run_point
 from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
@@ -194,19 +197,76 @@ def test_a_memory_limit_makes_running_out_of_memory_a_result() -> None:
 
 
 @given(st.integers(1, 600), st.sampled_from([16, 64, 100, 512]))
-def test_the_search_finds_the_largest_micro_batch_to_an_eighth(fits: int, most: int) -> None:
-    tried = []
+def test_the_search_finds_the_largest_micro_batch_to_an_eighth(largest: int, most: int) -> None:
+    tried: list[int] = []
 
-    def point(recipe: Recipe, *_: Any) -> dict[str, Any]:
-        tried.append(recipe.train.batch_size)
-        return {"out_of_memory": recipe.train.batch_size > fits}
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= largest
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch_size, "run_point", point)
-        found = largest_micro_batch(Recipe(), most, {}, 0)
-    assert found <= min(fits, most) and max(tried) <= most
+    found = fit.search(most, fits)
+    assert found <= min(largest, most) and max(tried) <= most
     assert found == 0 or found in tried
-    assert min(fits, most) - found <= max(1, found // 8) or (found * 2 > most and found == max(tried))
+    assert min(largest, most) - found <= max(1, found // 8) or (found * 2 > most and found == max(tried))
+    assert len(tried) == len(set(tried))
+
+
+def test_the_search_makes_real_steps_in_one_process_where_it_can(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU's process goes on after a size that did not fit; a CPU's is ended by the system, so each size has one."""
+    recipe, _ = parse_recipe([*SMALL.split(), "--model.compile", "graphs", "--train.micro_batch_size", "4"])
+    measured: list[Recipe] = []
+
+    def measure(tried: Recipe, arm: str, warmup: int, steps: int, *_: Any) -> dict[str, Any]:
+        assert (arm, warmup, steps) == ("synthetic", 0, 2)
+        measured.append(tried)
+        # A GPU's row counts how often memory ran out, in this process: that is no answer.
+        return {"out_of_memory": True if tried.train.batch_size > 40 else 3}
+
+    monkeypatch.setattr(fit, "measure_point", measure)
+    assert fit.main({"recipe": asdict(recipe), "most": 64, "memory_limit": 0}) == 0
+    assert json.loads(capsys.readouterr().out) == {"largest_micro_batch": 40}
+    assert [tried.train.batch_size for tried in measured] == [16, 32, 64, 48, 40, 44]
+    assert {tried.train.micro_batch_size for tried in measured} == {0}
+
+    if not torch.cuda.is_available():
+        measured.clear()
+        monkeypatch.setattr(fit, "run_point", measure)
+        assert largest_micro_batch(recipe, 64, {}, 0) == 40
+        # By PyTorch's own operators: nothing is compiled for each size.
+        assert {tried.model.compile for tried in measured} == {"none"}
+
+
+@pytest.mark.launch
+def test_sizes_are_tried_by_steps_one_after_the_other_in_one_process() -> None:
+    recipe, _ = parse_recipe(SMALL.split())
+    point = {"recipe": asdict(recipe), "most": 32, "memory_limit": 0}
+    done = subprocess.run([sys.executable, "-m", "benchmarks.fit", json.dumps(point)], capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == {"largest_micro_batch": 32}, done.stderr
+
+
+def test_each_batch_is_measured_in_each_mode_and_trained_in_the_fastest() -> None:
+    sweep = batch_size.Sweep(("vit_tiny_patch16",), ("cls",), (16, 32), (128,), compile=("none", "graphs"))
+    recipes = list(batch_size.points(Recipe(), sweep))
+    assert [(r.train.batch_size, r.model.compile) for r in recipes] == [
+        (16, "none"),
+        (16, "graphs"),
+        (32, "none"),
+        (32, "graphs"),
+    ]
+    rows = [batch_size.describe(recipe) for recipe in recipes]
+    assert len({batch_size.key_of(row) for row in rows}) == 4
+    for row, ms in zip(rows, (9.0, 2.0, 10.0, 11.0), strict=True):
+        row["step_ms"] = ms
+    assert batch_size.recipes_to_train(recipes, rows) == [recipes[1], recipes[2]]
+    table = tables_of("batch_size", {"rows": rows})[0]
+    assert [line[table.headings.index("compiled")] for line in table.cells] == ["none", "graphs"] * 2
+
+
+def test_a_mode_that_there_is_not_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["batch_size", "--name", "a", "--compile", "none,fast"]) == 2
+    assert "--compile: no 'fast'; there are none, kernels, graphs" in capsys.readouterr().err
 
 
 def test_the_largest_micro_batch_is_searched_once_for_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
