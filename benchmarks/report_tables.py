@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.report_gpu import GPU_TABLES
 from benchmarks.report_study import (
     FIELDS,
     configuration_of,
@@ -230,6 +231,8 @@ def tables_of(bench: str, document: Document) -> list[Table]:
             tables.append(table_of(key.replace("_", " ").capitalize(), generic_columns(more), more))
     if bench == "study" and rows:
         tables.append(summary_table(rows))
+    if bench == "gpu":
+        return tables + gpu_tables(rows)
     columns = COLUMNS.get(bench) or generic_columns(rows)
     all_rows = table_of(f"All {len(rows)} rows" if tables else "", columns, rows)
     tables.append(replace(all_rows, folded=bool(tables) and len(rows) >= FOLDED))
@@ -238,6 +241,14 @@ def tables_of(bench: str, document: Document) -> list[Table]:
         said = [{"what": name.replace("_", " "), "figure": figure} for name, figure in paper.items()]
         tables.append(table_of("What the paper prints", [("what", "what", ""), ("figure", "figure", "")], said))
     return tables
+
+
+def gpu_tables(rows: Sequence[Row]) -> list[Table]:
+    """A table for each kind of point, and one for rows of no kind that is known."""
+    kinds = {title: [row for row in rows if _what(row).startswith(of)] for title, (of, _) in GPU_TABLES.items()}
+    tables = [table_of(title, GPU_TABLES[title][1], mine) for title, mine in kinds.items() if mine]
+    others = [row for row in rows if not any(row in mine for mine in kinds.values())]
+    return tables + ([table_of("", generic_columns(others), others)] if others or not rows else [])
 
 
 def note_of(document: Document) -> str:
@@ -299,6 +310,9 @@ def generic_columns(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 def unlisted(bench: str, rows: Sequence[Row]) -> bool:
     """Whether the rows hold more than the bench's columns show."""
     listed = {key for key, _, _ in COLUMNS.get(bench, generic_columns(rows))}
+    if bench == "gpu":
+        kinds = [columns for of, columns in GPU_TABLES.values() if any(_what(row).startswith(of) for row in rows)]
+        listed = {key for columns in kinds for key, _, _ in columns} or listed
     return any(key not in listed for row in rows for key in row)
 
 
@@ -322,6 +336,10 @@ def machine_of(document: Document) -> str:
     parts = [f"{cores} cores of {hardware.get('cpu', '')}" if cores else hardware.get("cpu", "")]
     parts += [f"{memory} GB"] if memory else []
     return ", ".join(str(part) for part in [*parts, *(hardware.get("gpus") or [])] if part)
+
+
+def _what(row: Row) -> str:
+    return str(row.get("what", ""))
 
 
 def _cell(row: Row, key: str, form: str) -> str:

@@ -17,7 +17,7 @@ from benchmarks import report, result
 from benchmarks.__main__ import main
 from benchmarks.charts import cheapest
 from benchmarks.report_headlines import headline
-from benchmarks.report_tables import COLUMNS, tables_of
+from benchmarks.report_tables import COLUMNS, tables_of, unlisted
 from tests.benchmarks.test_report_study import study_rows
 
 pytest.importorskip("matplotlib")
@@ -291,6 +291,26 @@ def test_missing_keys_leave_blanks(results: Path) -> None:
     ]
     rows = [{"batch_size": 64, "out_of_memory": True}, {"batch_size": 32, "step_ms": 2.0}]
     assert tables_of("batch_size", {"rows": rows})[0].cells == [["64", "out of memory"], ["32", "2.0"]]
+
+
+def test_a_gpu_has_a_table_for_each_kind_of_point() -> None:
+    step = {"what": "step: a", "backbone": "vit_base_patch16", "batch_size": 256, "step_ms": 31.25, "over_bare": 1.0204}
+    rows = [
+        {"what": "check: a", "met": True, "cls_float32_loss": 1e-7},
+        {"what": "check: b", "skipped": "needs a GPU"},
+        step | {"ifa_over_cls": 1.0031, "device_mb": 20400.0},
+        {"what": "step: b", "error": "broken"},
+        {"what": "loader: a", "images_per_s": 30000.0, "over_dali": 1.01},
+        {"what": "another", "figure": 7},
+    ]
+    targets = [{"what": "target: a", "value": 1.02, "bound": "at most", "limit": 1.03, "met": True}]
+    tables = tables_of("gpu", {"rows": rows, "targets": targets})
+    assert [table.title for table in tables] == ["Targets", "Correctness", "Training steps", "Loaders", ""]
+    assert tables[1].headings == ["check", "met", "skipped"] and tables[1].cells[0] == ["check: a", "yes", ""]
+    assert tables[2].cells[0] == ["vit_base_patch16", "256", "31.25", "1.020", "1.0031", "20,400", ""]
+    assert tables[2].cells[1][-1] == "broken" and tables[3].cells == [["loader: a", "30,000", "1.010"]]
+    assert tables[4].cells == [["another", "7"]]
+    assert unlisted("gpu", rows) and not unlisted("gpu", rows[4:5]) and not unlisted("gpu", rows[5:])
 
 
 def test_the_pareto_figure_takes_the_cheapest_way_to_each_batch() -> None:
