@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -66,7 +67,9 @@ def test_a_suite_that_is_killed_keeps_its_rows_and_the_same_command_measures_the
     command += ["--shards", str(results / "shards"), "--budget", "3000"]  # enough however busy the machine is
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as suite:
         assert suite.stdout.readline().startswith(f"{CHECKS[0]}: ")  # printed when the row is on the disk
-        os.killpg(suite.pid, signal.SIGKILL)
+        measuring = psutil.Process(suite.pid).children(recursive=True)
+        os.kill(suite.pid, signal.SIGKILL)
+        assert measuring and not psutil.wait_procs(measuring, timeout=60)[1]  # else the next suite would not be alone
     before = read(results, "cut")["rows"]
     assert [row["what"] for row in before] == CHECKS[:1]
 
