@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import chain, pairwise, repeat
 from pathlib import Path
@@ -105,7 +106,8 @@ def describe(recipe: Recipe, arm: Arm) -> dict[str, Any]:
 def measure_point(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any]:
     """Measure one arm in this process, which holds nothing of it afterwards."""
     try:
-        return _measure(recipe, arm, warmup, steps)
+        with ExitStack() as let_go:
+            return _measure(recipe, arm, warmup, steps, let_go)
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}
     except RuntimeError as error:
@@ -124,7 +126,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any]:
+def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int, let_go: ExitStack) -> dict[str, Any]:
     place = init_process_group()
     if place.world_size != 1:
         raise UseError("benchmarks step measures one device; start it without a launcher")
@@ -168,6 +170,7 @@ def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any
     flops = training_flops_per_sample(model, *one_sample(recipe))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(model, recipe, place, micro_batch)
+    let_go.callback(engine.destroy)  # which something of DeepSpeed's refers to
     forward = make_forward(engine, recipe, device)
     meter = StepMeter(device, flops, 1.0)
     objective = Objective(recipe.optim, [1] * classes, device)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from itertools import repeat
 from pathlib import Path
 
 import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig as ParsedSettings
 
+from benchmarks.step import synthetic_batch
 from dist_train.config import Recipe
 from dist_train.errors import UseError
-from dist_train.train.engine import check_combination, deepspeed_settings
-from tests.conftest import write_shard_set
-from tests.train.deepspeed_worker import BATCH, losses_through_deepspeed, recipe_of
+from dist_train.models.backbones import VIT_SIZES
+from dist_train.models.build import build_model
+from dist_train.train.engine import build_engine, check_combination, deepspeed_settings, init_process_group
+from dist_train.train.losses import Objective
+from dist_train.train.meters import StepMeter
+from dist_train.train.step import TrainStep, make_forward
+from tests.conftest import CLASSES, write_shard_set
+from tests.train.deepspeed_worker import BATCH, NARROW, losses_through_deepspeed, recipe_of
 
 STEPS = 10
 ADAMW = ["--optim.name=adamw", "--optim.lr=0.0005", "--optim.weight_decay=0.05"]
@@ -31,7 +40,7 @@ SAME = {
     **{f"adamw offload optimizer zero {stage}": ["--deepspeed.offload=optimizer"] for stage in (1, 2, 3)},
     "adamw offload parameters zero 3": ["--deepspeed.offload=parameters"],
     **{f"ifa checkpoint_blocks zero {stage}": ["--model.checkpoint_blocks=true"] for stage in (0, 1, 2, 3)},
-    **{f"ifa compile zero {stage}": ["--model.compile=true"] for stage in (0, 1, 2)},
+    **{f"ifa compile zero {stage}": ["--model.compile=kernels"] for stage in (0, 1, 2)},
     **{f"layers decayed and frozen zero {stage}": [] for stage in (0, 1, 2, 3)},
     **{f"mixed in micro-batches of {size} zero 0": [f"--train.micro_batch_size={size}"] for size in (2, 4)},
 }
@@ -83,7 +92,7 @@ def test_fp16_scales_the_loss_and_follows_overflows(stage: int) -> None:
             "deepspeed.offload parameters needs deepspeed.zero_stage 3, not 2",
         ),
         (["--train.ema=0.9", "--deepspeed.zero_stage=3"], "train.ema needs whole parameters"),
-        (["--model.compile=true", "--deepspeed.zero_stage=3"], "model.compile"),
+        (["--model.compile=kernels", "--deepspeed.zero_stage=3"], "model.compile"),
         (["--train.channels_last=true"], "train.channels_last is for CNNs; with vit_tiny_patch16 use false"),
         (["--deepspeed.precision=fp16"], "fp16 needs a GPU"),
         (
@@ -99,3 +108,29 @@ def test_what_does_not_go_together_is_refused_in_one_line(arguments: list[str], 
     with pytest.raises(UseError) as error:
         check_combination(recipe, torch.device("cpu"))
     assert line in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [[], ["--deepspeed.zero_stage=1"], ["--deepspeed.zero_stage=2"]], ids=str)
+def test_a_finished_engine_holds_nothing(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that several can be measured after each other in one process. (ZeRO 3 keeps its parameters in a global.)"""
+    monkeypatch.setitem(VIT_SIZES, "tiny", NARROW)
+    recipe = recipe_of(Path(), [*options, "--model.head=ifa"])
+    place = init_process_group()
+    model, _ = build_model(recipe.model, 32, CLASSES, 0)
+    parameter = weakref.ref(next(model.parameters()))
+    engine = build_engine(model, recipe, place, BATCH)
+    step = TrainStep(
+        engine,
+        make_forward(engine, recipe, torch.device("cpu")),
+        Objective(recipe.optim, [1] * CLASSES, torch.device("cpu")),
+        recipe,
+        1,
+        0,
+        StepMeter(torch.device("cpu"), 1, 1),
+    )
+    step(repeat(synthetic_batch(recipe, BATCH, CLASSES, torch.device("cpu"))), 0.01, 0)
+    assert parameter() is not None
+    engine.destroy()
+    del model, engine, step
+    gc.collect()
+    assert parameter() is None
