@@ -21,6 +21,7 @@ BENCHES = {
     "gpu": "Correctness and speed on a GPU",
     "step": "What a training step costs",
     "engine": "DeepSpeed's engine beside a bare PyTorch loop",
+    "exchange": "The gradients' exchange beside torch's DDP, over a slow cable",
     "loader": "Data loaders side by side",
     "scale": "The epoch plan at a size that no machine here holds",
     "kill": "A run killed again and again beside an undisturbed one",
@@ -130,6 +131,14 @@ def _precision(document: Document, _: Sequence[Row]) -> str:
     return ", ".join(parts)
 
 
+def _exchange(_: Document, rows: Sequence[Row]) -> str:
+    parts = []
+    for row in having(rows, "contestant", "step_over_ddp", "exposed_share"):
+        if row["contestant"] not in ("alone", "ddp"):
+            parts.append(f"{text_of(row['contestant'])} {row['step_over_ddp']:.3f} ({row['exposed_share']:.2f})")
+    return f"Step over DDP's (share of the exchange that is exposed): {', '.join(parts)}" if parts else ""
+
+
 def _loader(_: Document, rows: Sequence[Row]) -> str:
     ours = _numbers([row for row in rows if row.get("loader") == "this project"], "images_per_s")
     others = [
@@ -176,6 +185,7 @@ _HEADLINES: dict[str, Callable[[Document, Sequence[Row]], Any]] = {
     "step": _step,
     "engine": _engine,
     "precision": _precision,
+    "exchange": _exchange,
     "loader": _loader,
     "scale": _scale,
     "kill": _kill,

@@ -154,6 +154,18 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
         ("default_update_ms_per_million", "update", ".3f"),
         ("default_collectives_ms_per_million", "collectives", ".3f"),
     ],
+    "exchange": [
+        ("contestant", "contestant", ""),
+        ("turns", "turns", "d"),
+        ("step_ms", "step ms", ",.0f"),
+        ("step_over_ddp", "step / DDP's", ".3f"),
+        ("step_over_ddp_lower_quartile", "lower quartile", ".3f"),
+        ("step_over_ddp_upper_quartile", "upper", ".3f"),
+        ("exposed_ms", "exposed ms", ",.0f"),
+        ("exposed_share", "of the exchange's own time", ".2f"),
+        ("sent_mb", "MB sent by a rank", ",.1f"),
+        ("bandwidth_mbit", "Mbit/s", ",d"),
+    ],
     "loader": [
         ("loader", "loader", ""),
         ("images_per_s", "images/s", ",.0f"),
