@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig as ParsedSettings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.step import synthetic_batch
 from dist_train.config import Recipe
@@ -110,27 +113,57 @@ def test_what_does_not_go_together_is_refused_in_one_line(arguments: list[str], 
     assert line in str(error.value) and "\n" not in str(error.value)
 
 
+def small_step(options: list[str]) -> tuple[TrainStep, Callable[[], None]]:
+    """A trainer of a small model with one step behind it, and what makes another."""
+    recipe = recipe_of(Path(), [*options, "--model.head=ifa"])
+    device = torch.device("cpu")
+    model, _ = build_model(recipe.model, 32, CLASSES, 0)
+    engine = build_engine(model, recipe, init_process_group(), BATCH)
+    objective = Objective(recipe.optim, [1] * CLASSES, device)
+    step = TrainStep(engine, make_forward(engine, recipe, device), objective, recipe, 1, 0, StepMeter(device, 1, 1))
+    batches = repeat(synthetic_batch(recipe, BATCH, CLASSES, device))
+    step(batches, 0.01, 0)
+    return step, lambda: step(batches, 0.01, 1)
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that compute something, while it lasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_sharding_costs_a_copy_for_each_parameter_and_neither_norms_nor_looks_for_overflows(
+    monkeypatch: pytest.MonkeyPatch, stage: int, precision: str
+) -> None:
+    """DeepSpeed's defaults are 14 operators a parameter and step more, which a GPU waits for the host to launch."""
+    monkeypatch.setitem(VIT_SIZES, "tiny", NARROW)
+    counts = {}
+    for zero in (0, stage):
+        step, again = small_step([f"--deepspeed.precision={precision}", f"--deepspeed.zero_stage={zero}"])
+        with Operators() as operators:
+            again()
+        counts[zero] = operators.count
+    parameters = sum(1 for _ in step.engine.module.parameters())
+    # Under autocast ZeRO 0 casts each weight matrix; the sharded weights are bf16 already.
+    assert counts[stage] - counts[0] <= parameters + 20
+
+
 @pytest.mark.parametrize("options", [[], ["--deepspeed.zero_stage=1"], ["--deepspeed.zero_stage=2"]], ids=str)
 def test_a_finished_engine_holds_nothing(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """So that several can be measured after each other in one process. (ZeRO 3 keeps its parameters in a global.)"""
     monkeypatch.setitem(VIT_SIZES, "tiny", NARROW)
-    recipe = recipe_of(Path(), [*options, "--model.head=ifa"])
-    place = init_process_group()
-    model, _ = build_model(recipe.model, 32, CLASSES, 0)
-    parameter = weakref.ref(next(model.parameters()))
-    engine = build_engine(model, recipe, place, BATCH)
-    step = TrainStep(
-        engine,
-        make_forward(engine, recipe, torch.device("cpu")),
-        Objective(recipe.optim, [1] * CLASSES, torch.device("cpu")),
-        recipe,
-        1,
-        0,
-        StepMeter(torch.device("cpu"), 1, 1),
-    )
-    step(repeat(synthetic_batch(recipe, BATCH, CLASSES, torch.device("cpu"))), 0.01, 0)
-    assert parameter() is not None
-    engine.destroy()
-    del model, engine, step
+    step, again = small_step(options)
+    again()
+    parameter = weakref.ref(next(step.engine.module.parameters()))
+    step.engine.destroy()
+    del step, again
     gc.collect()
     assert parameter() is None
