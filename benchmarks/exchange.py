@@ -1,8 +1,8 @@
 """What of the gradients' exchange each way to train leaves exposed, between two hosts' worth of network namespaces.
 
 One rank in each, and between them a cable whose bandwidth is limited so that the exchange of a step takes as long as
-its computing: then everything can be hidden behind the backward pass and the forward pass of no one, and what is not
-hidden shows. All contestants have a model of their own in the same two processes and take turns at every step, so that
+its computing. The backward pass, two thirds of that, is what an exchange can hide behind; what each contestant does not
+hide shows. All contestants have a model of their own in the same two processes and take turns at every step, so that
 whatever else the machine does meets all of them.
 """
 
