@@ -261,7 +261,8 @@ def default_engine(model: nn.Module, recipe: Recipe, micro_batch: int) -> deepsp
         "gradient_clipping",
         "zero_allow_untested_optimizer",
     )
-    settings = {key: value for key, value in deepspeed_settings(recipe, 1, micro_batch).items() if key in wanted}
+    ours = deepspeed_settings(recipe, 1, micro_batch, sum(parameter.numel() for parameter in model.parameters()))
+    settings = {key: value for key, value in ours.items() if key in wanted}
     optim = recipe.optim
     return deepspeed.initialize(
         model=model,
@@ -274,7 +275,7 @@ def changed_engine(
     model: nn.Module, recipe: Recipe, micro_batch: int, what: str, theirs: dict[str, Any]
 ) -> deepspeed.DeepSpeedEngine:
     """Our engine with one setting as DeepSpeed has it; what: a key of TURNED_BACK, theirs: its value."""
-    settings = deepspeed_settings(recipe, 1, micro_batch)
+    settings = deepspeed_settings(recipe, 1, micro_batch, sum(parameter.numel() for parameter in model.parameters()))
     settings["zero_optimization"] |= theirs
     optimizer = build_optimizer(recipe.optim, model)
     if what == "fused optimizer":

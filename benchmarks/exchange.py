@@ -140,7 +140,9 @@ def contestants(point: dict[str, Any]) -> tuple[dict[str, Step], int]:
         return build_model(recipe(0).model, point["size"], CLASSES, 0)[0]
 
     def engine(stage: int, **changes: Any) -> Step:
-        net, settings = model(), deepspeed_settings(recipe(stage), 2, point["micro_batch"])
+        net = model()
+        parameters = sum(parameter.numel() for parameter in net.parameters())
+        settings = deepspeed_settings(recipe(stage), 2, point["micro_batch"], parameters)
         settings["zero_optimization"] |= changes
         optimizer = build_optimizer(recipe(stage).optim, net)
         return engine_loop(deepspeed.initialize(model=net, optimizer=optimizer, config=settings)[0])

@@ -80,7 +80,7 @@ def test_bf16_stays_near_float32(losses: dict[str, list[float]], name: str) -> N
 def test_fp16_scales_the_loss_and_follows_overflows(stage: int) -> None:
     """The settings as DeepSpeed understands them; the run needs a GPU."""
     recipe = recipe_of(Path(), ["--deepspeed.precision=fp16", f"--deepspeed.zero_stage={stage}"])
-    settings = ParsedSettings(deepspeed_settings(recipe, 1, BATCH))
+    settings = ParsedSettings(deepspeed_settings(recipe, 1, BATCH, 10_000))
     assert settings.float16_config.enabled and not settings.bfloat16_config.enabled
     assert settings.float16_config.loss_scale == 0 and settings.float16_config.initial_scale_power == 16
     check_combination(recipe, torch.device("cuda"))
