@@ -110,7 +110,7 @@ class EpochPlan:
         self.window = shuffle_window
         self.first_sample = np.concatenate([[0], np.cumsum(self.counts)])
         self._lines: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int, int], NDArray[np.int64]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], tuple[NDArray[np.int32], NDArray[np.bool_]]] = OrderedDict()
 
     def batch(self, consumed: int, rank: int = 0, world_size: int = 1) -> Positions:
         """What `rank` takes of the global batch after `consumed` samples of the run; batch_size / world_size samples.
@@ -198,24 +198,35 @@ class EpochPlan:
     def _line_places(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Places in the epoch's line that the positions take: steps 2 to 4 of the module's description."""
         stream, turn = positions % self.streams, positions // self.streams
-        begin, length = self._stream_range(stream)
+        begin, _ = self._stream_range(stream)
         window, offset = np.divmod(turn, self.window)
-        places = np.empty_like(positions)
-        for i in range(len(positions)):
-            size = min(self.window, int(length[i]) - int(window[i]) * self.window)
-            shuffled = self._window(epoch, int(stream[i]), int(window[i]), size)
-            places[i] = begin[i] + window[i] * self.window + shuffled[offset[i]]
+        places = begin + window * self.window
+        for number in np.unique(window).tolist():  # all streams are in one window, or on their way into the next
+            chosen = window == number
+            shuffled = self._shuffled(epoch, number, stream[chosen])
+            places[chosen] += shuffled[stream[chosen], offset[chosen]]
         return places
 
-    def _window(self, epoch: int, stream: int, window: int, size: int) -> NDArray[np.int64]:
-        key = (epoch, stream, window)
-        if key in self._windows:
-            self._windows.move_to_end(key)
+    def _shuffled(self, epoch: int, window: int, streams: NDArray[np.int64]) -> NDArray[np.int32]:
+        """(all streams, window size): the shuffled offsets in that window of each stream.
+
+        Only the rows of `streams`, and of what was asked for before, are filled in: a rank has few of the streams, and
+        memory that nobody writes to is not taken.
+        """
+        if (epoch, window) in self._windows:
+            self._windows.move_to_end((epoch, window))
         else:
-            self._windows[key] = permutation(size, self.seed, _WINDOWS, epoch, stream, window)
-            while len(self._windows) > 2 * self.streams:  # a batch may sit across two windows of every stream
+            most = min(self.window, -(-self.samples // self.streams) - window * self.window)
+            self._windows[epoch, window] = np.empty((self.streams, most), np.int32), np.zeros(self.streams, bool)
+            while len(self._windows) > 2:  # a batch may sit across two windows of every stream
                 self._windows.popitem(last=False)
-        return self._windows[key]
+        shuffled, known = self._windows[epoch, window]
+        for stream in np.unique(streams[~known[streams]]).tolist():
+            length = int(self._stream_range(np.int64(stream))[1])
+            size = min(self.window, length - window * self.window)
+            shuffled[stream, :size] = permutation(size, self.seed, _WINDOWS, epoch, stream, window)
+            known[stream] = True
+        return shuffled
 
 
 def evaluation_batches(shard_samples: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[Positions]:

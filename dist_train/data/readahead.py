@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -48,9 +48,10 @@ class RemoteShards:
         """Where the shard comes from."""
         return file_url(self.root, self.shards[number].file)
 
-    def open(self, number: int) -> IO[bytes]:
-        """The verified shard, downloaded first if need be. Raises WorkError naming the URL or the cache folder."""
-        return self.cache.open(self.url(number), self.shards[number])
+    def open(self, number: int, stopped: Callable[[], bool] = lambda: False) -> IO[bytes]:
+        """The verified shard, downloaded first if need be. Raises WorkError naming the URL or the cache folder, and
+        Stopped soon after `stopped()` is true."""
+        return self.cache.open(self.url(number), self.shards[number], stopped)
 
     def path(self, number: int) -> Path:
         """Where the opened shard lies."""
