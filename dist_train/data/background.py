@@ -55,7 +55,8 @@ def made_ahead(make: Callable[[IsStopped], Iterator[Batch]], depth: int, device_
     that the batches are on, or None. Raises what the generator raises.
     """
     maker = _Maker(make, depth, device_id)
-    try:
+    try:  # from the start on: Ctrl-C may come at any time
+        maker.start()
         while (batch := maker.take()) is not None:
             yield batch
     finally:
@@ -73,6 +74,9 @@ class _Maker:
         self._stopped = self._ended = False
         # A daemon, as the interpreter waits for other threads before it calls anything that could tell them to end.
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+
+    def start(self) -> None:
+        """Let the thread begin."""
         atexit.register(self.close)
         self._thread.start()
 
@@ -95,7 +99,8 @@ class _Maker:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        self._thread.join(END_S)
+        if self._thread.ident is not None:
+            self._thread.join(END_S)
         if self._thread.is_alive():
             log.warning("the thread that makes batches still waits for its shards; it ends when they come")
         self._ready.clear()
