@@ -104,13 +104,14 @@ class _Loader:
                         pipeline, fresh = self._pipeline(self.batch_size, len(under_way)), list(under_way)
                     for entry in fresh:
                         self._feed(pipeline, *entry)
-                    images = pipeline.take()
+                    batch = self._finish(pipeline.take(), *under_way[0])
                 except UndecodableError as error:  # DALI's pipeline is then unusable
                     self._find_undecodable(under_way, error)
                     pipeline.close()
                     pipeline = None
                     continue
-                yield self._finish(images, *under_way.popleft())
+                under_way.popleft()
+                yield batch
         finally:
             if pipeline is not None:
                 pipeline.close()

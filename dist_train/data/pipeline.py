@@ -8,6 +8,7 @@ resampling. `graph.py` has what DALI does of it.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,7 @@ class ImagePipeline:
         self._under_way: deque[Augmentation] = deque()
         self._workers = threads
         self._threads = ThreadPoolExecutor(threads)
+        self._memory = _Memory((batch_size, 3, self._size, self._size), depth + config.prefetch)
         mean, std = np.array(config.mean), np.array(config.std)
         self._normalise = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
         make = pipeline_def(cpu_graph if device_id is None else gpu_graph)
@@ -116,8 +118,7 @@ class ImagePipeline:
             outputs = self._pipeline.share_outputs()
         augmentation = self._under_way.popleft()
         batch = len(augmentation.flip)
-        out = torch.empty(batch, 3, self._size, self._size)
-        maps, target = colour_maps(augmentation), out.numpy()
+        maps, target = colour_maps(augmentation), self._memory.take(batch)
         if self._cut_only:
             pixels = np.asarray(outputs[0].as_tensor())
         else:
@@ -136,7 +137,7 @@ class ImagePipeline:
         for done in [self._threads.submit(part, *ends) for ends in pairwise(bounds.tolist())]:
             done.result()
         self._pipeline.release_outputs()
-        return out
+        return torch.from_numpy(target)
 
     def _regions(
         self, decoded: list[NDArray[np.uint8]], augmentation: Augmentation, places: Sequence[Any]
@@ -148,6 +149,26 @@ class ImagePipeline:
             return nothing.astype(np.float64), full.astype(np.float64), nothing, full
         origin, full = (np.asarray(place.as_tensor()) for place in places)
         return augmentation.crop / self._square * full, self._size / self._square * full, origin, full
+
+
+class _Memory:
+    """Arrays for finished batches. One that its user has dropped is used again: the pages of new memory cost as much as
+    the colour change. shape: of the largest. spare: most arrays that are kept for later."""
+
+    def __init__(self, shape: tuple[int, ...], spare: int) -> None:
+        self._shape, self._spare = shape, spare
+        self._free: list[NDArray[np.float32]] = []
+
+    def take(self, batch: int) -> NDArray[np.float32]:
+        """The first `batch` rows of an array that nobody uses."""
+        whole = self._free.pop() if self._free else np.empty(self._shape, np.float32)
+        rows = whole[:batch]
+        weakref.finalize(rows, self._put_back, whole).atexit = False  # tensors and their views hold `rows`
+        return rows
+
+    def _put_back(self, whole: NDArray[np.float32]) -> None:
+        if len(self._free) < self._spare:
+            self._free.append(whole)
 
 
 @contextmanager

@@ -125,8 +125,8 @@ def upsampling_difference(jpegs: list[bytes], side: int | None) -> tuple[float, 
     return float(difference.mean()), float(difference.max())
 
 
-# What data.decoder fast changes: (mean, highest) of 255, over 91 photos of about 350 px and 84 drawings of 160 px. It is
-# most where the enlarged planes are not shrunk again.
+# What data.decoder fast changes: (mean, highest) of 255, over 91 photos of about 350 px and 84 drawings of 160 px. It
+# is most where the enlarged planes are not shrunk again.
 MEASURED = {
     ("photos", SQUARE): (1.81, 77),
     ("photos", None): (0.23, 14),
