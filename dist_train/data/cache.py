@@ -18,14 +18,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 from dist_train.data.manifest import ShardInfo, write_atomically
 from dist_train.data.remote import Stopped, download
-from dist_train.data.tarindex import TarSample, format_index, index_path, index_tar, read_index
+from dist_train.data.tarindex import TarSample, format_index, index_path, index_tar, open_index
 from dist_train.errors import UseError, WorkError
 
 GB = 10**9
@@ -95,10 +95,10 @@ class ShardCache:
         except OSError as error:
             raise WorkError(f"{self.folder}: cannot hold {url} ({error.strerror or error})") from None
 
-    def index(self, shard: ShardInfo) -> list[TarSample]:
+    def index(self, shard: ShardInfo) -> Sequence[TarSample]:
         """Where the samples of an opened shard lie."""
         try:
-            return read_index(self.path(shard))
+            return open_index(self.path(shard))
         except WorkError:
             return index_tar(self.path(shard))
 

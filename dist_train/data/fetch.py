@@ -11,25 +11,26 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from nvidia.dali.tensors import TensorCPU
 from nvidia.nvimgcodec import CodeStream
 
 from dist_train.config import DataConfig
 from dist_train.data.manifest import ShardInfo, SplitInfo
 from dist_train.data.plan import Need, Positions
 from dist_train.data.readahead import RemoteShards
-from dist_train.data.tarindex import Member, TarSample, index_path, index_tar, read_index
+from dist_train.data.tarindex import Member, TarSample, index_path, index_tar, open_index
 from dist_train.errors import WorkError
 
 log = logging.getLogger(__name__)
 
-_NOTHING = np.empty(0, np.uint8)
+_NOTHING = TensorCPU(np.empty(0, np.uint8))
 
 
 class _BadSample(Exception):
@@ -45,26 +46,27 @@ class OpenShard:
     """A mapped tar, where its samples lie, and what is known of those looked at, by place: images, class ids, problems.
 
     from_tar: the samples were listed by reading the tar itself, not its index. images: None before the first look, then
-    a view into the mapping, or empty where there is a problem and the class 0.
+    a view into the mapping, or empty where there is a problem and the class 0. They are DALI's own views, as making one
+    anew each time a sample comes costs as much as all else that is done for it.
     """
 
     path: Path
     content: NDArray[np.uint8]
-    samples: list[TarSample]
+    samples: Sequence[TarSample]
     from_tar: bool
-    images: list[NDArray[np.uint8] | None]
+    images: list[TensorCPU | None]
     labels: list[int]
     problems: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FetchedBatch:
-    """Samples as they lie in the shards: encoded images (views into the mapping), class ids, tags.
+    """Samples as they lie in the shards: encoded images (DALI's views into the mapping), class ids, tags.
 
     problems: by place in the batch, why a sample cannot be used; its image is empty and its class 0.
     """
 
-    images: list[NDArray[np.uint8]]
+    images: list[TensorCPU]
     labels: NDArray[np.int64]
     texts: list[str]
     problems: dict[int, str] = field(default_factory=dict)
@@ -162,7 +164,7 @@ class ShardFetcher:
             shard.images[place], shard.problems[place] = _NOTHING, str(problem)
         return shard
 
-    def _check(self, shard: OpenShard, place: int, with_text: bool) -> tuple[NDArray[np.uint8], int]:
+    def _check(self, shard: OpenShard, place: int, with_text: bool) -> tuple[TensorCPU, int]:
         """Encoded image and class id of a sample with nothing wrong. Raises _BadSample."""
         if place >= len(shard.samples):
             raise _NotWhereListed(f"not in the shard, which holds only {len(shard.samples)} samples")
@@ -181,7 +183,7 @@ class ShardFetcher:
             raise _BadSample(f"its class is {digits!r}, not a number below {self.num_classes}")
         encoded = _content(shard, image[1])
         _check_announcement(encoded, self.max_pixels, self.baked)
-        return encoded, int(digits)
+        return TensorCPU(encoded), int(digits)
 
     def _shard(self, number: int) -> OpenShard:
         if number not in self._open:
@@ -203,11 +205,12 @@ class ShardFetcher:
         return OpenShard(path, content, samples, from_tar, [None] * info.samples, [0] * info.samples)
 
 
-def _list_samples(path: Path, info: ShardInfo, trust_index: bool) -> tuple[list[TarSample], bool]:
+def _list_samples(path: Path, info: ShardInfo, trust_index: bool) -> tuple[Sequence[TarSample], bool]:
     """The samples of a shard, and whether the tar itself was read for them because its index is of no use."""
+    listed: Sequence[TarSample] | None
     listed, problem = None, "does not match its tar"
     try:
-        listed = read_index(path)
+        listed = open_index(path)
         if len(listed) != info.samples:
             listed, problem = None, f"lists {len(listed)} samples, the manifest {info.samples}"
     except WorkError as error:

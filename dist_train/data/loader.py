@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from nvidia.dali.tensors import TensorCPU
 from torch import Tensor
 
 from dist_train.config import DataConfig
@@ -193,14 +193,14 @@ class _Loader:
         self.bad.add(int(positions.sample[i]), name, int(positions.epoch[i]), reason)
 
     @cached_property
-    def _stand_in(self) -> NDArray[np.uint8]:
+    def _stand_in(self) -> TensorCPU:
         """A grey image in the place of one that cannot be used; it has weight 0."""
         from PIL import Image
 
         side = self.manifest.baked_size() or self.config.image_size
         file = io.BytesIO()
         Image.new("RGB", (side, side), (128, 128, 128)).save(file, "JPEG")
-        return np.frombuffer(file.getvalue(), np.uint8)
+        return TensorCPU(np.frombuffer(file.getvalue(), np.uint8))
 
 
 class TrainLoader(_Loader):

@@ -29,6 +29,7 @@ from dist_train.errors import UseError
 # single node does not have too many shards open at once.
 FEWEST_AUTO_STREAMS = 64
 SAMPLES_PER_AUTO_STREAM = 8
+_SHUFFLED_AT_ONCE = 2**20  # samples, to keep intermediate results small
 _SHARDS, _WINDOWS = 1, 2  # first counter of a draw: what it is for
 
 
@@ -133,22 +134,23 @@ class EpochPlan:
             windows = positions // (self.streams * self.window)
             turns = np.unique(np.stack([epochs, windows, positions % self.streams]), axis=1)
             lines = {epoch: lines.get(epoch) or self._make_line(epoch) for epoch in np.unique(epochs).tolist()}
-            shards = dict.fromkeys(shard for turn in turns.T.tolist() for shard in self._touched(*turn, lines))
-            yield Need(consumed, tuple(shards))
+            yield Need(consumed, tuple(dict.fromkeys(self._touched(turns, lines))))
             epoch, position = divmod(consumed, self.samples)
             window_end = (position // (self.streams * self.window) + 1) * self.streams * self.window
             change = epoch * self.samples + min(window_end, self.samples)
             consumed += max(1, (change - consumed) // self.batch_size) * self.batch_size
 
     def _touched(
-        self, epoch: int, window: int, stream: int, lines: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
-    ) -> list[int]:
-        """Shards that lie under one window of a stream, in the line's order."""
-        order, starts = lines[epoch]
-        begin, length = (int(value) for value in self._stream_range(np.int64(stream)))
-        ends = begin + window * self.window, begin + min((window + 1) * self.window, length) - 1
-        first, last = np.searchsorted(starts, ends, side="right") - 1
-        return order[first : last + 1].tolist()
+        self, turns: NDArray[np.int64], lines: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
+    ) -> Iterator[int]:
+        """Shards that lie under windows of streams, in the line's order. turns: (3, n) epochs, windows, streams."""
+        for epoch in np.unique(turns[0]).tolist():
+            order, starts = lines[epoch]
+            window, stream = turns[1:, turns[0] == epoch]
+            begin, length = self._stream_range(stream)
+            ends = begin + window * self.window, begin + np.minimum((window + 1) * self.window, length) - 1
+            for first, last in (np.searchsorted(starts, ends, side="right") - 1).T.tolist():
+                yield from order[first : last + 1].tolist()
 
     def _share(
         self, consumed: int, rank: int, world_size: int, ranks: int = 1
@@ -221,11 +223,13 @@ class EpochPlan:
             while len(self._windows) > 2:  # a batch may sit across two windows of every stream
                 self._windows.popitem(last=False)
         shuffled, known = self._windows[epoch, window]
-        for stream in np.unique(streams[~known[streams]]).tolist():
-            length = int(self._stream_range(np.int64(stream))[1])
-            size = min(self.window, length - window * self.window)
-            shuffled[stream, :size] = permutation(size, self.seed, _WINDOWS, epoch, stream, window)
-            known[stream] = True
+        fresh = np.unique(streams[~known[streams]])
+        sizes = np.minimum(self._stream_range(fresh)[1] - window * self.window, self.window)
+        for size in np.unique(sizes).tolist():  # one, or two in the last window
+            same = fresh[sizes == size]
+            for some in np.array_split(same, -(-len(same) * size // _SHUFFLED_AT_ONCE)):
+                shuffled[some, :size] = permutation(size, self.seed, _WINDOWS, epoch, some[:, None], window)
+        known[fresh] = True
         return shuffled
 
 

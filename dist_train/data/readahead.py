@@ -57,7 +57,7 @@ class RemoteShards:
         """Where the opened shard lies."""
         return self.cache.path(self.shards[number])
 
-    def index(self, number: int) -> list[TarSample]:
+    def index(self, number: int) -> Sequence[TarSample]:
         """Where the samples of the opened shard lie."""
         try:
             return self.cache.index(self.shards[number])
