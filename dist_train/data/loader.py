@@ -24,7 +24,7 @@ from dist_train.data.augment import check_augmentation, draw_augmentation, no_au
 from dist_train.data.background import Batch, IsStopped, made_ahead
 from dist_train.data.fetch import FetchedBatch, ShardFetcher
 from dist_train.data.manifest import Manifest
-from dist_train.data.pipeline import ImagePipeline, UndecodableError
+from dist_train.data.pipeline import ImagePipeline, UndecodableError, load_compiled_passes
 from dist_train.data.plan import EpochPlan, Need, Positions, evaluation_batches, needs_of, rank_batch
 from dist_train.data.quarantine import Quarantine
 from dist_train.data.readahead import open_remote
@@ -78,6 +78,8 @@ class _Loader:
         self.bad = Quarantine(quarantine, split, config.max_bad_samples, place.rank)
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
         self.device_id = open_device(config, place)
+        if self.device_id is None:
+            load_compiled_passes()  # here, so that the first batch does not wait for it
         self.fetcher = ShardFetcher(
             config.shards,
             manifest.split(split),
@@ -246,7 +248,8 @@ class TrainLoader(_Loader):
         if self.fetcher.remote:
             ranks = place.local_world_size
             node = self.plan.shards_ahead(self.start, place.rank // ranks * ranks, place.world_size, ranks)
-            self.fetcher.remote.check_room(node, (UNDER_WAY + 1) * batch_size)
+            # One rank may have all that it can ahead of training, and one in hand, where another has nothing.
+            self.fetcher.remote.check_room(node, (config.prefetch + UNDER_WAY + 2) * batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return made_ahead(self._make, self.config.prefetch, self.place.device_id)

@@ -24,9 +24,13 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 from dist_train.config import DataConfig
 from dist_train.data.augment import Augmentation, colour_maps
-from dist_train.data.colour import change_colours
 from dist_train.data.graph import cpu_graph, crop_input, gpu_graph, gpu_inputs
-from dist_train.data.resize import resize_region
+
+
+def load_compiled_passes() -> None:
+    """Load what the CPU pipeline computes with, once a process: it takes a second, which a GPU's process can save."""
+    import dist_train.data.colour
+    import dist_train.data.resize  # noqa: F401
 
 
 class UndecodableError(RuntimeError):
@@ -115,6 +119,9 @@ class ImagePipeline:
 
     def _take_on_cpu(self) -> torch.Tensor:
         """Resize and colour what DALI decoded, the batch shared out among the threads."""
+        from dist_train.data.colour import change_colours
+        from dist_train.data.resize import resize_region
+
         with _undecodable():
             outputs = self._pipeline.share_outputs()
         augmentation = self._under_way.popleft()

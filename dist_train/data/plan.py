@@ -131,8 +131,10 @@ class EpochPlan:
         lines: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         while True:
             epochs, positions = self._share(consumed, rank, world_size, ranks)
-            windows = positions // (self.streams * self.window)
-            turns = np.unique(np.stack([epochs, windows, positions % self.streams]), axis=1)
+            streams, windows = positions % self.streams, positions // (self.streams * self.window)
+            shape = int(epochs.max()) + 1, self.samples // (self.streams * self.window) + 1, self.streams
+            turns = np.unique(np.ravel_multi_index((epochs, windows, streams), shape))
+            turns = np.stack(np.unravel_index(turns, shape))
             lines = {epoch: lines.get(epoch) or self._make_line(epoch) for epoch in np.unique(epochs).tolist()}
             yield Need(consumed, tuple(dict.fromkeys(self._touched(turns, lines))))
             epoch, position = divmod(consumed, self.samples)
@@ -223,6 +225,8 @@ class EpochPlan:
             while len(self._windows) > 2:  # a batch may sit across two windows of every stream
                 self._windows.popitem(last=False)
         shuffled, known = self._windows[epoch, window]
+        if known[streams].all():
+            return shuffled
         fresh = np.unique(streams[~known[streams]])
         sizes = np.minimum(self._stream_range(fresh)[1] - window * self.window, self.window)
         for size in np.unique(sizes).tolist():  # one, or two in the last window
