@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cProfile
+import fcntl
 import gc
 import os
 import signal
@@ -10,8 +11,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ import torch
 from dist_train.config import DataConfig
 from dist_train.data import background
 from dist_train.data.background import Batch, IsStopped, made_ahead
+from dist_train.data.cache import ShardCache
 from dist_train.data.fetch import FetchedBatch
 from dist_train.data.loader import EvalLoader, Place, TrainLoader
 from dist_train.data.manifest import read_manifest
@@ -216,6 +221,30 @@ def test_a_maker_that_does_not_come_back_is_left_alone(monkeypatch: pytest.Monke
     assert threads()
     released.set()
     wait_until(lambda: not threads())
+
+
+def test_ctrl_c_ends_the_wait_for_a_shard_that_another_process_downloads(
+    shard_set: MakeSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(shard_set({"train": [8, 8]}))
+    config = replace(config_for(tmp_path), shards="http://127.0.0.1:9/set", cache=str(tmp_path / "cache"))
+    loader = TrainLoader(config, manifest, Place(), batch_size=8, micro_batch=8, seed=0)
+    try_open, waited = ShardCache.try_open, []
+
+    def interrupting(*arguments: Any) -> None:
+        assert try_open(*arguments) is None
+        if threading.current_thread().name == "batches" and not waited:
+            waited.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ShardCache, "try_open", interrupting)
+    with ExitStack() as locked:
+        for shard in manifest.split("train").shards:  # as a process has them that downloads
+            part = locked.enter_context(open(tmp_path / "cache" / f"{shard.sha256}.part", "wb"))
+            fcntl.flock(part, fcntl.LOCK_EX)
+        with pytest.raises(KeyboardInterrupt):
+            next(iter(loader))
+        assert not threads()
 
 
 # ---------------------------------------------------------------------- what a sample costs
