@@ -5,6 +5,7 @@ from __future__ import annotations
 import cProfile
 import fcntl
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -271,19 +272,17 @@ def test_a_sample_costs_few_calls_in_python(shard_set: MakeSet) -> None:
 
 def test_ranks_that_meet_a_bad_sample_at_the_same_time_record_it_once(tmp_path: Path) -> None:
     file = tmp_path / "quarantine.jsonl"
-    start = threading.Barrier(4)
-
-    def meet(rank: int) -> None:
-        quarantine = Quarantine(file, "train", 1000, rank)
-        for sample in range(100):
-            start.wait(60)
-            quarantine.add(sample, f"shard:{sample}", 0, "damaged")
-
-    ranks = [threading.Thread(target=meet, args=(rank,)) for rank in range(4)]
-    for one in ranks:
-        one.start()
-    for one in ranks:
-        one.join()
-    assert len(file.read_text().splitlines()) == 100
+    for sample in (0, 99):
+        Quarantine(file, "train", 1000, 0).add(sample, f"shard:{sample}", 0, "damaged")
+    line = file.read_text().splitlines()[1].replace("99", "7")
+    with open(file, "a") as other:  # another rank, between its look at the record and its line
+        fcntl.flock(other, fcntl.LOCK_EX)
+        adding = threading.Thread(target=Quarantine(file, "train", 1000, 1).add, args=(7, "shard:7", 0, "damaged"))
+        adding.start()
+        adding.join(0.3)
+        assert adding.is_alive()
+        other.write(line + "\n")
+    adding.join(30)
+    assert [json.loads(line)["sample"] for line in file.read_text().splitlines()] == [0, 99, 7]
     assert Quarantine(file, "train", 1000, 0).among(np.array([0, 99, 100])).tolist() == [True, True, False]
     assert not Quarantine(file, "val", 1000, 0).among(np.array([0, 99])).any()
