@@ -82,6 +82,9 @@ def _add_loader(commands: argparse._SubParsersAction) -> None:
     loader.add_argument(
         "--scratch", type=Path, default=Path("data/benchmark"), metavar="DIR", help="for converted images (%(default)s)"
     )
+    loader.add_argument(
+        "--check", action="store_true", help="fail if our loader's host work or first batch is above its limit"
+    )
     loader.set_defaults(command=_loader)
 
 
@@ -96,6 +99,8 @@ def _loader(options: argparse.Namespace) -> int:
     names = options.only.split(",") if options.only else list(CONTESTANTS)
     if unknown := set(names) - set(CONTESTANTS):
         raise UseError(f"--only: no loader '{min(unknown)}'; there are {', '.join(CONTESTANTS)}")
+    if options.check and "ours" not in names:
+        raise UseError("--check is about this project's loader; add ours to --only")
     shards = options.images
     if not (shards / MANIFEST_NAME).exists():
         build = BuildOptions(size=options.bake, max_side=options.max_side, workers=options.threads)
@@ -104,7 +109,7 @@ def _loader(options: argparse.Namespace) -> int:
     elif options.bake or options.max_side:
         raise UseError(f"{options.images} is a shard set; --bake and --max-side are for images that are not one yet")
     task = Task(str(shards), options.size, options.margin, options.batch, options.threads, str(options.scratch))
-    print(measure_loaders(task, names, options.rounds, options.seconds, options.name))
+    print(measure_loaders(task, names, options.rounds, options.seconds, options.name, options.check))
     return 0
 
 

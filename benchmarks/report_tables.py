@@ -173,6 +173,8 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
         ("images_per_s_highest", "highest", ",.0f"),
         ("ours_is_times", "ours / it", ".2f"),
         ("cpu_s_per_1000", "CPU s per 1,000", ".3f"),
+        ("training_thread_us_per_sample", "us a sample: training thread", ".2f"),
+        ("host_us_per_sample", "preparing thread", ".1f"),
         ("peak_mb", "peak MB", ",.0f"),
         ("first_batch_s", "first batch s", ".2f"),
         ("note", "what differs", ""),
