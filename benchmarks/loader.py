@@ -127,8 +127,7 @@ def _row(contestant: Contestant, ours: Contestant | None) -> dict[str, Any]:
 
 
 def _us_per_sample(contestant: Contestant, clock: str) -> float:
-    """Of the round with the least: other work on the machine adds to processor time, and never takes from it."""
-    return round(min(1e6 * run[clock] / run["images"] for run in contestant.rounds), 2)
+    return round(statistics.median(1e6 * run[clock] / run["images"] for run in contestant.rounds), 2)
 
 
 def check_limits(row: dict[str, Any]) -> None:

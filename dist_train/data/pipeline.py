@@ -110,6 +110,9 @@ class ImagePipeline:
         with _undecodable():
             (output,) = self._pipeline.share_outputs(cuda_stream=torch.cuda.current_stream(self.device_id))
         tensor = torch.from_dlpack(output.as_tensor()).clone()
+        # DALI does not say in which order with the stream's work its memory is used again. Only the thread that makes
+        # batches waits here.
+        torch.cuda.current_stream(self.device_id).synchronize()
         self._pipeline.release_outputs()
         return tensor
 
