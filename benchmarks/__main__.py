@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_scale(commands)
     _add_engine(commands)
     _add_precision(commands)
+    _add_exchange(commands)
     _add_step(commands)
     _add_ifa(commands)
     _add_kill(commands)
@@ -81,6 +82,9 @@ def _add_loader(commands: argparse._SubParsersAction) -> None:
     loader.add_argument(
         "--scratch", type=Path, default=Path("data/benchmark"), metavar="DIR", help="for converted images (%(default)s)"
     )
+    loader.add_argument(
+        "--check", action="store_true", help="fail if our loader's host work or first batch is above its limit"
+    )
     loader.set_defaults(command=_loader)
 
 
@@ -95,6 +99,8 @@ def _loader(options: argparse.Namespace) -> int:
     names = options.only.split(",") if options.only else list(CONTESTANTS)
     if unknown := set(names) - set(CONTESTANTS):
         raise UseError(f"--only: no loader '{min(unknown)}'; there are {', '.join(CONTESTANTS)}")
+    if options.check and "ours" not in names:
+        raise UseError("--check is about this project's loader; add ours to --only")
     shards = options.images
     if not (shards / MANIFEST_NAME).exists():
         build = BuildOptions(size=options.bake, max_side=options.max_side, workers=options.threads)
@@ -103,7 +109,7 @@ def _loader(options: argparse.Namespace) -> int:
     elif options.bake or options.max_side:
         raise UseError(f"{options.images} is a shard set; --bake and --max-side are for images that are not one yet")
     task = Task(str(shards), options.size, options.margin, options.batch, options.threads, str(options.scratch))
-    print(measure_loaders(task, names, options.rounds, options.seconds, options.name))
+    print(measure_loaders(task, names, options.rounds, options.seconds, options.name, options.check))
     return 0
 
 
@@ -168,6 +174,46 @@ def _engine(options: argparse.Namespace) -> int:
             options.pairs,
             options.seconds,
             options.arm,
+            options.name,
+        )
+    )
+    return 0
+
+
+def _add_exchange(commands: argparse._SubParsersAction) -> None:
+    exchange = commands.add_parser(
+        "exchange",
+        help="what of the gradients' exchange is hidden behind the computing",
+        description="Steps of two ranks in two network namespaces, whose cable is as slow as makes the exchange of a "
+        "step take as long as its computing: ours beside torch's DDP and DeepSpeed, in turns. Needs root.",
+    )
+    exchange.add_argument("--backbone", default="vit_small_patch16", help="(default: %(default)s)")
+    exchange.add_argument("--size", type=int, default=64, help="side of an image (default: %(default)s)")
+    exchange.add_argument("--micro-batch", type=int, default=16, metavar="N", help="of a rank (default: %(default)s)")
+    exchange.add_argument("--turns", type=int, default=15, metavar="N", help="of all (default: %(default)s)")
+    exchange.add_argument(
+        "--set",
+        default="stages",
+        choices=("stages", "buckets", "settings"),
+        help="beside DDP: ours and DeepSpeed's stages; ours with other buckets; ZeRO with other settings "
+        "(default: %(default)s)",
+    )
+    exchange.add_argument("--stages", default="0,1,2,3", metavar="A,B", help="ZeRO stages (default: %(default)s)")
+    exchange.add_argument("--name", required=True, help="of the result: benchmarks/results/exchange/NAME.json")
+    exchange.set_defaults(command=_exchange)
+
+
+def _exchange(options: argparse.Namespace) -> int:
+    from benchmarks.exchange import measure_exchange
+
+    print(
+        measure_exchange(
+            options.backbone,
+            options.size,
+            options.micro_batch,
+            options.turns,
+            options.set,
+            numbers("--stages", options.stages),
             options.name,
         )
     )

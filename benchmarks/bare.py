@@ -43,12 +43,12 @@ def bare_step(
         forward = torch.compile(network, dynamic=False, mode=mode)
 
     def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=not pure):
             logits = forward(images)
         loss = functional.cross_entropy(logits.float(), labels)
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return loss
 
     return step

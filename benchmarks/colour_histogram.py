@@ -37,7 +37,11 @@ def _histograms(root: Path, manifest: Manifest, split: str) -> tuple[NDArray[np.
     good = [i for i in range(info.samples) if i not in fetched.problems]
     features = np.empty((len(good), BINS**3), np.float32)
     for row, encoded in enumerate(fetched.images[i] for i in good):
-        image = Image.open(io.BytesIO(encoded.tobytes())).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
+        image = (
+            Image.open(io.BytesIO(np.asarray(encoded).tobytes()))
+            .convert("RGB")
+            .resize((SIDE, SIDE), Image.Resampling.BOX)
+        )
         r, g, b = (np.asarray(image).reshape(-1, 3) // (256 // BINS)).astype(np.int64).T
         counts = np.bincount((r * BINS + g) * BINS + b, minlength=BINS**3)
         features[row] = np.sqrt(counts / SIDE**2)  # the Hellinger map: rare colours count, but not as noise

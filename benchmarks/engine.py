@@ -142,7 +142,8 @@ def measure_point(point: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def measure_host(point: dict[str, Any], place: Place) -> dict[str, Any]:
-    """The row of a ZeRO stage: a whole step of ours over a bare one, both on one thread."""
+    """The row of a ZeRO stage: a whole step of ours over a bare one, and one of DeepSpeed's engine without anything of
+    training around it, on one thread."""
     torch.set_num_threads(1)
     recipe = make_recipe("vit_tiny_patch16", HOST_BATCH, point["zero_stage"])
     batch = Batch(
@@ -170,18 +171,25 @@ def measure_host(point: dict[str, Any], place: Place) -> dict[str, Any]:
         train_step(batches, recipe.optim.lr, next(numbers))
         return {"step": 1000 * (time.perf_counter() - begin)}
 
-    loops = {"bare": bare_loop(model(), recipe), "ours": ours}
+    loops = {
+        "bare": bare_loop(model(), recipe),
+        "ours": ours,
+        "default": engine_loop(default_engine(model(), recipe, HOST_BATCH)),
+    }
     for _ in range(5):  # the first steps allocate, and look at the precision
         ours()
     turns = take_turns(loops, batch.images, batch.labels, point["pairs"], point["seconds"])
     totals = {which: [sum(turn.values()) for turn in its] for which, its in turns.items()}
-    ratios = [mine / bare for mine, bare in zip(totals["ours"], totals["bare"], strict=True)]
+    ratios = {
+        which: [mine / bare for mine, bare in zip(its, totals["bare"], strict=True)] for which, its in totals.items()
+    }
     return {
         "zero_stage": point["zero_stage"],
         "micro_batch": HOST_BATCH,
-        "turns": len(ratios),
+        "turns": len(totals["bare"]),
         "bare_ms": round(statistics.median(totals["bare"]), 2),
-        "ours_ratio": round(statistics.median(ratios), 4),
+        "ours_ratio": round(statistics.median(ratios["ours"]), 4),
+        "default_ratio": round(statistics.median(ratios["default"]), 4),
     }
 
 
@@ -253,7 +261,8 @@ def default_engine(model: nn.Module, recipe: Recipe, micro_batch: int) -> deepsp
         "gradient_clipping",
         "zero_allow_untested_optimizer",
     )
-    settings = {key: value for key, value in deepspeed_settings(recipe, 1, micro_batch).items() if key in wanted}
+    ours = deepspeed_settings(recipe, 1, micro_batch, sum(parameter.numel() for parameter in model.parameters()))
+    settings = {key: value for key, value in ours.items() if key in wanted}
     optim = recipe.optim
     return deepspeed.initialize(
         model=model,
@@ -266,7 +275,7 @@ def changed_engine(
     model: nn.Module, recipe: Recipe, micro_batch: int, what: str, theirs: dict[str, Any]
 ) -> deepspeed.DeepSpeedEngine:
     """Our engine with one setting as DeepSpeed has it; what: a key of TURNED_BACK, theirs: its value."""
-    settings = deepspeed_settings(recipe, 1, micro_batch)
+    settings = deepspeed_settings(recipe, 1, micro_batch, sum(parameter.numel() for parameter in model.parameters()))
     settings["zero_optimization"] |= theirs
     optimizer = build_optimizer(recipe.optim, model)
     if what == "fused optimizer":

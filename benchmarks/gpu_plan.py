@@ -100,7 +100,7 @@ def plan(scale: Scale, shards: str) -> list[Point]:
         loader(scale, shards, "gpu", smoke=True),
         steps(scale, large, first, compile=True, bare=blocks, shards=shards, seconds=140, smoke=True, **both),
         steps(
-            scale, base, first, compile=True, bare={"bare": ("autocast", "whole")}, shards=shards, seconds=85, **both
+            scale, base, first, compile=True, bare={"bare": ("autocast", "whole")}, shards=shards, seconds=80, **both
         ),
         steps(scale, base, last, compile=True, bare={"bare_graphs": ("autocast", "reduce-overhead")}, seconds=55),
         # The smallest first: from the two ends of the scale one can guess what lies between.
@@ -114,6 +114,7 @@ def plan(scale: Scale, shards: str) -> list[Point]:
         steps(scale, base, first, precision="bf16_autocast", bare=plain, turns=3, seconds=6),
         loader(scale, shards, "cpu", smoke=True),
         loader(scale, shards, "gpu", threads=4),
+        loader(scale, shards, "gpu", decoder="exact"),
         steps(scale, base, first, zero_stage=1, turns=3, seconds=6),
         steps(scale, large, first, compile=True, precision="bf16_autocast", bare={"bare": blocks["bare"]}, seconds=80),
     ]
@@ -123,7 +124,7 @@ def checks(scale: Scale, shards: str) -> list[Point]:
     """What is right or wrong; the first of them also pays for the import of everything."""
     pixels = {"shards": shards, "batch": scale.batches[0], "image_size": scale.image_size}
     return [
-        Point("check: loss and gradient against float64 on the CPU", "loss", {}, seconds=30, smoke=True),
+        Point("check: loss and gradient against float64 on the CPU", "loss", {}, seconds=28, smoke=True),
         Point(
             "check: pixels of the device's pipeline against the CPU's",
             "pixels",

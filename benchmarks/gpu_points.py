@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import repeat
 from typing import Any
@@ -38,6 +39,12 @@ ENERGY_S = 1.0  # of steps; a GPU's counter moves every tenth of a second or so
 
 
 def measure_steps(point: Row) -> Row:
+    """As `steps_of` says, which this frees."""
+    with ExitStack() as let_go:
+        return steps_of(point, let_go)
+
+
+def steps_of(point: Row, let_go: ExitStack) -> Row:
     """Training steps of a recipe's model on one batch, in turns with whatever it is compared with.
 
     step_ms is of PyTorch's operators or compiled kernels launched one by one, graphs_ms of the same in a CUDA graph.
@@ -53,7 +60,7 @@ def measure_steps(point: Row) -> Row:
     row: Row = describe(recipe, "synthetic")
 
     begin = time.perf_counter()
-    own = OwnStep(recipe, place, PAPER_CLASSES, vocabulary, graphs=False)
+    own = let_go.enter_context(closing(OwnStep(recipe, place, PAPER_CLASSES, vocabulary, graphs=False)))
     device = own.device
     synthetic = synthetic_batch(recipe, batch, PAPER_CLASSES, device)
     batches = repeat(synthetic)
@@ -70,7 +77,8 @@ def measure_steps(point: Row) -> Row:
 
     contestants: dict[str, Callable[[int], Any]] = {"own": lambda _: own(batches)}
     if point["ifa"]:
-        with_ifa = OwnStep(replace(recipe, model=replace(recipe.model, head="ifa")), place, PAPER_CLASSES, graphs=False)
+        ifa_recipe = replace(recipe, model=replace(recipe.model, head="ifa"))
+        with_ifa = let_go.enter_context(closing(OwnStep(ifa_recipe, place, PAPER_CLASSES, graphs=False)))
         contestants["ifa"] = lambda _: with_ifa(batches)
         warm_up(contestants["ifa"], device)
         row |= ifa_memory(recipe, lambda: own(batches), lambda: with_ifa(batches), device)
@@ -158,7 +166,8 @@ def measure_loader(point: Row) -> Row:
     threads = recipe.data.threads or len(os.sched_getaffinity(0))
     data, batch = recipe.data, recipe.train.batch_size
     row: Row = {"loader": "this project", "batch_size": batch, "image_size": data.image_size, "threads": threads}
-    row |= {"data_device": "gpu" if on_gpu else "cpu"} | decoder(on_gpu)
+    row |= {"data_device": "gpu" if on_gpu else "cpu", "data_decoder": data.decoder if on_gpu else None}
+    row |= decoder(on_gpu)
     own, _, figures = load(recipe, place)
     task = Task(data.shards, data.image_size, data.crop_margin, batch, threads, "")
     streams = {"own": own, "dali": dali_native.batches(task, place.device_id if on_gpu else None)}
@@ -230,7 +239,7 @@ def decoder(on_gpu: bool) -> dict[str, Any]:
     """
     if not on_gpu:
         return {"decoder": "cpu", "hw_decoder_load": None}
-    schema = backend.TryGetSchema("decoders__ImageSlice")
+    schema = backend.TryGetSchema("decoders__Image")
     return {
         "decoder": "mixed",
         "hw_decoder_load": ast.literal_eval(schema.GetArgumentDefaultValueString("hw_decoder_load")),

@@ -39,6 +39,10 @@ CONTESTANTS = {
     "bytes_only": "ceiling: bytes only",
 }
 
+# What this project's loader may cost a baked sample in batches of 256: microseconds of the thread that prepares batches
+# (Python, not decoding) and of the one that trains, seconds from the start of a loader to its first batch.
+LIMITS = {"host_us_per_sample": 10.0, "training_thread_us_per_sample": 1.0, "first_batch_s": 0.5}
+
 
 @dataclass
 class Contestant:
@@ -63,8 +67,11 @@ class Contestant:
             raise WorkError(f"{self.name}: {errors[-1] if errors else 'ended without a word'}") from None
 
 
-def measure_loaders(task: Task, names: list[str], rounds: int, seconds: float, name: str) -> Path:
-    """Measure the named contestants and write the result; returns its path. What cannot run is reported in its row."""
+def measure_loaders(task: Task, names: list[str], rounds: int, seconds: float, name: str, check: bool = False) -> Path:
+    """Measure the named contestants and write the result; returns its path. What cannot run is reported in its row.
+
+    check: raise WorkError afterwards if this project's loader is above its LIMITS.
+    """
     Path(task.scratch).mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict[str, Any]] = {contestant: {"loader": CONTESTANTS[contestant]} for contestant in names}
     with contextlib.ExitStack() as stack:
@@ -93,7 +100,10 @@ def measure_loaders(task: Task, names: list[str], rounds: int, seconds: float, n
     for contestant in running:
         rows[contestant.name] |= _row(contestant, ours)
     parameters = {key: value for key, value in asdict(task).items() if key != "scratch"}
-    return write_result("loader", name, parameters | {"rounds": rounds, "seconds": seconds}, list(rows.values()))
+    path = write_result("loader", name, parameters | {"rounds": rounds, "seconds": seconds}, list(rows.values()))
+    if check:
+        check_limits(rows["ours"])
+    return path
 
 
 def _row(contestant: Contestant, ours: Contestant | None) -> dict[str, Any]:
@@ -103,14 +113,28 @@ def _row(contestant: Contestant, ours: Contestant | None) -> dict[str, Any]:
         "images_per_s_lowest": round(min(rates), 1),
         "images_per_s_highest": round(max(rates), 1),
         "cpu_s_per_1000": round(statistics.median(1000 * run["cpu_s"] / run["images"] for run in contestant.rounds), 3),
+        "training_thread_us_per_sample": _us_per_sample(contestant, "taking_s"),
         "peak_mb": round(contestant.peak_mb),
         "first_batch_s": round(contestant.first_batch_s, 2),
         "note": contestant.note,
     }
+    if contestant is ours:
+        row["host_us_per_sample"] = _us_per_sample(contestant, "preparing_s")
     if ours:  # round by round, so that both figures of a ratio met the same machine
         ratios = [mine["images"] / mine["seconds"] / rate for mine, rate in zip(ours.rounds, rates, strict=True)]
         row["ours_is_times"] = round(statistics.median(ratios), 3)
     return row
+
+
+def _us_per_sample(contestant: Contestant, clock: str) -> float:
+    return round(statistics.median(1e6 * run[clock] / run["images"] for run in contestant.rounds), 2)
+
+
+def check_limits(row: dict[str, Any]) -> None:
+    """Raise WorkError naming every figure of this project's row that is above its limit."""
+    above = [f"{name} {row[name]} is above {limit}" for name, limit in LIMITS.items() if not row[name] <= limit]
+    if above:
+        raise WorkError(f"{row['loader']}: {'; '.join(above)}; is the machine busy, or the batch small?")
 
 
 @contextlib.contextmanager

@@ -71,6 +71,10 @@ class OwnStep:
         self.train_step = self._train_step(graphs=True)
         self.train_step.products = products  # so that it does not look at them again
 
+    def close(self) -> None:
+        """Let go of the engine, which something of DeepSpeed's refers to."""
+        self.engine.destroy()
+
     @property
     def products(self) -> str | None:
         """What computed the matrix products of the first step, in words."""

@@ -21,6 +21,7 @@ BENCHES = {
     "gpu": "Correctness and speed on a GPU",
     "step": "What a training step costs",
     "engine": "DeepSpeed's engine beside a bare PyTorch loop",
+    "exchange": "The gradients' exchange beside torch's DDP, over a slow cable",
     "loader": "Data loaders side by side",
     "scale": "The epoch plan at a size that no machine here holds",
     "kill": "A run killed again and again beside an undisturbed one",
@@ -114,11 +115,11 @@ def _engine(_: Document, rows: Sequence[Row]) -> str:
             f"million parameters under ZeRO {text_of(most.get('zero_stage'))}"
         )
     ours, default = _numbers(rows, "ours_ratio"), _numbers(rows, "default_ratio")
-    if ours and not default:
-        stages = ", ".join(f"{row['ours_ratio']:.2f} (ZeRO {row['zero_stage']})" for row in rows if "ours_ratio" in row)
-        return f"The host's time for a step over a bare loop's: {stages}"
-    if not ours:
+    if not ours or not default:
         return ""
+    if not having(rows, "ours_excess_ms_per_million"):
+        stages = ", ".join(f"{row['ours_ratio']:.2f} (ZeRO {row['zero_stage']})" for row in rows if "ours_ratio" in row)
+        return f"The host's time for a step over a bare loop's: {stages}; DeepSpeed's defaults {span(default, '.2f')}"
     return f"Ours takes {span(ours, '.3f')} of a bare loop's step, DeepSpeed's defaults {span(default, '.3f')}"
 
 
@@ -128,6 +129,14 @@ def _precision(document: Document, _: Sequence[Row]) -> str:
         points = f"{row['points']:+.2f} +- {row['standard_error']:.2f} points"
         parts.append(f"{row['precision']} is {points} from {row['compared_with']}")
     return ", ".join(parts)
+
+
+def _exchange(_: Document, rows: Sequence[Row]) -> str:
+    parts = []
+    for row in having(rows, "contestant", "step_over_ddp", "exposed_share"):
+        if row["contestant"] not in ("alone", "ddp"):
+            parts.append(f"{text_of(row['contestant'])} {row['step_over_ddp']:.3f} ({row['exposed_share']:.2f})")
+    return f"Step over DDP's (share of the exchange that is exposed): {', '.join(parts)}" if parts else ""
 
 
 def _loader(_: Document, rows: Sequence[Row]) -> str:
@@ -176,6 +185,7 @@ _HEADLINES: dict[str, Callable[[Document, Sequence[Row]], Any]] = {
     "step": _step,
     "engine": _engine,
     "precision": _precision,
+    "exchange": _exchange,
     "loader": _loader,
     "scale": _scale,
     "kill": _kill,

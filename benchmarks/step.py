@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -107,7 +108,8 @@ def describe(recipe: Recipe, arm: Arm) -> dict[str, Any]:
 def measure_point(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any]:
     """Measure one arm in this process, which holds nothing of it afterwards."""
     try:
-        return _measure(recipe, arm, warmup, steps)
+        with ExitStack() as let_go:
+            return _measure(recipe, arm, warmup, steps, let_go)
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}
     except RuntimeError as error:
@@ -118,7 +120,7 @@ def measure_point(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str
         free_memory()
 
 
-def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any]:
+def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int, let_go: ExitStack) -> dict[str, Any]:
     place = init_process_group()
     if place.world_size != 1:
         raise UseError("benchmarks step measures one device; start it without a launcher")
@@ -142,7 +144,7 @@ def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int) -> dict[str, Any
         times = timed(lambda _: [next(batches) for _ in range(accumulation)], warmup, steps, device)
         return step_figures(times, recipe.train.batch_size) | memory_figures(device) | loaded
 
-    own = OwnStep(recipe, place, classes, vocabulary)
+    own = let_go.enter_context(closing(OwnStep(recipe, place, classes, vocabulary)))
     graphs = own.train_step.graphs
     warmup = max(warmup, 2 if graphs else 0)  # the first step is eager, the second records
     energy = EnergyMeter(device)

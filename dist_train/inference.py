@@ -181,6 +181,7 @@ def _predict_file(trained: TrainedModel, recipe: Recipe, path: Path, tags: str) 
         )
         pipeline.feed([encoded], no_augmentation(1))
         images = pipeline.take()
+        pipeline.close()
     except OSError as error:
         raise WorkError(f"{path}: {error.strerror}") from None
     except RuntimeError:

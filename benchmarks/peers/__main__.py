@@ -10,7 +10,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -37,19 +37,26 @@ def main() -> None:
             next(stream)
             answer = {"first_batch_s": time.perf_counter() - begin}
         else:
-            answer = run(stream, task.batch_size, float(arguments[0]))
+            answer = run(stream, task.batch_size, float(arguments[0]), getattr(contestant, "preparing_s", None))
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def run(stream: Iterator[Any], batch_size: int, seconds: float) -> dict[str, float]:
-    """Images and processor seconds (of this process and its workers) of a run of about that many seconds."""
+def run(
+    stream: Iterator[Any], batch_size: int, seconds: float, preparing_s: Callable[[], float] | None
+) -> dict[str, float]:
+    """Images of a run of about that many seconds, and its processor seconds: of this process and its workers, of the
+    thread that takes the batches, and as `preparing_s` tells, if the contestant has it, of the one that prepares them.
+    """
     for _ in range(PREPARED):
         next(stream)
-    images, cpu, begin = 0, cpu_seconds(), time.perf_counter()
+    clocks = {"cpu_s": cpu_seconds, "taking_s": time.thread_time} | (
+        {"preparing_s": preparing_s} if preparing_s else {}
+    )
+    images, before, begin = 0, {name: clock() for name, clock in clocks.items()}, time.perf_counter()
     while (elapsed := time.perf_counter() - begin) < seconds:
         next(stream)
         images += batch_size
-    return {"images": images, "seconds": elapsed, "cpu_s": cpu_seconds() - cpu}
+    return {"images": images, "seconds": elapsed, **{name: clock() - before[name] for name, clock in clocks.items()}}
 
 
 def cpu_seconds() -> float:

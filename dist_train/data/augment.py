@@ -19,7 +19,8 @@ from dist_train.data.draws import uniform
 from dist_train.errors import UseError
 
 _AUGMENT = 3  # first counter of a draw: what it is for (the plan has 1 and 2)
-_CROP_Y, _CROP_X, _FLIP, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(7)
+_DRAWS = 7
+_CROP_Y, _CROP_X, _FLIP, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(_DRAWS)
 
 # RGB in [0, 1] to YIQ, with the rounded coefficients that DALI uses, so that both devices compute the same map.
 RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
@@ -60,22 +61,18 @@ def draw_augmentation(
     config: DataConfig, seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]
 ) -> Augmentation:
     """Parameters of the given samples (indexes in the manifest's order) in the given epochs, (B,) each."""
-
-    def draw(what: int) -> NDArray[np.float64]:
-        return uniform(seed, _AUGMENT, epochs, samples, what)
+    drawn = uniform(seed, _AUGMENT, epochs, samples, np.arange(_DRAWS)[:, None])  # (draws, B), all at once
 
     def factor(what: int, strength: float) -> NDArray[np.float64]:
-        return 1 + strength * (2 * draw(what) - 1)
+        return 1 + strength * (2 * drawn[what] - 1)
 
-    offsets = config.crop_margin + 1
-    crop = np.stack([draw(_CROP_Y) * offsets, draw(_CROP_X) * offsets], axis=1).astype(np.int32)
     return Augmentation(
-        crop=crop,
-        flip=(draw(_FLIP) < 0.5) & config.flip,
+        crop=(np.stack([drawn[_CROP_Y], drawn[_CROP_X]], axis=1) * (config.crop_margin + 1)).astype(np.int32),
+        flip=(drawn[_FLIP] < 0.5) & config.flip,
         brightness=factor(_BRIGHTNESS, config.brightness),
         contrast=factor(_CONTRAST, config.contrast),
         saturation=factor(_SATURATION, config.saturation),
-        hue=config.hue * (2 * draw(_HUE) - 1),
+        hue=config.hue * (2 * drawn[_HUE] - 1),
     )
 
 

@@ -18,14 +18,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 from dist_train.data.manifest import ShardInfo, write_atomically
-from dist_train.data.remote import download
-from dist_train.data.tarindex import TarSample, format_index, index_path, index_tar, read_index
+from dist_train.data.remote import Stopped, download
+from dist_train.data.tarindex import TarSample, format_index, index_path, index_tar, open_index
 from dist_train.errors import UseError, WorkError
 
 GB = 10**9
@@ -59,15 +59,16 @@ class ShardCache:
         except OSError as error:
             raise UseError(f"{folder}: cannot hold shards ({error.strerror}); set data.cache to a folder") from None
 
-    def open(self, url: str, shard: ShardInfo) -> IO[bytes]:
+    def open(self, url: str, shard: ShardInfo, stopped: Callable[[], bool] = lambda: False) -> IO[bytes]:
         """The shard, downloaded if it must be; it stays in the cache until the file and its mappings are closed.
 
-        Waits where another process downloads it. Raises WorkError naming the URL or the folder, and the cure.
+        Waits where another process downloads it. Raises WorkError naming the URL or the folder, and the cure; Stopped
+        soon after `stopped()` is true.
         """
         waiting_since = time.monotonic()
         while True:
             try:
-                if (file := self.try_open(url, shard)) is not None:
+                if (file := self.try_open(url, shard, stopped)) is not None:
                     return file
                 waiting_since = time.monotonic()
             except NoRoom as full:
@@ -79,6 +80,8 @@ class ShardCache:
                         f"data.cache_gb {self.limit / GB:.3g}; set it to at least "
                         f"{(self.limit + 2 * shard.bytes) / GB:.3g}"
                     ) from None
+            if stopped():
+                raise Stopped
             time.sleep(POLL_S)
 
     def try_open(self, url: str, shard: ShardInfo, stopped: Callable[[], bool] = lambda: False) -> IO[bytes] | None:
@@ -92,10 +95,10 @@ class ShardCache:
         except OSError as error:
             raise WorkError(f"{self.folder}: cannot hold {url} ({error.strerror or error})") from None
 
-    def index(self, shard: ShardInfo) -> list[TarSample]:
+    def index(self, shard: ShardInfo) -> Sequence[TarSample]:
         """Where the samples of an opened shard lie."""
         try:
-            return read_index(self.path(shard))
+            return open_index(self.path(shard))
         except WorkError:
             return index_tar(self.path(shard))
 

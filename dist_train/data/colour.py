@@ -12,9 +12,16 @@ from numba import njit
 from numpy.typing import NDArray
 
 
-# The GIL is released, so that threads share a batch; the compiled code is cached on disk, as every process needs it.
+# The GIL is released, so that threads share a batch. The compiled code is cached on disk, as every process needs it,
+# and loaded with this module, as the types are named: that takes a second, most of it Numba's own.
 # Indexes are unsigned and rows flat because only then LLVM turns the loops into vector instructions: 4 times as fast.
-@njit(nogil=True, cache=True, fastmath={"contract", "nsz", "arcp", "nnan", "ninf", "reassoc"}, error_model="numpy")
+@njit(
+    "void(uint8[:,:,:,::1], float32[:,:,::1], boolean[::1], float32[::1], float32[::1], float32[:,:,:,::1])",
+    nogil=True,
+    cache=True,
+    fastmath={"contract", "nsz", "arcp", "nnan", "ninf", "reassoc"},
+    error_model="numpy",
+)
 def change_colours(
     pixels: NDArray[np.uint8],
     maps: NDArray[np.float32],

@@ -34,6 +34,9 @@ def uniform(*counters: Counter) -> NDArray[np.float64]:
     return (random_bits(*counters) >> np.uint64(11)) * 2.0**-53
 
 
-def permutation(length: int, *counters: int) -> NDArray[np.int64]:
-    """A random permutation of range(length). Ties of the 64-bit sort keys fall back to the order of the indexes."""
-    return np.argsort(random_bits(*counters, np.arange(length)), kind="stable")
+def permutation(length: int, *counters: Counter) -> NDArray[np.int64]:
+    """A random permutation of range(length); counters of shape (N, 1) give N of them, (N, length).
+
+    Ties of the 64-bit sort keys fall back to the order of the indexes.
+    """
+    return np.argsort(random_bits(*counters, np.arange(length)), axis=-1, kind="stable")

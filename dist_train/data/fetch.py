@@ -11,26 +11,26 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from nvidia.dali.tensors import TensorCPU
 from nvidia.nvimgcodec import CodeStream
 
 from dist_train.config import DataConfig
 from dist_train.data.manifest import ShardInfo, SplitInfo
 from dist_train.data.plan import Need, Positions
 from dist_train.data.readahead import RemoteShards
-from dist_train.data.tarindex import Member, TarSample, index_path, index_tar, read_index
+from dist_train.data.tarindex import Member, TarSample, index_path, index_tar, open_index
 from dist_train.errors import WorkError
 
 log = logging.getLogger(__name__)
 
-_NOTHING = np.empty(0, np.uint8)
-_NOT_LOOKED_AT = -1
+_NOTHING = TensorCPU(np.empty(0, np.uint8))
 
 
 class _BadSample(Exception):
@@ -43,27 +43,30 @@ class _NotWhereListed(_BadSample):
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A mapped tar, where its samples lie, and what is known of those looked at: class ids, and what is wrong.
+    """A mapped tar, where its samples lie, and what is known of those looked at, by place: images, class ids, problems.
 
-    from_tar: the samples were listed by reading the tar itself, not its index.
+    from_tar: the samples were listed by reading the tar itself, not its index. images: None before the first look, then
+    a view into the mapping, or empty where there is a problem and the class 0. They are DALI's own views, as making one
+    anew each time a sample comes costs as much as all else that is done for it.
     """
 
     path: Path
     content: NDArray[np.uint8]
-    samples: list[TarSample]
+    samples: Sequence[TarSample]
     from_tar: bool
-    labels: NDArray[np.int64]
+    images: list[TensorCPU | None]
+    labels: list[int]
     problems: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FetchedBatch:
-    """Samples as they lie in the shards: encoded images (views into the mapping), class ids, tags.
+    """Samples as they lie in the shards: encoded images (DALI's views into the mapping), class ids, tags.
 
     problems: by place in the batch, why a sample cannot be used; its image is empty and its class 0.
     """
 
-    images: list[NDArray[np.uint8]]
+    images: list[TensorCPU]
     labels: NDArray[np.int64]
     texts: list[str]
     problems: dict[int, str] = field(default_factory=dict)
@@ -90,10 +93,17 @@ class ShardFetcher:
         self._open: dict[int, OpenShard] = {}
         self._needs: Iterator[Need] = iter(())
         self._next_need: Need | None = None
+        self._stopped: Callable[[], bool] = lambda: False
 
     @contextmanager
-    def following(self, needs: Callable[[], Iterator[Need]]) -> Iterator[None]:
-        """While this lasts, shards are let go when `needs` no longer names them; remote ones are read ahead."""
+    def following(
+        self, needs: Callable[[], Iterator[Need]], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
+        """While this lasts, shards are let go when `needs` no longer names them; remote ones are read ahead.
+
+        stopped: says that no sample is wanted any more; then a download that `fetch` waits for ends with Stopped.
+        """
+        self._stopped = stopped
         self._needs = needs()
         self._next_need = next(self._needs, None)
         with self.remote.reading_ahead(needs()) if self.remote else nullcontext():
@@ -121,24 +131,19 @@ class ShardFetcher:
 
     def fetch(self, positions: Positions, with_text: bool) -> FetchedBatch:
         """The samples at `positions`, in order. Raises WorkError naming a shard that cannot be read at all."""
-        images, labels, texts, problems = [], np.zeros(len(positions), np.int64), [], {}
+        images, labels, texts, problems = [], [], [], {}
+        # What this loop does is done for every sample of a run: look up what the first look found, and no more.
         for i, (number, place) in enumerate(zip(positions.shard.tolist(), positions.place.tolist(), strict=True)):
-            shard = self._shard(number)
-            if shard.labels[place] == _NOT_LOOKED_AT:
+            shard = self._open.get(number) or self._shard(number)
+            if shard.images[place] is None:
                 shard = self._look_at(shard, number, place, with_text)
-            if place in shard.problems:
+            images.append(shard.images[place])
+            labels.append(shard.labels[place])
+            if shard.problems and place in shard.problems:
                 problems[i] = shard.problems[place]
-                images.append(_NOTHING)
-                texts.append("")
-                continue
-            sample = shard.samples[place]
-            _, image = sample.image()
-            images.append(_content(shard, image))
-            labels[i] = shard.labels[place]
             if with_text:
-                text = sample.find("txt")
-                texts.append("" if text is None else bytes(_content(shard, text[1])).decode("utf-8", "replace").strip())
-        return FetchedBatch(images, labels, texts, problems)
+                texts.append("" if i in problems else _text(shard, place))
+        return FetchedBatch(images, np.array(labels, np.int64), texts, problems)
 
     def name(self, shard: int, place: int) -> str:
         """How messages call a sample: SHARD:KEY, or SHARD:PLACE where the key is not known."""
@@ -147,22 +152,20 @@ class ShardFetcher:
         return f"{self.split.shards[shard].file}:{key or place}".encode(errors="backslashreplace").decode()
 
     def _look_at(self, shard: OpenShard, number: int, place: int, with_text: bool) -> OpenShard:
-        """Find out class and problems of a sample; the shard is opened anew where its index turns out wrong."""
+        """Find out image, class and problems of a sample; the shard is opened anew where its index turns out wrong."""
         try:
-            shard.labels[place] = self._check(shard, place, with_text)
+            shard.images[place], shard.labels[place] = self._check(shard, place, with_text)
         except _NotWhereListed as problem:
             if not shard.from_tar:
                 self._open[number] = shard = self._open_shard(number, trust_index=False)
                 return self._look_at(shard, number, place, with_text)
-            shard.problems[place] = str(problem)
+            shard.images[place], shard.problems[place] = _NOTHING, str(problem)
         except _BadSample as problem:
-            shard.problems[place] = str(problem)
-        if place in shard.problems:
-            shard.labels[place] = 0
+            shard.images[place], shard.problems[place] = _NOTHING, str(problem)
         return shard
 
-    def _check(self, shard: OpenShard, place: int, with_text: bool) -> int:
-        """Class id of a sample with nothing wrong. Raises _BadSample."""
+    def _check(self, shard: OpenShard, place: int, with_text: bool) -> tuple[TensorCPU, int]:
+        """Encoded image and class id of a sample with nothing wrong. Raises _BadSample."""
         if place >= len(shard.samples):
             raise _NotWhereListed(f"not in the shard, which holds only {len(shard.samples)} samples")
         sample = shard.samples[place]
@@ -178,8 +181,9 @@ class ShardFetcher:
         digits = bytes(_content(shard, label[1])[:40]).strip()
         if not digits.isdigit() or int(digits) >= self.num_classes:
             raise _BadSample(f"its class is {digits!r}, not a number below {self.num_classes}")
-        _check_announcement(_content(shard, image[1]), self.max_pixels, self.baked)
-        return int(digits)
+        encoded = _content(shard, image[1])
+        _check_announcement(encoded, self.max_pixels, self.baked)
+        return TensorCPU(encoded), int(digits)
 
     def _shard(self, number: int) -> OpenShard:
         if number not in self._open:
@@ -190,7 +194,7 @@ class ShardFetcher:
         info = self.split.shards[number]
         path = self.remote.path(number) if self.remote else self.root / info.file
         try:
-            with self.remote.open(number) if self.remote else open(path, "rb") as file:
+            with self.remote.open(number, self._stopped) if self.remote else open(path, "rb") as file:
                 content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         except (OSError, ValueError) as error:
             raise WorkError(f"{path}: cannot be read ({error}); check the set with `python -m shards verify`") from None
@@ -198,14 +202,15 @@ class ShardFetcher:
             samples, from_tar = self.remote.index(number), True
         else:
             samples, from_tar = _list_samples(path, info, trust_index and len(content) == info.bytes)
-        return OpenShard(path, content, samples, from_tar, np.full(info.samples, _NOT_LOOKED_AT))
+        return OpenShard(path, content, samples, from_tar, [None] * info.samples, [0] * info.samples)
 
 
-def _list_samples(path: Path, info: ShardInfo, trust_index: bool) -> tuple[list[TarSample], bool]:
+def _list_samples(path: Path, info: ShardInfo, trust_index: bool) -> tuple[Sequence[TarSample], bool]:
     """The samples of a shard, and whether the tar itself was read for them because its index is of no use."""
+    listed: Sequence[TarSample] | None
     listed, problem = None, "does not match its tar"
     try:
-        listed = read_index(path)
+        listed = open_index(path)
         if len(listed) != info.samples:
             listed, problem = None, f"lists {len(listed)} samples, the manifest {info.samples}"
     except WorkError as error:
@@ -276,3 +281,8 @@ def _octal(digits: bytes) -> int:
 
 def _content(shard: OpenShard, member: Member) -> NDArray[np.uint8]:
     return shard.content[member.offset : member.offset + member.size]
+
+
+def _text(shard: OpenShard, place: int) -> str:
+    text = shard.samples[place].find("txt")
+    return "" if text is None else bytes(_content(shard, text[1])).decode("utf-8", "replace").strip()

@@ -1,7 +1,7 @@
-"""Batches with state: plan + fetch + augment + pipeline + text.
+"""Batches with state: plan + fetch + augment + pipeline + text, in a thread of its own (`background.py`).
 
-The state of a loader is one integer, the number of samples consumed; whatever the pipeline has prepared ahead is not
-state. A training loader is endless: the run is the concatenation of its epochs.
+The state of a loader is one integer, the number of samples consumed; whatever has been prepared ahead is not state. A
+training loader is endless: the run is the concatenation of its epochs.
 """
 
 from __future__ import annotations
@@ -16,36 +16,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from nvidia.dali.tensors import TensorCPU
 from torch import Tensor
 
 from dist_train.config import DataConfig
 from dist_train.data.augment import check_augmentation, draw_augmentation, no_augmentation
+from dist_train.data.background import Batch, IsStopped, made_ahead
 from dist_train.data.fetch import FetchedBatch, ShardFetcher
 from dist_train.data.manifest import Manifest
-from dist_train.data.pipeline import ImagePipeline
+from dist_train.data.pipeline import ImagePipeline, UndecodableError, load_compiled_passes
 from dist_train.data.plan import EpochPlan, Need, Positions, evaluation_batches, needs_of, rank_batch
 from dist_train.data.quarantine import Quarantine
 from dist_train.data.readahead import open_remote
 from dist_train.data.text import TagTokenizer, check_has_tags, shuffle_tags
 from dist_train.errors import UseError
 
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch of B samples.
-
-    images: (B, 3, S, S) float32, normalised. labels: (B,) int64. weights: (B,) float32, 0 for the stand-in of a sample
-    that cannot be used, else 1. text_ids, text_mask: (B, T) int64 and bool, or None. All on the loader's device.
-    samples: (B,) indexes in the manifest's order.
-    """
-
-    images: Tensor
-    labels: Tensor
-    weights: Tensor
-    text_ids: Tensor | None
-    text_mask: Tensor | None
-    samples: NDArray[np.int64]
+UNDER_WAY = 2  # batches in DALI's hands: one is decoded while the one before is finished
 
 
 @dataclass(frozen=True)
@@ -92,6 +78,8 @@ class _Loader:
         self.bad = Quarantine(quarantine, split, config.max_bad_samples, place.rank)
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
         self.device_id = open_device(config, place)
+        if self.device_id is None:
+            load_compiled_passes()  # here, so that the first batch does not wait for it
         self.fetcher = ShardFetcher(
             config.shards,
             manifest.split(split),
@@ -101,28 +89,34 @@ class _Loader:
             open_remote(config, manifest.split(split).shards, place.local_world_size),
         )
 
-    def _batches(self, positions: Iterator[Positions], depth: int) -> Iterator[Batch]:
+    def _batches(self, positions: Iterator[Positions], depth: int = UNDER_WAY) -> Iterator[Batch]:
         """Batches for a sequence of non-empty positions, `depth` of them under way; there must be that many."""
         pipeline: ImagePipeline | None = None
         under_way: deque[tuple[Positions, FetchedBatch]] = deque()
-        while True:
-            fresh = []
-            while len(under_way) < depth and (chosen := next(positions, None)) is not None:
-                under_way.append((chosen, self._fetch(chosen)))
-                fresh.append(under_way[-1])
-            if not under_way:
-                return
-            try:
-                if pipeline is None:
-                    pipeline, fresh = self._pipeline(self.batch_size, len(under_way)), list(under_way)
-                for entry in fresh:
-                    self._feed(pipeline, *entry)
-                images = pipeline.take()
-            except RuntimeError as error:  # what DALI raises for any bad image; its pipeline is then unusable
-                self._find_undecodable(under_way, error)
-                pipeline = None
-                continue
-            yield self._finish(images, *under_way.popleft())
+        try:
+            while True:
+                fresh = []
+                while len(under_way) < depth and (chosen := next(positions, None)) is not None:
+                    under_way.append((chosen, self._fetch(chosen)))
+                    fresh.append(under_way[-1])
+                if not under_way:
+                    return
+                try:
+                    if pipeline is None:
+                        pipeline, fresh = self._pipeline(self.batch_size, len(under_way)), list(under_way)
+                    for entry in fresh:
+                        self._feed(pipeline, *entry)
+                    batch = self._finish(pipeline.take(), *under_way[0])
+                except UndecodableError as error:  # DALI's pipeline is then unusable
+                    self._find_undecodable(under_way, error)
+                    pipeline.close()
+                    pipeline = None
+                    continue
+                under_way.popleft()
+                yield batch
+        finally:
+            if pipeline is not None:
+                pipeline.close()
 
     def _fetch(self, positions: Positions) -> FetchedBatch:
         fetched = self.fetcher.fetch(positions, self.tokenizer is not None)
@@ -142,10 +136,9 @@ class _Loader:
         )
 
     def _feed(self, pipeline: ImagePipeline, positions: Positions, fetched: FetchedBatch) -> None:
-        images = [
-            self._stand_in if sample in self.bad else image
-            for sample, image in zip(positions.sample.tolist(), fetched.images, strict=True)
-        ]
+        images, bad = fetched.images, self.bad.among(positions.sample)
+        if bad.any():
+            images = [self._stand_in if left_out else image for left_out, image in zip(bad, images, strict=True)]
         if self.train:
             parameters = draw_augmentation(self.config, self.seed, positions.epoch, positions.sample)
         else:
@@ -153,12 +146,14 @@ class _Loader:
         pipeline.feed(images, parameters)
 
     def _finish(self, images: Tensor, positions: Positions, fetched: FetchedBatch) -> Batch:
-        weights = torch.tensor([sample not in self.bad for sample in positions.sample.tolist()])
+        weights = torch.from_numpy(~self.bad.among(positions.sample))
         ids, mask = self._tokens(positions, fetched.texts) if self.tokenizer else (None, None)
-        device = images.device if self.place.device_id is None else torch.device("cuda", self.place.device_id)
+        gpu = self.place.device_id
 
         def on_device(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+            if tensor is None or gpu is None or tensor.is_cuda:
+                return tensor
+            return tensor.pin_memory().to(torch.device("cuda", gpu), non_blocking=True)
 
         return Batch(
             on_device(images),
@@ -174,22 +169,24 @@ class _Loader:
             texts = shuffle_tags(texts, self.seed, positions.epoch, positions.sample)
         return self.tokenizer(texts)
 
-    def _find_undecodable(self, under_way: deque[tuple[Positions, FetchedBatch]], error: RuntimeError) -> None:
+    def _find_undecodable(self, under_way: deque[tuple[Positions, FetchedBatch]], error: UndecodableError) -> None:
         """Decode the batches under way one image at a time and leave out what fails. Raises `error` if nothing does."""
         probe: ImagePipeline | None = None
         found = False
         for positions, fetched in under_way:
-            for i, sample in enumerate(positions.sample.tolist()):
-                if sample in self.bad:
-                    continue
+            bad = self.bad.among(positions.sample)
+            for i in np.flatnonzero(~bad).tolist():
                 one = slice(i, i + 1)
                 try:
                     probe = probe or self._pipeline(batch_size=1, depth=1)
                     self._feed(probe, positions[one], FetchedBatch(fetched.images[one], fetched.labels[one], []))
                     probe.take()
-                except RuntimeError as failure:
+                except UndecodableError as failure:
+                    probe.close()
                     probe, found = None, True
                     self._leave_out(positions, i, _first_cause(failure))
+        if probe is not None:
+            probe.close()
         if not found:
             raise error
 
@@ -198,14 +195,14 @@ class _Loader:
         self.bad.add(int(positions.sample[i]), name, int(positions.epoch[i]), reason)
 
     @cached_property
-    def _stand_in(self) -> NDArray[np.uint8]:
+    def _stand_in(self) -> TensorCPU:
         """A grey image in the place of one that cannot be used; it has weight 0."""
         from PIL import Image
 
         side = self.manifest.baked_size() or self.config.image_size
         file = io.BytesIO()
         Image.new("RGB", (side, side), (128, 128, 128)).save(file, "JPEG")
-        return np.frombuffer(file.getvalue(), np.uint8)
+        return TensorCPU(np.frombuffer(file.getvalue(), np.uint8))
 
 
 class TrainLoader(_Loader):
@@ -251,11 +248,15 @@ class TrainLoader(_Loader):
         if self.fetcher.remote:
             ranks = place.local_world_size
             node = self.plan.shards_ahead(self.start, place.rank // ranks * ranks, place.world_size, ranks)
-            self.fetcher.remote.check_room(node, (config.prefetch + 1) * batch_size)
+            # One rank may have all that it can ahead of training, and one in hand, where another has nothing.
+            self.fetcher.remote.check_room(node, (config.prefetch + UNDER_WAY + 2) * batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        with self.fetcher.following(self._needs):
-            yield from self._batches(self._positions(), self.config.prefetch)
+        return made_ahead(self._make, self.config.prefetch, self.place.device_id)
+
+    def _make(self, stopped: IsStopped) -> Iterator[Batch]:
+        with self.fetcher.following(self._needs, stopped):
+            yield from self._batches(self._positions())
 
     def names_of_first_batch(self) -> list[str]:
         """Names of this rank's samples of the first global batch."""
@@ -310,10 +311,13 @@ class EvalLoader(_Loader):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
+        return made_ahead(self._make, self.config.prefetch, self.place.device_id)
+
+    def _make(self, stopped: IsStopped) -> Iterator[Batch]:
         filled = [positions for positions in self.batches if len(positions)]
         if filled:
-            with self.fetcher.following(lambda: needs_of(filled)):
-                yield from self._batches(self._positions(filled), min(self.config.prefetch, len(filled)))
+            with self.fetcher.following(lambda: needs_of(filled), stopped):
+                yield from self._batches(self._positions(filled), min(UNDER_WAY, len(filled)))
         side = self.config.image_size
         for empty in self.batches[len(filled) :]:
             yield self._finish(torch.zeros(0, 3, side, side), empty, FetchedBatch([], np.zeros(0, np.int64), []))
@@ -324,7 +328,7 @@ class EvalLoader(_Loader):
             yield positions
 
 
-def _first_cause(error: RuntimeError) -> str:
+def _first_cause(error: UndecodableError) -> str:
     """The line of DALI's long message that says what is wrong with the image."""
     cause = str(error).partition("encountered:")[2] or str(error)
     lines = [line.strip(" :") for line in cause.splitlines() if line.strip(" :")]

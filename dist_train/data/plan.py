@@ -29,6 +29,7 @@ from dist_train.errors import UseError
 # single node does not have too many shards open at once.
 FEWEST_AUTO_STREAMS = 64
 SAMPLES_PER_AUTO_STREAM = 8
+_SHUFFLED_AT_ONCE = 2**20  # samples, to keep intermediate results small
 _SHARDS, _WINDOWS = 1, 2  # first counter of a draw: what it is for
 
 
@@ -110,7 +111,7 @@ class EpochPlan:
         self.window = shuffle_window
         self.first_sample = np.concatenate([[0], np.cumsum(self.counts)])
         self._lines: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int, int], NDArray[np.int64]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], tuple[NDArray[np.int32], NDArray[np.bool_]]] = OrderedDict()
 
     def batch(self, consumed: int, rank: int = 0, world_size: int = 1) -> Positions:
         """What `rank` takes of the global batch after `consumed` samples of the run; batch_size / world_size samples.
@@ -130,25 +131,28 @@ class EpochPlan:
         lines: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         while True:
             epochs, positions = self._share(consumed, rank, world_size, ranks)
-            windows = positions // (self.streams * self.window)
-            turns = np.unique(np.stack([epochs, windows, positions % self.streams]), axis=1)
+            streams, windows = positions % self.streams, positions // (self.streams * self.window)
+            shape = int(epochs.max()) + 1, self.samples // (self.streams * self.window) + 1, self.streams
+            turns = np.unique(np.ravel_multi_index((epochs, windows, streams), shape))
+            turns = np.stack(np.unravel_index(turns, shape))
             lines = {epoch: lines.get(epoch) or self._make_line(epoch) for epoch in np.unique(epochs).tolist()}
-            shards = dict.fromkeys(shard for turn in turns.T.tolist() for shard in self._touched(*turn, lines))
-            yield Need(consumed, tuple(shards))
+            yield Need(consumed, tuple(dict.fromkeys(self._touched(turns, lines))))
             epoch, position = divmod(consumed, self.samples)
             window_end = (position // (self.streams * self.window) + 1) * self.streams * self.window
             change = epoch * self.samples + min(window_end, self.samples)
             consumed += max(1, (change - consumed) // self.batch_size) * self.batch_size
 
     def _touched(
-        self, epoch: int, window: int, stream: int, lines: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
-    ) -> list[int]:
-        """Shards that lie under one window of a stream, in the line's order."""
-        order, starts = lines[epoch]
-        begin, length = (int(value) for value in self._stream_range(np.int64(stream)))
-        ends = begin + window * self.window, begin + min((window + 1) * self.window, length) - 1
-        first, last = np.searchsorted(starts, ends, side="right") - 1
-        return order[first : last + 1].tolist()
+        self, turns: NDArray[np.int64], lines: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
+    ) -> Iterator[int]:
+        """Shards that lie under windows of streams, in the line's order. turns: (3, n) epochs, windows, streams."""
+        for epoch in np.unique(turns[0]).tolist():
+            order, starts = lines[epoch]
+            window, stream = turns[1:, turns[0] == epoch]
+            begin, length = self._stream_range(stream)
+            ends = begin + window * self.window, begin + np.minimum((window + 1) * self.window, length) - 1
+            for first, last in (np.searchsorted(starts, ends, side="right") - 1).T.tolist():
+                yield from order[first : last + 1].tolist()
 
     def _share(
         self, consumed: int, rank: int, world_size: int, ranks: int = 1
@@ -198,24 +202,39 @@ class EpochPlan:
     def _line_places(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Places in the epoch's line that the positions take: steps 2 to 4 of the module's description."""
         stream, turn = positions % self.streams, positions // self.streams
-        begin, length = self._stream_range(stream)
+        begin, _ = self._stream_range(stream)
         window, offset = np.divmod(turn, self.window)
-        places = np.empty_like(positions)
-        for i in range(len(positions)):
-            size = min(self.window, int(length[i]) - int(window[i]) * self.window)
-            shuffled = self._window(epoch, int(stream[i]), int(window[i]), size)
-            places[i] = begin[i] + window[i] * self.window + shuffled[offset[i]]
+        places = begin + window * self.window
+        for number in np.unique(window).tolist():  # all streams are in one window, or on their way into the next
+            chosen = window == number
+            shuffled = self._shuffled(epoch, number, stream[chosen])
+            places[chosen] += shuffled[stream[chosen], offset[chosen]]
         return places
 
-    def _window(self, epoch: int, stream: int, window: int, size: int) -> NDArray[np.int64]:
-        key = (epoch, stream, window)
-        if key in self._windows:
-            self._windows.move_to_end(key)
+    def _shuffled(self, epoch: int, window: int, streams: NDArray[np.int64]) -> NDArray[np.int32]:
+        """(all streams, window size): the shuffled offsets in that window of each stream.
+
+        Only the rows of `streams`, and of what was asked for before, are filled in: a rank has few of the streams, and
+        memory that nobody writes to is not taken.
+        """
+        if (epoch, window) in self._windows:
+            self._windows.move_to_end((epoch, window))
         else:
-            self._windows[key] = permutation(size, self.seed, _WINDOWS, epoch, stream, window)
-            while len(self._windows) > 2 * self.streams:  # a batch may sit across two windows of every stream
+            most = min(self.window, -(-self.samples // self.streams) - window * self.window)
+            self._windows[epoch, window] = np.empty((self.streams, most), np.int32), np.zeros(self.streams, bool)
+            while len(self._windows) > 2:  # a batch may sit across two windows of every stream
                 self._windows.popitem(last=False)
-        return self._windows[key]
+        shuffled, known = self._windows[epoch, window]
+        if known[streams].all():
+            return shuffled
+        fresh = np.unique(streams[~known[streams]])
+        sizes = np.minimum(self._stream_range(fresh)[1] - window * self.window, self.window)
+        for size in np.unique(sizes).tolist():  # one, or two in the last window
+            same = fresh[sizes == size]
+            for some in np.array_split(same, -(-len(same) * size // _SHUFFLED_AT_ONCE)):
+                shuffled[some, :size] = permutation(size, self.seed, _WINDOWS, epoch, some[:, None], window)
+        known[fresh] = True
+        return shuffled
 
 
 def evaluation_batches(shard_samples: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[Positions]:

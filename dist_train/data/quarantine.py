@@ -6,11 +6,15 @@ rank that met it, reason. All ranks append to it and count by it, and a resumed 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dist_train.errors import WorkError
 
@@ -29,15 +33,19 @@ class Quarantine:
     def __contains__(self, sample: int) -> bool:
         return (self.split, sample) in self._bad
 
+    def among(self, samples: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the samples, (B,), are left out; (B,)."""
+        if not self._bad:
+            return np.zeros(len(samples), bool)
+        return np.isin(samples, [sample for split, sample in self._bad if split == self.split])
+
     def add(self, sample: int, name: str, epoch: int, reason: str) -> None:
         """Leave a sample out from now on; record it unless it is known. Raises WorkError where they are too many."""
         if sample in self:
             return
         log.warning("left out %s: %s", name, reason)
-        self._bad.update(_read(self.file))  # what other ranks met, perhaps this one in an earlier epoch
-        known = sample in self
         self._bad.add((self.split, sample))
-        if self.file is not None and not known:
+        if self.file is not None:
             entry = {
                 "split": self.split,
                 "sample": sample,
@@ -47,7 +55,7 @@ class Quarantine:
                 "reason": reason,
             }
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            _append(self.file, json.dumps(entry) + "\n")
+            self._bad.update(_record(self.file, entry))
         if len(self._bad) > self.limit:
             raise WorkError(
                 f"more than data.max_bad_samples ({self.limit}) samples are damaged or cannot be decoded, the last "
@@ -67,10 +75,17 @@ def _read(file: Path | None) -> Iterator[tuple[str, int]]:
             continue  # cut short when the process was killed
 
 
-def _append(file: Path, line: str) -> None:
-    """One write at the end of the file, so that the lines of several ranks stay whole."""
+def _record(file: Path, entry: dict[str, object]) -> set[tuple[str, int]]:
+    """Append a line for the sample unless it has one; what other ranks recorded, perhaps this sample in another epoch.
+
+    Under a lock, as ranks may meet a sample at the same time; one write, so that a killed process leaves whole lines.
+    """
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        recorded = set(_read(file))
+        if (entry["split"], entry["sample"]) not in recorded:
+            os.write(descriptor, (json.dumps(entry) + "\n").encode())
     finally:
         os.close(descriptor)
+    return recorded

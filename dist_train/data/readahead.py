@@ -8,8 +8,9 @@ but by being recent: a shard that some rank needs now can always take its place.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -24,6 +25,7 @@ from dist_train.errors import UseError, WorkError
 
 DOWNLOADS = 4  # at a time and process, each over its own connection
 ROOM_POLL_S = 0.5
+END_S = 3.0  # for the downloads under way when nobody wants them any more
 FURTHEST_NEED = 64  # needs ahead of the current one that are looked at, for a plan that goes on for ever
 CHECKED_NEEDS = 2000  # of a plan, before it starts: many epochs of a small set, one of a large one
 
@@ -48,15 +50,16 @@ class RemoteShards:
         """Where the shard comes from."""
         return file_url(self.root, self.shards[number].file)
 
-    def open(self, number: int) -> IO[bytes]:
-        """The verified shard, downloaded first if need be. Raises WorkError naming the URL or the cache folder."""
-        return self.cache.open(self.url(number), self.shards[number])
+    def open(self, number: int, stopped: Callable[[], bool] = lambda: False) -> IO[bytes]:
+        """The verified shard, downloaded first if need be. Raises WorkError naming the URL or the cache folder, and
+        Stopped soon after `stopped()` is true."""
+        return self.cache.open(self.url(number), self.shards[number], stopped)
 
     def path(self, number: int) -> Path:
         """Where the opened shard lies."""
         return self.cache.path(self.shards[number])
 
-    def index(self, number: int) -> list[TarSample]:
+    def index(self, number: int) -> Sequence[TarSample]:
         """Where the samples of the opened shard lie."""
         try:
             return self.cache.index(self.shards[number])
@@ -121,8 +124,9 @@ class _ReadAhead:
         self._current = 0  # number of the first of them
         self._waiting: dict[int, int] = {}  # shards to download, in order, each with the last need that names it
         self._claimed: dict[int, int] = {}  # those downloaded or on their way, until their last need has passed
-        for _ in range(DOWNLOADS):
-            threading.Thread(target=self._work, name="read-ahead", daemon=True).start()
+        self._threads = [threading.Thread(target=self._work, name="read-ahead", daemon=True) for _ in range(DOWNLOADS)]
+        for thread in self._threads:
+            thread.start()
 
     def wants(self, number: int) -> bool:
         """Whether a need that was looked at names the shard."""
@@ -143,10 +147,13 @@ class _ReadAhead:
                 self._changed.notify_all()
 
     def stop(self) -> None:
-        """Let the threads end; a download under way ends at its next bytes."""
+        """End the threads; a download under way ends at its next bytes, or is left alone if none come soon."""
         self._stopped.set()
         with self._changed:
             self._changed.notify_all()
+        deadline = time.monotonic() + END_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _look_two(self) -> bool:
         while len(self._positions) < 2:

@@ -13,11 +13,37 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-# As in colour.py: the GIL is released, the compiled code cached, indexes unsigned so that loops become vector code.
+# As in colour.py: the GIL is released, the compiled code cached and loaded with this module, indexes unsigned so that
+# loops become vector code.
 _COMPILE = {"nogil": True, "cache": True, "fastmath": {"contract", "reassoc"}, "error_model": "numpy"}
 
 
 @njit(**_COMPILE)
+def _triangle(full: int, start: float, length: float, origin: int, held: int, side: int) -> Any:
+    """Source pixels and weights of each output pixel along one axis.
+
+    Returns (first, taps, weights): (side,) index of the first source pixel among the `held` ones from `origin` on,
+    (side,) number of them, (side, most taps) float32 that sum to 1.
+    """
+    step = length / side
+    support = max(step, 1.0)
+    first, taps = np.empty(side, np.int64), np.empty(side, np.int64)
+    weights = np.zeros((side, int(2 * support) + 2), np.float32)
+    for i in range(side):
+        centre = start + (i + 0.5) * step
+        begin = max(int(np.ceil(centre - support - 0.5)), 0, origin)  # the sources with |j + 0.5 - centre| <= support
+        begin = min(begin, origin + held - 1)  # nothing outside of the array is read, whatever the sizes say
+        end = max(min(int(np.floor(centre + support - 0.5)) + 1, full, origin + held), begin + 1)
+        total = 0.0
+        for j in range(begin, end):
+            weights[i, j - begin] = 1 - abs(j + 0.5 - centre) / support
+            total += weights[i, j - begin]
+        weights[i] /= total
+        first[i], taps[i] = begin - origin, end - begin
+    return first, taps, weights
+
+
+@njit("void(uint8[:,:,::1], int32[::1], int32[::1], float64[::1], float64[::1], uint8[:,:,::1])", **_COMPILE)
 def resize_region(
     pixels: NDArray[np.uint8],
     origin: NDArray[np.int32],
@@ -60,28 +86,3 @@ def resize_region(
             line[three * x] = np.uint8(red)
             line[three * x + one] = np.uint8(green)
             line[three * x + one + one] = np.uint8(blue)
-
-
-@njit(**_COMPILE)
-def _triangle(full: int, start: float, length: float, origin: int, held: int, side: int) -> Any:
-    """Source pixels and weights of each output pixel along one axis.
-
-    Returns (first, taps, weights): (side,) index of the first source pixel among the `held` ones from `origin` on,
-    (side,) number of them, (side, most taps) float32 that sum to 1.
-    """
-    step = length / side
-    support = max(step, 1.0)
-    first, taps = np.empty(side, np.int64), np.empty(side, np.int64)
-    weights = np.zeros((side, int(2 * support) + 2), np.float32)
-    for i in range(side):
-        centre = start + (i + 0.5) * step
-        begin = max(int(np.ceil(centre - support - 0.5)), 0, origin)  # the sources with |j + 0.5 - centre| <= support
-        begin = min(begin, origin + held - 1)  # nothing outside of the array is read, whatever the sizes say
-        end = max(min(int(np.floor(centre + support - 0.5)) + 1, full, origin + held), begin + 1)
-        total = 0.0
-        for j in range(begin, end):
-            weights[i, j - begin] = 1 - abs(j + 0.5 - centre) / support
-            total += weights[i, j - begin]
-        weights[i] /= total
-        first[i], taps[i] = begin - origin, end - begin
-    return first, taps, weights

@@ -15,26 +15,30 @@ right about GNU and PAX long names.
 from __future__ import annotations
 
 import os
+import re
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple, overload
 
 from dist_train.data.manifest import write_atomically
 from dist_train.errors import WorkError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_LINES = {
+    version: re.compile(f"{member}(?: {member})*")
+    for version, member in {"v1.2": r"[^ ]* -?\d+ -?\d+ [^ ]*", "v1.1": r"[^ ]* -?\d+ -?\d+"}.items()
+}
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """Content of one file in a tar: place and length in bytes."""
 
     offset: int
     size: int
 
 
-@dataclass(frozen=True)
-class TarSample:
+class TarSample(NamedTuple):
     """One sample: its key ("" if the index has no names) and its members by extension."""
 
     key: str
@@ -118,29 +122,50 @@ def format_index(samples: list[TarSample]) -> bytes:
     return ("\n".join(lines) + "\n").encode(errors="surrogateescape")
 
 
-def read_index(tar: Path) -> list[TarSample]:
+class IndexedSamples(Sequence[TarSample]):
+    """What the lines of an index say. A line is taken apart when its sample is asked for: a reader that opens many
+    shards for its first batch uses few samples of each."""
+
+    def __init__(self, lines: list[str], with_names: bool) -> None:
+        self._lines, self._with_names = lines, with_names
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    @overload
+    def __getitem__(self, place: int) -> TarSample: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[TarSample]: ...
+    def __getitem__(self, place: int | slice) -> TarSample | list[TarSample]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        fields = self._lines[place].split(" ")
+        each = 4 if self._with_names else 3
+        members = {
+            fields[i].lower(): Member(int(fields[i + 1]), int(fields[i + 2])) for i in range(0, len(fields), each)
+        }
+        return TarSample(split_name(fields[3])[0] if self._with_names else "", members)
+
+
+def open_index(tar: Path) -> IndexedSamples:
     """Samples according to the `.idx` beside `tar`. Raises WorkError naming the file if it is missing or malformed."""
     path = index_path(tar)
     cure = "write it again with `python -m shards verify --fix-index`"
     try:
-        lines = path.read_bytes().decode(errors="surrogateescape").removesuffix("\n").split("\n")
-        version, count = lines[0].split()
-        fields_each = {"v1.2": 4, "v1.1": 3}[version]
-        samples = []
-        for line in lines[1:]:
-            fields = line.split(" ")
-            if not fields or len(fields) % fields_each:
-                raise ValueError(f"line {len(samples) + 2} has {len(fields)} fields")
-            members = {
-                fields[i].lower(): Member(int(fields[i + 1]), int(fields[i + 2]))
-                for i in range(0, len(fields), fields_each)
-            }
-            key = split_name(fields[3])[0] if fields_each == 4 else ""
-            samples.append(TarSample(key, members))
-        if len(samples) != int(count):
-            raise ValueError(f"{count} samples announced, {len(samples)} listed")
+        header, *lines = path.read_bytes().decode(errors="surrogateescape").removesuffix("\n").split("\n")
+        version, count = header.split()
+        for number, line in enumerate(map(_LINES[version].fullmatch, lines), 2):
+            if line is None:
+                raise ValueError(f"line {number} has other fields")
+        if len(lines) != int(count):
+            raise ValueError(f"{count} samples announced, {len(lines)} listed")
     except FileNotFoundError:
         raise WorkError(f"{path}: missing; {cure}") from None
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise WorkError(f"{path}: not an index of DALI's format ({error}); {cure}") from None
-    return samples
+    return IndexedSamples(lines, version == "v1.2")
+
+
+def read_index(tar: Path) -> list[TarSample]:
+    """The same, all taken apart."""
+    return list(open_index(tar))

@@ -18,19 +18,24 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self._model = model
-        self._average = {name: _float32(tensor).clone() for name, tensor in model.state_dict().items()}
+        state = model.state_dict()
+        self._average = {name: _float32(tensor).clone() for name, tensor in state.items()}
+        # Asked for once: a state dictionary a step takes the host longer than the average takes a GPU.
+        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        self._weights = {name: tensor for name, tensor in tensors if name in state}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step `step` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights = {name: _float32(tensor) for name, tensor in self._model.state_dict().items()}
-        averaged = [name for name, tensor in weights.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_(
-            [self._average[name] for name in averaged], [weights[name] for name in averaged], 1 - decay
-        )
-        for name in weights.keys() - set(averaged):
-            self._average[name].copy_(weights[name])  # a count
+        averages, weights = [], []
+        for name, tensor in self._weights.items():
+            if tensor.is_floating_point():
+                averages.append(self._average[name])
+                weights.append(_float32(tensor.detach()))
+            else:
+                self._average[name].copy_(tensor)  # a count
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

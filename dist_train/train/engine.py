@@ -29,9 +29,10 @@ Engine = deepspeed.DeepSpeedEngine | Replica
 log = logging.getLogger(__name__)
 
 _SILENT_STEPS = 1 << 30
-# Numbers in a bucket of gradients or parameters. DeepSpeed's 5e8 is more than a ViT-L has: nothing would be reduced
-# while the backward pass still runs, and a buffer of that size is allocated at every step.
-_BUCKET = 50_000_000
+# A bucket of gradients or parameters holds a tenth of the model, within these bounds. DeepSpeed's 5e8 numbers are more
+# than a ViT-L has: nothing would be sent while the backward pass still runs, and a buffer of that size is allocated at
+# every step. (`python -m benchmarks exchange --set settings`)
+_SMALLEST_BUCKET, _LARGEST_BUCKET = 2_000_000, 50_000_000
 # Seconds for all ranks to come to the meeting point, where train.timeout_s is shorter.
 _START_S = 300.0
 
@@ -114,8 +115,9 @@ def torch_device(place: Place) -> torch.device:
     return torch.device("cpu") if place.device_id is None else torch.device("cuda", place.device_id)
 
 
-def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a recipe, with every default that changes results written out.
+def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int, parameters: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe, with every default that changes results written out. parameters: numbers
+    that the model has.
 
     What changes no result (bucket sizes) is ours unless deepspeed.config has its own. Raises UseError where that file
     contradicts the recipe.
@@ -144,18 +146,19 @@ def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int) -> dic
             extra = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UseError(f"deepspeed.config {path}: cannot be read as JSON ({error})") from None
-    ours = _buckets(config.zero_stage, world_size)
+    ours = _buckets(config.zero_stage, world_size, parameters)
     if config.zero_stage in (1, 2) and recipe.optim.clip_norm == 0 and config.offload == "none":
         ours["compute_grad_norm"] = False  # a norm for each parameter, which only clipping reads
     extra["zero_optimization"] = ours | extra.get("zero_optimization", {})
     return _merge(extra, settings, path, "")
 
 
-def _buckets(zero_stage: int, world_size: int) -> dict[str, Any]:
+def _buckets(zero_stage: int, world_size: int, parameters: int) -> dict[str, Any]:
     """How ZeRO collects gradients; `python -m benchmarks engine` measures what it saves."""
+    bucket = min(max(parameters // 10, _SMALLEST_BUCKET), _LARGEST_BUCKET)
     return {
-        "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
         # One buffer for the gradients of a bucket spares the allocator of many ranks; one process has nothing to send
         # and would only copy. Not for ZeRO 3, which needs it, nor with offload, which sets it by itself.
         "contiguous_gradients": world_size > 1 or zero_stage == 3,
@@ -286,9 +289,9 @@ def build_engine(model: Classifier, recipe: Recipe, place: Place, micro_batch: i
             clip_norm=recipe.optim.clip_norm,
             world_size=place.world_size,
         )
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_settings(recipe, place.world_size, micro_batch)
-    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    settings = deepspeed_settings(recipe, place.world_size, micro_batch, parameters)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if place.world_size == 1 and recipe.deepspeed.zero_stage == 0:
         # One process has nothing to reduce, but DeepSpeed would copy all gradients into one buffer and back.
         engine.enable_backward_allreduce = False

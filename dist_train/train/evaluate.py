@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -51,6 +52,20 @@ class Evaluation:
         return float((self.correct[chosen].double() / self.seen[chosen]).mean())
 
 
+def _padded(batch: Batch, size: int) -> Batch:
+    """The batch with zeros behind its samples, `size` samples in all."""
+    missing = size - len(batch.labels)
+    if missing == 0:
+        return batch
+
+    def pad(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
+    samples = np.concatenate([batch.samples, np.full(missing, -1)])
+    labels, weights = pad(batch.labels), pad(batch.weights)
+    return Batch(pad(batch.images), labels, weights, pad(batch.text_ids), pad(batch.text_mask), samples)
+
+
 @torch.no_grad()
 def evaluate(forward: Forward, loader: EvalLoader, expected_samples: int) -> Evaluation:
     """Evaluate over all ranks (each calls this); `forward` gives the logits of a batch.
@@ -63,7 +78,8 @@ def evaluate(forward: Forward, loader: EvalLoader, expected_samples: int) -> Eva
     loss_sum: Tensor | None = None
     bad: Tensor | None = None
     for batch in loader:
-        logits = forward(batch).float()
+        # All passes have one shape: a compiled model would be compiled again for a short last batch.
+        logits = forward(_padded(batch, loader.batch_size))[: len(batch.labels)].float()
         if counts is None or loss_sum is None or bad is None:
             counts = torch.zeros(3, classes, dtype=torch.int64, device=logits.device)
             loss_sum = torch.zeros((), dtype=torch.float64, device=logits.device)

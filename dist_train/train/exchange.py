@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from dist_train.models.build import Classifier
 
-BUCKET_MB = 25.0
+# DDP's 25 leave most of a small model to the end: of 1 to 50, two to five were the fastest for ViT-S over a slow cable
+# (`python -m benchmarks exchange --set buckets`). A ViT-B's or larger one's weights fill a bucket each in any case, so
+# that the sends of large models do not become many and small.
+BUCKET_MB = 5.0
 # Where a gradient begins in its bucket, bytes: vectorised kernels take slower ways through what is not aligned.
 _ALIGNMENT = 64
 

@@ -11,8 +11,9 @@ import pytest
 
 from benchmarks import report, result
 from benchmarks.__main__ import main
-from benchmarks.loader import CONTESTANTS
+from benchmarks.loader import CONTESTANTS, LIMITS, check_limits
 from benchmarks.scale import most_at_once
+from dist_train.errors import WorkError
 from tests.conftest import REPOSITORY
 
 
@@ -30,7 +31,27 @@ def test_the_loader_benchmark_measures_each_contestant(
     for row in document["rows"]:
         assert row["images_per_s_lowest"] <= row["images_per_s"] <= row["images_per_s_highest"]
         assert row["cpu_s_per_1000"] > 0 and row["peak_mb"] > 10 and row["first_batch_s"] > 0
+        assert row["training_thread_us_per_sample"] >= 0
+        assert ("host_us_per_sample" in row) == (row["loader"] == "this project")
     assert document["rows"][0]["ours_is_times"] == 1
+    assert document["rows"][0]["host_us_per_sample"] > 0
+
+
+def test_the_loader_benchmark_fails_by_name_where_host_work_or_the_first_batch_is_above_its_limit(
+    shard_set: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
+    shards = shard_set({"train": [40, 30]}, baked=40)
+    arguments = "--name a --size 32 --margin 8 --batch 1 --threads 1 --rounds 1 --seconds 0.1 --only ours --check"
+    # In batches of 1 a sample costs what a batch costs, hundreds of microseconds on any machine.
+    assert main(["loader", "--images", str(shards), "--scratch", str(tmp_path), *arguments.split()]) == 1
+    assert "this project: host_us_per_sample" in capsys.readouterr().err
+    assert (tmp_path / "results/loader/a.json").exists()
+    within = {"loader": "this project", **LIMITS}
+    check_limits(within)
+    for name, limit in LIMITS.items():
+        with pytest.raises(WorkError, match=f"{name} .* is above {limit}"):
+            check_limits(within | {name: limit * 1.01})
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ffcv") is not None, reason="FFCV is installed")

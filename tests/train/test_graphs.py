@@ -124,6 +124,21 @@ def test_a_step_that_is_skipped_leaves_nothing_behind(
     assert all(torch.equal(weights[1][key], tensor) for key, tensor in weights[0].items())
 
 
+def test_an_evaluations_short_last_batch_compiles_nothing_anew(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Val has 11 samples, 4 in a pass; backbone and head are compiled once for training, once for evaluation."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="eager", **how))
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    train(shards, tmp_path / "run", "kernels")
+    assert counters["stats"]["unique_graphs"] == 4
+    train(shards, tmp_path / "plain", "none")
+    assert figures(tmp_path / "run") == figures(tmp_path / "plain")
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

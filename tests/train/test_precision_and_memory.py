@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig as ParsedSettings
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.step import synthetic_batch
 from dist_train.config import Recipe
 from dist_train.errors import UseError
-from dist_train.train.engine import check_combination, deepspeed_settings
-from tests.conftest import write_shard_set
-from tests.train.deepspeed_worker import BATCH, losses_through_deepspeed, recipe_of
+from dist_train.models.backbones import VIT_SIZES
+from dist_train.models.build import build_model
+from dist_train.train.engine import build_engine, check_combination, deepspeed_settings, init_process_group
+from dist_train.train.losses import Objective
+from dist_train.train.meters import StepMeter
+from dist_train.train.step import TrainStep, make_forward
+from tests.conftest import CLASSES, write_shard_set
+from tests.train.deepspeed_worker import BATCH, NARROW, losses_through_deepspeed, recipe_of
 
 STEPS = 10
 ADAMW = ["--optim.name=adamw", "--optim.lr=0.0005", "--optim.weight_decay=0.05"]
@@ -31,7 +43,7 @@ SAME = {
     **{f"adamw offload optimizer zero {stage}": ["--deepspeed.offload=optimizer"] for stage in (1, 2, 3)},
     "adamw offload parameters zero 3": ["--deepspeed.offload=parameters"],
     **{f"ifa checkpoint_blocks zero {stage}": ["--model.checkpoint_blocks=true"] for stage in (0, 1, 2, 3)},
-    **{f"ifa compile zero {stage}": ["--model.compile=true"] for stage in (0, 1, 2)},
+    **{f"ifa compile zero {stage}": ["--model.compile=kernels"] for stage in (0, 1, 2)},
     **{f"layers decayed and frozen zero {stage}": [] for stage in (0, 1, 2, 3)},
     **{f"mixed in micro-batches of {size} zero 0": [f"--train.micro_batch_size={size}"] for size in (2, 4)},
 }
@@ -68,7 +80,7 @@ def test_bf16_stays_near_float32(losses: dict[str, list[float]], name: str) -> N
 def test_fp16_scales_the_loss_and_follows_overflows(stage: int) -> None:
     """The settings as DeepSpeed understands them; the run needs a GPU."""
     recipe = recipe_of(Path(), ["--deepspeed.precision=fp16", f"--deepspeed.zero_stage={stage}"])
-    settings = ParsedSettings(deepspeed_settings(recipe, 1, BATCH))
+    settings = ParsedSettings(deepspeed_settings(recipe, 1, BATCH, 10_000))
     assert settings.float16_config.enabled and not settings.bfloat16_config.enabled
     assert settings.float16_config.loss_scale == 0 and settings.float16_config.initial_scale_power == 16
     check_combination(recipe, torch.device("cuda"))
@@ -83,7 +95,7 @@ def test_fp16_scales_the_loss_and_follows_overflows(stage: int) -> None:
             "deepspeed.offload parameters needs deepspeed.zero_stage 3, not 2",
         ),
         (["--train.ema=0.9", "--deepspeed.zero_stage=3"], "train.ema needs whole parameters"),
-        (["--model.compile=true", "--deepspeed.zero_stage=3"], "model.compile"),
+        (["--model.compile=kernels", "--deepspeed.zero_stage=3"], "model.compile"),
         (["--train.channels_last=true"], "train.channels_last is for CNNs; with vit_tiny_patch16 use false"),
         (["--deepspeed.precision=fp16"], "fp16 needs a GPU"),
         (
@@ -99,3 +111,59 @@ def test_what_does_not_go_together_is_refused_in_one_line(arguments: list[str], 
     with pytest.raises(UseError) as error:
         check_combination(recipe, torch.device("cpu"))
     assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def small_step(options: list[str]) -> tuple[TrainStep, Callable[[], None]]:
+    """A trainer of a small model with one step behind it, and what makes another."""
+    recipe = recipe_of(Path(), [*options, "--model.head=ifa"])
+    device = torch.device("cpu")
+    model, _ = build_model(recipe.model, 32, CLASSES, 0)
+    engine = build_engine(model, recipe, init_process_group(), BATCH)
+    objective = Objective(recipe.optim, [1] * CLASSES, device)
+    step = TrainStep(engine, make_forward(engine, recipe, device), objective, recipe, 1, 0, StepMeter(device, 1, 1))
+    batches = repeat(synthetic_batch(recipe, BATCH, CLASSES, device))
+    step(batches, 0.01, 0)
+    return step, lambda: step(batches, 0.01, 1)
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that compute something, while it lasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_sharding_costs_a_copy_for_each_parameter_and_neither_norms_nor_looks_for_overflows(
+    monkeypatch: pytest.MonkeyPatch, stage: int, precision: str
+) -> None:
+    """DeepSpeed's defaults are 14 operators a parameter and step more, which a GPU waits for the host to launch."""
+    monkeypatch.setitem(VIT_SIZES, "tiny", NARROW)
+    counts = {}
+    for zero in (0, stage):
+        step, again = small_step([f"--deepspeed.precision={precision}", f"--deepspeed.zero_stage={zero}"])
+        with Operators() as operators:
+            again()
+        counts[zero] = operators.count
+    parameters = sum(1 for _ in step.engine.module.parameters())
+    # Under autocast ZeRO 0 casts each weight matrix; the sharded weights are bf16 already.
+    assert counts[stage] - counts[0] <= parameters + 20
+
+
+@pytest.mark.parametrize("options", [[], ["--deepspeed.zero_stage=1"], ["--deepspeed.zero_stage=2"]], ids=str)
+def test_a_finished_engine_holds_nothing(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that several can be measured after each other in one process. (ZeRO 3 keeps its parameters in a global.)"""
+    monkeypatch.setitem(VIT_SIZES, "tiny", NARROW)
+    step, again = small_step(options)
+    again()
+    parameter = weakref.ref(next(step.engine.module.parameters()))
+    step.engine.destroy()
+    del step, again
+    gc.collect()
+    assert parameter() is None

@@ -1,0 +1,101 @@
+"""The DALI graphs: what DALI makes of a batch, on the CPU and on the GPU.
+
+On a CPU DALI's resize and colour operators cost more than the decoding, so there DALI only decodes, and of a training
+image only the region that is needed; compiled passes (`resize.py`, `colour.py`) do the rest. The GPU's graph does
+everything with DALI's own operators, which compute the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from nvidia.dali import fn, math, types
+
+from dist_train.config import DataConfig
+from dist_train.data.augment import Augmentation
+
+_JITTER = ("brightness", "contrast", "saturation", "hue")
+
+
+def crop_input(augmentation: Augmentation, cut_only: bool) -> NDArray[Any]:
+    """What both graphs take as `crop` in training: (B, 2) (y, x), whole pixels to cut at, else offsets to scale."""
+    return augmentation.crop if cut_only else augmentation.crop.astype(np.float32)
+
+
+def gpu_inputs(augmentation: Augmentation) -> dict[str, NDArray[Any]]:
+    """What the GPU's graph takes beside images and crops: (B,) each."""
+    return {
+        "brightness": augmentation.brightness.astype(np.float32),
+        "contrast": augmentation.contrast.astype(np.float32),
+        "saturation": augmentation.saturation.astype(np.float32),
+        "hue": (360 * augmentation.hue).astype(np.float32),
+        "flip": augmentation.flip.astype(np.int32),
+    }
+
+
+def cpu_graph(config: DataConfig, train: bool, cut_only: bool) -> Any:
+    """Decoded pixels, (H, W, 3) uint8: cut to size if `cut_only`, else of what the resize of a region reads, together
+    with where that begins and the size of the whole image; without `train` the whole image."""
+    size, square = config.image_size, config.image_size + config.crop_margin
+    encoded = _encoded()
+    if not train:
+        return fn.decoders.image(encoded, output_type=types.RGB)
+    if cut_only:
+        crop = fn.external_source(name="crop", dtype=types.INT32, ndim=1)
+        return fn.decoders.image_slice(encoded, crop, [size, size], axis_names="HW", output_type=types.RGB)
+    crop = fn.external_source(name="crop", dtype=types.FLOAT, ndim=1) / square
+    full = fn.cast(fn.slice(fn.peek_image_shape(encoded), [0], [2], axes=[0]), dtype=types.FLOAT)
+    reach = math.floor(full / square) + 2  # the resize reads at most an output pixel and a half beyond the region
+    begin = math.max(math.floor(crop * full) - reach, 0.0)
+    end = math.min(math.ceil((crop + size / square) * full) + reach, full)
+    begin, extent = (fn.cast(value, dtype=types.INT32) for value in (begin, end - begin))
+    image = fn.decoders.image_slice(encoded, begin, extent, axis_names="HW", output_type=types.RGB)
+    return image, begin, fn.cast(full, dtype=types.INT32)
+
+
+def gpu_graph(config: DataConfig, train: bool, cut_only: bool, device: str = "gpu") -> Any:
+    """Normalised images, (3, S, S) float32. device: "cpu" builds the same of CPU operators, to look at its pixels.
+
+    data.decoder decides how images baked to the square are cut: `fast` decodes them whole, which the hardware decoder
+    can do, and cuts then; `exact` decodes the cut alone. Other images are decoded whole in any case.
+    """
+    size, square = config.image_size, config.image_size + config.crop_margin
+    exact = config.decoder == "exact"
+    decode = {
+        "device": "mixed" if device == "gpu" else "cpu",
+        "output_type": types.RGB,
+        "jpeg_fancy_upsampling": exact,
+    }
+    encoded = _encoded()
+    if train and cut_only:
+        crop = fn.external_source(name="crop", dtype=types.INT32, ndim=1)
+        if exact:
+            image = fn.decoders.image_slice(encoded, crop, [size, size], axis_names="HW", **decode)
+        else:
+            image = fn.slice(
+                fn.decoders.image(encoded, **decode), start=crop, shape=[size, size], axis_names="HW", device=device
+            )
+    else:
+        image = fn.decoders.image(encoded, **decode)
+        resize: dict[str, Any] = {"device": device, "size": [size, size], "interp_type": types.INTERP_TRIANGULAR}
+        if train:
+            crop = fn.external_source(name="crop", dtype=types.FLOAT, ndim=1) / square
+            resize |= {"roi_start": crop, "roi_end": crop + size / square, "roi_relative": True}
+        if not cut_only:
+            image = fn.resize(image, **resize)
+    jitter = {name: fn.external_source(name=name, dtype=types.FLOAT, ndim=0) for name in _JITTER}
+    return fn.crop_mirror_normalize(
+        fn.color_twist(image, device=device, **jitter),
+        device=device,
+        mirror=fn.external_source(name="flip", dtype=types.INT32, ndim=0),
+        mean=[255 * mean for mean in config.mean],
+        std=[255 * std for std in config.std],
+        output_layout="CHW",
+        dtype=types.FLOAT,
+    )
+
+
+def _encoded() -> Any:
+    return fn.external_source(name="images", dtype=types.UINT8, ndim=1, no_copy=True)

@@ -1,0 +1,147 @@
+"""The GPU's graph, built of the same operators for the CPU: its pixels are those of the compiled passes."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from nvidia import nvimgcodec
+from nvidia.dali.pipeline import pipeline_def
+from PIL import Image
+
+from dist_train.config import DataConfig
+from dist_train.data.augment import Augmentation, draw_augmentation, no_augmentation
+from dist_train.data.graph import crop_input, gpu_graph, gpu_inputs
+from dist_train.data.pipeline import ImagePipeline
+from shards.demo import demo_records
+from shards.images import convert
+from tests.conftest import smooth_image
+
+CONFIG = DataConfig(image_size=96, crop_margin=24, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
+SQUARE = CONFIG.image_size + CONFIG.crop_margin
+
+
+def photo_like(number: int, width: int, height: int) -> NDArray[np.uint8]:
+    """A smooth picture with noise in it, so that what is done to pixels shows, as a PNG: every decoder agrees on it."""
+    pixels = np.asarray(smooth_image(number, width, height), np.float64)
+    pixels += np.random.default_rng(number).normal(0, 8, pixels.shape)
+    return png(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def png(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return np.frombuffer(file.getvalue(), np.uint8)
+
+
+def compiled(
+    images: list[NDArray[np.uint8]], augmentation: Augmentation, config: DataConfig, train: bool, baked: int | None
+) -> NDArray[np.float64]:
+    """What the CPU's pipeline makes of a batch, in RGB 0..255: (B, 3, S, S)."""
+    pipeline = ImagePipeline(
+        config, train=train, baked=baked, batch_size=len(images), threads=1, device_id=None, depth=1
+    )
+    pipeline.feed(images, augmentation)
+    pixels = pipeline.take()
+    pipeline.close()
+    return denormalised(pixels.numpy(), config)
+
+
+def of_gpu_graph(
+    images: list[NDArray[np.uint8]], augmentation: Augmentation, config: DataConfig, train: bool, baked: int | None
+) -> NDArray[np.float64]:
+    """What the GPU's graph makes of it, computed by the CPU."""
+    cut_only = baked == (config.image_size + config.crop_margin if train else config.image_size)
+    pipeline = pipeline_def(gpu_graph)(
+        config, train, cut_only, "cpu", batch_size=len(images), num_threads=1, device_id=None
+    )
+    inputs = {"images": images, **gpu_inputs(augmentation)}
+    if train:
+        inputs["crop"] = crop_input(augmentation, cut_only)
+    for name, values in inputs.items():
+        pipeline.feed_input(name, values)
+    (output,) = pipeline.run()
+    return denormalised(torch.from_dlpack(output.as_tensor()).numpy(), config)
+
+
+def denormalised(pixels: NDArray[np.float32], config: DataConfig) -> NDArray[np.float64]:
+    mean, std = (np.array(values).reshape(1, 3, 1, 1) for values in (config.mean, config.std))
+    return 255 * (pixels.astype(np.float64) * std + mean)
+
+
+@pytest.mark.parametrize("decoder", ["fast", "exact"])
+@pytest.mark.parametrize(
+    "train, baked, mean, highest",
+    [
+        (True, SQUARE, 0.26, 0.6),
+        (True, None, 0.3, 3.0),
+        (False, None, 0.05, 3.0),
+        (False, CONFIG.image_size, 1e-3, 1e-3),
+    ],
+    ids=["cut", "resized", "evaluation", "evaluation as it is"],
+)
+def test_the_gpus_graph_has_the_pixels_of_the_compiled_passes(
+    decoder: str, train: bool, baked: int | None, mean: float, highest: float
+) -> None:
+    config = replace(CONFIG, decoder=decoder)
+    sizes = [(baked, baked)] * 8 if baked else [(200, 130), (96, 96), (50, 300), (120, 120)] * 2
+    images = [photo_like(i, *size) for i, size in enumerate(sizes)]
+    samples = np.arange(len(images))
+    augmentation = draw_augmentation(config, 5, np.zeros_like(samples), samples) if train else no_augmentation(8)
+    one, other = (make(images, augmentation, config, train, baked) for make in (compiled, of_gpu_graph))
+    assert one.shape == other.shape == (8, 3, config.image_size, config.image_size)
+    assert np.abs(one - other).mean() < mean
+    assert np.abs(one - other).max() < highest
+
+
+# ---------------------------------------------------------------------- what data.decoder changes
+
+
+def decoded(jpeg: bytes, fancy_upsampling: bool) -> NDArray[np.uint8]:
+    """Pixels of nvImageCodec, DALI's decoder; DALI's operator for the CPU has no way to switch the blending off."""
+    decoder = nvimgcodec.Decoder(
+        device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+        backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
+        options=f":fancy_upsampling={int(fancy_upsampling)}",
+    )
+    return np.asarray(decoder.decode(np.frombuffer(jpeg, np.uint8)).cpu())
+
+
+def upsampling_difference(jpegs: list[bytes], side: int | None) -> tuple[float, float]:
+    """Mean and highest absolute difference, of 255, that repeated instead of blended colour planes make in training
+    images; cut from images baked to `side`, or resized."""
+    config = DataConfig(image_size=96, crop_margin=24)
+    samples = np.arange(len(jpegs))
+    augmentation = draw_augmentation(config, 0, np.zeros_like(samples), samples)
+    blended, repeated = (
+        compiled([png(decoded(jpeg, fancy)) for jpeg in jpegs], augmentation, config, True, side)
+        for fancy in (True, False)
+    )
+    difference = np.abs(repeated - blended)
+    return float(difference.mean()), float(difference.max())
+
+
+# What data.decoder fast changes: (mean, highest) of 255, over 91 photos of about 350 px and 84 drawings of 160 px. It
+# is most where the enlarged planes are not shrunk again.
+MEASURED = {
+    ("photos", SQUARE): (1.81, 77),
+    ("photos", None): (0.23, 14),
+    ("drawn", SQUARE): (2.12, 64),
+    ("drawn", None): (1.04, 41),
+}
+
+
+@pytest.mark.parametrize("kind, side", MEASURED)
+def test_repeated_colour_planes_change_this_much(request: pytest.FixtureRequest, kind: str, side: int | None) -> None:
+    if kind == "photos":
+        folder = request.getfixturevalue("shared_data") / "grocery"
+        jpegs = [file.read_bytes() for file in sorted(folder.rglob("*.jpg"))[::60]]
+    else:
+        jpegs = [record.read() for record in demo_records(characters=20, pictures=1000, size=160)[::12]]
+    if side:
+        jpegs = [convert(jpeg, side) for jpeg in jpegs]
+    assert upsampling_difference(jpegs, side) == pytest.approx(MEASURED[kind, side], rel=0.1)
