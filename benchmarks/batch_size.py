@@ -33,7 +33,7 @@ from dist_train.train.precision import compute_dtype
 from dist_train.train.schedule import check_schedule, count_steps
 
 PAPER_SAMPLES = 322_947  # of DAF's train split; of an epoch where the recipe's shard set is not there
-START_S = 12.0  # of a measuring process, roughly; only the printed plan uses it
+START_S, COMPILE_S = 12.0, 30.0  # of a measuring process, roughly; only the printed plan uses it
 RUN = ("backbone", "head", "image_size", "batch_size")  # what tells one training from another
 UTILISATION = 0.5  # of the matrix-product rate, likewise
 
@@ -216,7 +216,8 @@ def describe_plan(left: list[Recipe], total: int, sweep: Sweep, samples: int) ->
             network = build_model(config, recipe.data.image_size, PAPER_CLASSES, 30522 if config.text_tokens else 0)[0]
             flops = training_flops_per_sample(network, *one_sample(recipe))
             rates[model] = UTILISATION * matmul_rate(device, compute_dtype(recipe.deepspeed)) / flops
-        seconds += START_S + (sweep.warmup + sweep.steps) * recipe.train.batch_size / rates[model]
+        seconds += START_S + (COMPILE_S if recipe.model.compile != "none" else 0.0)
+        seconds += (sweep.warmup + sweep.steps) * recipe.train.batch_size / rates[model]
         if sweep.accuracy and not is_accumulated(recipe):
             training += recipe.train.epochs * samples / rates[model]
     searched = ", without the search for the largest micro-batch" if sweep.search else ""

@@ -30,7 +30,7 @@ from benchmarks.timing import EnergyMeter, median_ms, ratio, timed, timed_in_tur
 from dist_train.config import Recipe
 from dist_train.data.loader import Batch
 from dist_train.models.backbones import timm_name, vit_shape
-from dist_train.train.engine import init_process_group
+from dist_train.train.engine import init_process_group, torch_device
 from dist_train.train.meters import forget_peak_memory, memory_figures, synchronize
 
 Row = dict[str, Any]
@@ -59,7 +59,7 @@ def steps_of(point: Row, let_go: ExitStack) -> Row:
     vocabulary = SYNTHETIC_VOCABULARY if recipe.model.text_tokens else 0
     row: Row = describe(recipe, "synthetic")
 
-    begin = time.perf_counter()
+    begin, base = time.perf_counter(), allocated(torch_device(place))
     own = let_go.enter_context(closing(OwnStep(recipe, place, PAPER_CLASSES, vocabulary, graphs=False)))
     device = own.device
     synthetic = synthetic_batch(recipe, batch, PAPER_CLASSES, device)
@@ -73,7 +73,8 @@ def steps_of(point: Row, let_go: ExitStack) -> Row:
     forget_peak_memory(device)
     timed(lambda _: own(loaded if point["loaded"] else batches), 0, 2, device)
     row |= memory_figures(device)
-    own_mb = peak_mb(lambda: own(batches), device, 0)
+    row.pop("out_of_memory", None)  # how often it was in this process so far, in other points
+    own_mb = peak_mb(lambda: own(batches), device, base)
 
     contestants: dict[str, Callable[[int], Any]] = {"own": lambda _: own(batches)}
     if point["ifa"]:
@@ -99,7 +100,7 @@ def steps_of(point: Row, let_go: ExitStack) -> Row:
     alike = {which: step for which, step in contestants.items() if which not in graphed}
     times = timed_in_turns(alike, point["turns"], 1, point["steps"], device)
     row |= {"step_ms": median_ms(times["own"]), "images_per_s": per_second(batch, times["own"])}
-    for which in point["bare"].keys() - graphed:
+    for which in (name for name in point["bare"] if name not in graphed):
         row |= {f"{which}_ms": median_ms(times[which]), f"over_{which}": ratio(times["own"], times[which])}
     if point["ifa"]:
         turns = [ratio([mine], [cls]) for mine, cls in zip(times["ifa"], times["own"], strict=True)]
