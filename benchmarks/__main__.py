@@ -284,7 +284,7 @@ def _add_ifa(commands: argparse._SubParsersAction) -> None:
     ifa.add_argument("--size", type=int, default=128, help="side of an image (default: %(default)s)")
     ifa.add_argument("--classes", type=int, default=3263, help="(default: DAF's %(default)s)")
     ifa.add_argument("--pairs", type=int, default=10, metavar="N", help="turns (default: %(default)s)")
-    ifa.add_argument("--precision", default="float32", choices=("float32", "bf16"), help="(default: %(default)s)")
+    ifa.add_argument("--precision", default="float32", choices=("float32", "bf16", "bf16_autocast"))
     ifa.add_argument("--name", required=True, help="of the result: benchmarks/results/ifa/NAME.json")
     ifa.set_defaults(command=_ifa)
 

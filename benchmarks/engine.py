@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.result import environment_of_one_process, write_result
+from benchmarks.timing import describe_row
 from dist_train.config import ModelConfig, Recipe
 from dist_train.data.loader import Batch, Place
 from dist_train.errors import WorkError
@@ -74,7 +75,8 @@ def measure_engine(
     arm: Arm,
     name: str,
 ) -> Path:
-    """Measure every combination of ZeRO stage and micro-batch in a process of its own and write the result.
+    """Measure every combination of ZeRO stage and micro-batch in a process of its own, print a line of each row and
+    write the result.
 
     pairs: turns at least; more of them as far as `seconds` allow. arm: `model` compares with DeepSpeed's defaults,
     `settings` has a row for each setting of ours that is turned back, `host` one for each stage with a model of its own
@@ -91,7 +93,10 @@ def measure_engine(
         done = subprocess.run(command, capture_output=True, text=True, env=environment_of_one_process())
         if done.returncode:
             raise WorkError(f"ZeRO {stage}, micro-batch {micro_batch}: {done.stderr.strip().splitlines()[-1]}")
-        rows += json.loads(done.stdout.splitlines()[-1])
+        found = json.loads(done.stdout.splitlines()[-1])
+        for row in found:
+            print(describe_row(row, f"{backbone}, ZeRO {stage}, micro-batch {micro_batch}"), flush=True)
+        rows += found
     parameters = {
         "backbone": backbone,
         "size": size,

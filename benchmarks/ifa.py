@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.result import write_result
-from dist_train.config import ModelConfig
+from benchmarks.timing import describe_row
+from dist_train.config import DeepSpeedConfig, ModelConfig
 from dist_train.errors import WorkError
 from dist_train.models.build import Classifier, build_model
 from dist_train.models.vilt import keep_padding_out
 from dist_train.train.meters import synchronize, training_flops_per_sample
+from dist_train.train.precision import set_arithmetic
 
 CONTESTANTS = ("cls", "ifa", "stacked")
 PAPER_SAMPLES = 322_947  # of DAF's train split, an epoch
@@ -53,11 +56,18 @@ class StackedIFA(nn.Module):
 
     def forward(self, images: Tensor, text_ids: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         """As `Classifier.forward`."""
+        autocast = self.model.autocast
+        with nullcontext() if autocast is None else torch.autocast(images.device.type, autocast):
+            return self._logits(images, text_ids, text_mask)
+
+    def _logits(self, images: Tensor, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor:
         backbone, mask = self.model.backbone, None
         tokens = backbone._pos_embed(backbone.patch_embed(images))
         if text_ids is not None:
             mask = keep_padding_out(text_mask, image_tokens=tokens.shape[1])
             tokens = torch.cat([tokens, self.model.text(text_ids)], dim=1)
+        if backbone.token_dtype is not None:
+            tokens = tokens.to(backbone.token_dtype)
         after_block = []
         for block in backbone.blocks:
             tokens = block(tokens, attn_mask=mask)
@@ -75,9 +85,10 @@ def measure_ifa(
     precision: str,
     name: str,
 ) -> Path:
-    """Measure every backbone with every number of text tokens and write the result; returns its path.
+    """Measure every backbone with every number of text tokens, print a line of each row and write the result; returns
+    its path.
 
-    precision: float32, or bf16 for autocast.
+    precision: float32, bf16 or bf16_autocast, as a recipe's deepspeed.precision at ZeRO 0.
     """
     rows = []
     for backbone in backbones:
@@ -86,7 +97,10 @@ def measure_ifa(
             point["precision"] = precision
             memory = {which: _in_process(point | {"memory_of": which}) for which in CONTESTANTS}
             turns = _in_process(point | {"pairs": pairs})
-            rows += [row(point, which, memory, turns) for which in CONTESTANTS]
+            found = [row(point, which, memory, turns) for which in CONTESTANTS]
+            for one in found:
+                print(describe_row(one, f"{backbone} {one['head']}, {tokens} text tokens, batch {batch}"), flush=True)
+            rows += found
     parameters = {"batch_size": batch, "image_size": size, "classes": classes, "pairs": pairs, "precision": precision}
     return write_result("ifa", name, parameters | {"epoch_samples": PAPER_SAMPLES, "paper": PAPER}, rows)
 
@@ -147,6 +161,7 @@ def make_model(point: dict[str, Any], which: str, device: torch.device) -> nn.Mo
     )
     config = replace(config, head_init="default")
     model, _ = build_model(config, point["size"], point["classes"], VOCABULARY if point["text_tokens"] else 0)
+    set_arithmetic(model, DeepSpeedConfig(precision=point.get("precision", "float32")))
     return (StackedIFA(model) if which == "stacked" else model).to(device)
 
 
@@ -165,12 +180,10 @@ def training_step(model: nn.Module, point: dict[str, Any], device: torch.device)
     values = inputs(point, device)
     labels = torch.arange(point["batch"], device=device) % point["classes"]
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, 0.9, fused=True)
-    bf16 = point.get("precision") == "bf16"
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(*values)
+        logits = model(*values)
         functional.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.result import write_result
+from benchmarks.timing import describe_row
 from dist_train.data.plan import EpochPlan
 from dist_train.train.meters import peak_resident_mb
 
@@ -31,6 +32,8 @@ def measure_scale(samples: int, shards: int, nodes: int, ranks: int, batch: int,
     parameters = {"samples": samples, "shards": shards, "nodes": nodes, "ranks_per_node": ranks, "batch_size": batch}
     rows = [start(parameters, step) for step in (0, 10**6)]
     rows += [follow_node(parameters, node) for node in np.linspace(0, nodes - 1, _NODES_FOLLOWED).astype(int).tolist()]
+    for row in rows:
+        print(describe_row(row, row["what"]))
     return write_result("scale", name, parameters, rows)
 
 

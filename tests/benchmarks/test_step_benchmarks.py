@@ -17,6 +17,7 @@ from benchmarks.engine import SPENDING, TURNED_BACK
 from benchmarks.step import SYNTHETIC_VOCABULARY, recipe_from_dict, run_point
 from benchmarks.timing import median_ms, ratio, timed_in_turns
 from dist_train.cli import parse_recipe
+from dist_train.train.precision import measured_products
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_the_bare_loop_trains_timms_model_on_what_it_is_given(pure: bool, dtype:
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     step = bare_step("vit_tiny_patch16_224", {"img_size": 32}, 8, images, labels, pure=pure)
     held = dict(zip(step.__code__.co_freevars, (cell.cell_contents for cell in step.__closure__), strict=True))
-    weights = list(held["network"].parameters())
+    weights = held["optimizer"].param_groups[0]["params"]
     assert {weight.dtype for weight in weights} == {dtype} and len(weights) == 152
     losses = [float(step()) for _ in range(30)]
     assert losses[-1] < losses[0]
@@ -101,6 +102,14 @@ def test_the_stacked_way_gives_the_same_logits_and_holds_all_tokens(results: Pat
     inputs[2][:, 5:] = False
     assert torch.allclose(models["ifa"](*inputs), models["stacked"](*inputs), atol=1e-5)
     assert SYNTHETIC_VOCABULARY == ifa.VOCABULARY
+    for precision in ("bf16", "bf16_autocast"):
+        exact = models["ifa"](*inputs)
+        for which in ("ifa", "stacked"):
+            model = ifa.make_model(point | {"precision": precision}, which, device).eval()
+            with measured_products() as products:
+                logits = model(*inputs)
+            assert products.shares() == {"bf16": 1.0}
+            assert 0 < (logits.float() - exact).abs().max() < 0.1
 
     assert (
         main("ifa --name small --backbones vit_tiny_patch16 --batch 64 --size 64 --classes 11 --pairs 2".split()) == 0
