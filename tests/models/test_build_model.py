@@ -106,6 +106,21 @@ def test_activation_checkpointing_and_compiled_blocks_change_no_gradient() -> No
         torch.testing.assert_close(compiled[name], gradient, msg=name)
 
 
+@pytest.mark.parametrize("head", ["cls", "ifa"])
+def test_backbone_and_head_are_compiled_whole_in_bf16_too(head: str) -> None:
+    """Without a break of the graph; to what the operators themselves give."""
+    model = build("vit_tiny_patch16", head, text_tokens=16, image_size=32)
+    model.autocast = model.backbone.token_dtype = torch.bfloat16
+    inputs = batch(32, 16)
+    expected = gradients(model, inputs)
+    for part in (model.backbone, model.text, model.head):
+        part.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    for name, gradient in gradients(model, inputs).items():
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=0.1, atol=0.05 * float(expected[name].abs().max()), msg=name
+        )
+
+
 def test_a_model_that_is_asked_to_checkpoints_its_blocks_alone() -> None:
     assert build("vit_tiny_patch16", "ifa", 0, 32, checkpoint_blocks=True).backbone.grad_checkpointing
     assert not build("vit_tiny_patch16", "ifa", 0, 32).backbone.grad_checkpointing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from dist_train.config import ModelConfig
 from dist_train.models.build import build_model
+from dist_train.train.engine import init_process_group
 from dist_train.train.exchange import GradientExchange, forward_order
 from tests.train.exchange_worker import Net, make_net, own_gradients, run_ranks
 
@@ -95,11 +95,9 @@ def test_a_training_repeated_or_stopped_and_resumed_ends_with_the_same_bits(foun
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Any:
-    """A process group of this process."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+def alone() -> None:
+    """A process group of this process, an earlier test's or a new one."""
+    init_process_group()
 
 
 @pytest.mark.parametrize(
