@@ -35,11 +35,9 @@ from dist_train.train.engine import init_process_group, torch_device
 from dist_train.train.inputs import build_tokenizer
 from dist_train.train.meters import (
     device_peak,
-    forget_peak_memory,
     matmul_rate,
     memory_figures,
     outside_torch_mb,
-    peak_memory_mb,
     peak_resident_mb,
     synchronize,
 )
@@ -148,15 +146,9 @@ def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int, let_go: ExitStac
     graphs = own.train_step.graphs
     warmup = max(warmup, 2 if graphs else 0)  # the first step is eager, the second records
     energy = EnergyMeter(device)
-    recorded_mb = 0.0
 
     def step(number: int) -> None:
-        nonlocal recorded_mb
-        if number == 1 and graphs:
-            forget_peak_memory(device)
         if number == warmup:
-            if graphs:  # a replay allocates nothing: what it needs is what the recording took
-                recorded_mb = peak_memory_mb(device)
             own.meter.reset()  # the time and the memory of the steps alone
             energy.start()
         own(batches)
@@ -165,7 +157,7 @@ def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int, let_go: ExitStac
     joules = energy.read()
     figures = step_figures(times, recipe.train.batch_size)
     figures |= {"data_wait_share": round(own.meter.data_wait / sum(times), 4)} | memory_figures(device) | loaded
-    figures["memory_mb"] = max(figures["memory_mb"], round(recorded_mb, 1))
+    figures["memory_mb"] = max(figures["memory_mb"], round(own.meter.recorded_mb, 1))
     figures["matrix_products"] = own.products
     # What follows takes memory of its own.
     saved_mb = saved_activations_mb(own.engine.module, own.forward, next(batches))

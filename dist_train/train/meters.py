@@ -165,6 +165,8 @@ class StepMeter:
     started: float = field(default_factory=time.perf_counter)
     highest_mb: float = 0.0
     """Largest memory of the steps so far, MB."""
+    recorded_mb: float = 0.0
+    """What a recorded pass took of memory: replayed, it takes nothing that torch would count."""
     _before_pause: float = 0.0  # of the steps since the reset, where evaluations came in between
 
     def wait(self, fetch: Callable[[], T]) -> T:
@@ -210,7 +212,7 @@ class StepMeter:
         synchronize(self.device)
         elapsed = time.perf_counter() - self.started
         memory = memory_figures(self.device)
-        memory["memory_mb"] = max(memory["memory_mb"], round(self._before_pause, 1))
+        memory["memory_mb"] = max(memory["memory_mb"], round(max(self._before_pause, self.recorded_mb), 1))
         self.highest_mb = max(self.highest_mb, memory["memory_mb"])
         rate = self.samples / elapsed
         return {

@@ -16,7 +16,7 @@ from dist_train.train.engine import Engine
 from dist_train.train.evaluate import Forward
 from dist_train.train.graphs import GraphedPass, generator_of
 from dist_train.train.losses import Objective
-from dist_train.train.meters import StepMeter
+from dist_train.train.meters import StepMeter, forget_peak_memory, peak_memory_mb
 from dist_train.train.mixing import Mix, mix_neighbours
 from dist_train.train.precision import check_products, compute_dtype, measured_products, set_arithmetic, uses_autocast
 
@@ -88,7 +88,11 @@ class TrainStep:
     def _graphed_pass(self, batch: Batch, mix: Mix | None, step: int) -> Tensor | None:
         if self._graph is None:
             self._graph = GraphedPass(self.engine, self._loss)
-        loss = self._graph(batch, mix)
+            forget_peak_memory(self.engine.device)
+            loss = self._graph(batch, mix)
+            self.meter.recorded_mb = peak_memory_mb(self.engine.device)
+        else:
+            loss = self._graph(batch, mix)
         if self.bad_steps is not None and self.bad_steps.skips(self.engine.module, loss, step):
             self.engine.drop_gradients()
             return None
