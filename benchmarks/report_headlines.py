@@ -133,9 +133,9 @@ def _precision(document: Document, _: Sequence[Row]) -> str:
 
 def _exchange(_: Document, rows: Sequence[Row]) -> str:
     parts = []
-    for row in having(rows, "contestant", "step_over_ddp", "exposed_share"):
-        if row["contestant"] not in ("alone", "ddp"):
-            parts.append(f"{text_of(row['contestant'])} {row['step_over_ddp']:.3f} ({row['exposed_share']:.2f})")
+    for row in having(rows, "step_over_ddp", "exposed_share"):
+        if (who := text_of(row.get("contestant"))) not in ("alone", "ddp"):
+            parts.append(f"{who} {row['step_over_ddp']:.3f} ({row['exposed_share']:.2f})")
     return f"Step over DDP's (share of the exchange that is exposed): {', '.join(parts)}" if parts else ""
 
 
