@@ -22,11 +22,24 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def random_bits(*counters: Counter) -> NDArray[np.uint64]:
     """64 random bits for each combination of the counters (non-negative integers, broadcast together)."""
+    if all(isinstance(counter, int) for counter in counters):
+        return _random_bits_of_numbers(counters)
     with np.errstate(over="ignore"):  # wrapping around 2**64 is what the mixer is made of
         state = np.zeros(1, np.uint64)
         for counter in counters:
             state = _mix((state ^ np.asarray(counter).astype(np.uint64)) * _GOLDEN + _GOLDEN)
     return state if any(np.ndim(counter) for counter in counters) else state[0]
+
+
+def _random_bits_of_numbers(counters: tuple[int, ...]) -> np.uint64:
+    """The same without arrays, a tenth of the time: a training step draws the seed of its dropout by it."""
+    state, wrap, golden = 0, 2**64 - 1, int(_GOLDEN)
+    for counter in counters:
+        state = ((state ^ int(counter)) * golden + golden) & wrap
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & wrap
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & wrap
+        state ^= state >> 31
+    return np.uint64(state)
 
 
 def uniform(*counters: Counter) -> NDArray[np.float64]:

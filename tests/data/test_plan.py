@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_train.data.draws import random_bits
 from dist_train.data.plan import EpochPlan, choose_streams, evaluation_batches, rank_batch
 from dist_train.errors import UseError
 
@@ -210,3 +211,9 @@ def test_shards_ahead_name_what_each_batch_touches_and_what_its_windows_hold(
     needs = plan.shards_ahead(start, 0, world_size, ranks=world_size)
     first = next(needs)
     assert set(first.shards) == set().union(*(named[start] for named in named_by_rank))
+
+
+@given(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5))
+def test_numbers_and_arrays_of_them_draw_the_same_bits(counters: list[int]) -> None:
+    (in_an_array,) = random_bits(*(np.array([counter]) for counter in counters))
+    assert random_bits(*counters) == in_an_array
