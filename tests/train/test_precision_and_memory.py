@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 import weakref
 from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig as ParsedSettings
@@ -167,3 +170,47 @@ def test_a_finished_engine_holds_nothing(options: list[str], monkeypatch: pytest
     del step, again
     gc.collect()
     assert parameter() is None
+
+
+def test_a_step_at_zero_0_calls_nothing_of_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engine took a third of a small step's time on the host."""
+    monkeypatch.setitem(VIT_SIZES, "tiny", NARROW)
+    called: set[str] = set()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call":
+            called.add(frame.f_code.co_filename)
+
+    for options, used in (([], False), (["--deepspeed.zero_stage=1"], True)):
+        _, again = small_step(options)
+        called.clear()
+        sys.setprofile(note)
+        try:
+            again()
+        finally:
+            sys.setprofile(None)
+        assert any(f"{os.sep}deepspeed{os.sep}" in name for name in called) == used
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone lets a process forget its peak")
+def test_memory_figures_are_those_of_the_steps_and_not_of_what_came_before_or_in_between() -> None:
+    """300 MB that are gone when the steps begin, and 300 MB in a pause, are in no figure; 300 MB in a step are."""
+    device, hundreds = torch.device("cpu"), 300_000_000
+
+    def take() -> None:
+        np.ones(hundreds, np.uint8)
+
+    meter = StepMeter(device, 1.0, 1.0)
+    take()
+    meter.reset()
+    meter.step(1)
+    with meter.paused():
+        take()
+    quiet = meter.read()["memory_mb"]
+    meter.reset()
+    take()
+    meter.step(1)
+    with meter.paused():
+        pass
+    busy = meter.read()["memory_mb"]
+    assert busy - quiet > 250 and meter.highest_mb == busy
