@@ -12,12 +12,17 @@ from pathlib import Path
 # Before torch is imported: on a busy machine its threads wait for each other far longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
 
 from dist_train.data.manifest import ClassInfo, Manifest, ShardInfo, SplitInfo, write_manifest
 from dist_train.data.tarindex import index_tar, write_index
+
+# How long an example takes says something of the machine, not of the code.
+hypothesis.settings.register_profile("without a clock", deadline=None)
+hypothesis.settings.load_profile("without a clock")
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
