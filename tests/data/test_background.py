@@ -182,18 +182,22 @@ def test_an_interpreter_that_exits_among_batches_ends_at_once_and_blames_no_samp
     assert "left out" not in done.stderr and ("Traceback" in done.stderr) == (code == 1)
 
 
-def test_ctrl_c_gets_through_to_a_thread_that_waits_for_a_batch() -> None:
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as it does but where the tests run as a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_gets_through_to_a_thread_that_waits_for_a_batch(ctrl_c: None) -> None:
     def make(stopped: IsStopped) -> Iterator[Batch]:
         os.kill(os.getpid(), signal.SIGINT)
         wait_until(stopped)
         yield batch_of(0)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without it
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            next(made_ahead(make, 1, None))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        next(made_ahead(make, 1, None))
     assert not threads()
 
 
@@ -229,7 +233,7 @@ def test_a_maker_that_does_not_come_back_is_left_alone(monkeypatch: pytest.Monke
 
 
 def test_ctrl_c_ends_the_wait_for_a_shard_that_another_process_downloads(
-    shard_set: MakeSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ctrl_c: None, shard_set: MakeSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = read_manifest(shard_set({"train": [8, 8]}))
     config = replace(config_for(tmp_path), shards="http://127.0.0.1:9/set", cache=str(tmp_path / "cache"))
