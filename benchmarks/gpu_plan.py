@@ -91,7 +91,7 @@ def plan(scale: Scale, shards: str) -> list[Point]:
     """All points, the most wanted first."""
     large, base, first, last = scale.large, scale.base, scale.batches[0], scale.batches[-1]
     plain = {"bare": ("autocast", "none")}
-    blocks = {"bare": ("autocast", "blocks"), "bare_pure": ("pure", "blocks")}
+    blocks = {"bare": ("autocast", "blocks")}
     both = {"ifa": True, "record": True}
     return [
         *checks(scale, shards),
@@ -110,13 +110,13 @@ def plan(scale: Scale, shards: str) -> list[Point]:
             for backbone, seconds in ((base, 4), (large, 6))
         ),
         steps(scale, base, first, text_tokens=scale.text_tokens, record=True, seconds=6, smoke=True),
-        steps(scale, large, first, zero_stage=1, turns=3, seconds=8, smoke=True),
-        steps(scale, base, first, precision="bf16_autocast", bare=plain, turns=3, seconds=6),
+        steps(scale, large, first, precision="bf16", zero_stage=1, turns=3, seconds=8, smoke=True),
+        steps(scale, base, first, precision="bf16", bare={"bare_pure": ("pure", "none")}, turns=3, seconds=6),
         loader(scale, shards, "cpu", smoke=True),
         loader(scale, shards, "gpu", threads=4),
         loader(scale, shards, "gpu", decoder="exact"),
-        steps(scale, base, first, zero_stage=1, turns=3, seconds=6),
-        steps(scale, large, first, compile=True, precision="bf16_autocast", bare={"bare": blocks["bare"]}, seconds=80),
+        steps(scale, base, first, precision="bf16", zero_stage=1, turns=3, seconds=6),
+        steps(scale, large, first, compile=True, precision="bf16", bare={"bare_pure": ("pure", "blocks")}, seconds=80),
     ]
 
 
@@ -159,7 +159,7 @@ def steps(
     *,
     head: str = "cls",
     text_tokens: int = 0,
-    precision: str = "bf16",
+    precision: str = "bf16_autocast",
     zero_stage: int = 0,
     compile: bool = False,
     bare: dict[str, tuple[str, str]] | None = None,
@@ -208,7 +208,7 @@ def loader(
     """The training loader in turns with DALI's usual pipeline on the same threads (0: all cores). data: more of the
     recipe's section."""
     batch = scale.batches[0]
-    recipe = recipe_of(scale, ModelConfig(backbone=scale.base), batch, "bf16", 0, shards)
+    recipe = recipe_of(scale, ModelConfig(backbone=scale.base), batch, "bf16_autocast", 0, shards)
     recipe = replace(recipe, data=replace(recipe.data, device=device, threads=threads, **data))
     what = f"loader: on the {device.upper()}, batch {batch}" + (f", {threads} threads" if threads else "")
     what += "".join(f", {key} {value}" for key, value in data.items())

@@ -209,8 +209,9 @@ class DeepSpeedConfig:
     in any case. float32: exact, on GPUs too. tf32: float32 whose matrix products a GPU rounds to 10 bits. bf16: matrix
     products and all that lies between them, the tokens of a ViT included; sums of norms, and the loss, in float32.
     bf16_autocast: the same, but tokens and norms in float32 by the rules of torch.autocast (ZeRO 0 only). fp16: with a
-    loss scale that follows overflows; needs a GPU. auto: bf16 on GPUs that have it, else float32. What the matrix
-    products really were is measured at the start of a run, which ends where that is not what is said here."""
+    loss scale that follows overflows; needs a GPU. auto: on GPUs that have it bf16_autocast at ZeRO 0 and bf16 above,
+    else float32. What the matrix products really were is measured at the start of a run, which ends where that is not
+    what is said here."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """ZeRO: 0 replicates everything, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     offload: Literal["none", "optimizer", "parameters"] = "none"

@@ -29,11 +29,13 @@ _LEAST_SHARE = 0.99  # of the matrix products' FLOPs in the recipe's precision
 
 
 def precision_of(config: DeepSpeedConfig) -> str:
-    """The recipe's precision on this machine: `auto` is bf16 on a GPU that has it, else float32."""
+    """The recipe's precision on this machine: `auto` is bf16 on a GPU that has it, by autocast's rules at ZeRO 0, else
+    float32."""
     if config.precision != "auto":
         return config.precision
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_bf16 else "float32"
+    if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)):
+        return "float32"
+    return "bf16_autocast" if config.zero_stage == 0 else "bf16"
 
 
 def compute_dtype(config: DeepSpeedConfig) -> torch.dtype:

@@ -34,13 +34,13 @@ CHECKS = [
 ]
 ROWS = [
     *CHECKS,
-    "step: vit_tiny_patch8 cls batch 8, bf16",
-    "step: vit_tiny_patch16 cls batch 8, bf16",
+    "step: vit_tiny_patch8 cls batch 8, bf16_autocast",
+    "step: vit_tiny_patch16 cls batch 8, bf16_autocast",
     "loader: on the GPU, batch 8",
-    "step: vit_tiny_patch8 cls batch 8, bf16, compiled",
-    "step: vit_tiny_patch16 cls batch 4, bf16",
-    "step: vit_tiny_patch8 cls batch 4, bf16",
-    "step: vit_tiny_patch16 cls batch 8, bf16, 8 text tokens",
+    "step: vit_tiny_patch8 cls batch 8, bf16_autocast, compiled",
+    "step: vit_tiny_patch16 cls batch 4, bf16_autocast",
+    "step: vit_tiny_patch8 cls batch 4, bf16_autocast",
+    "step: vit_tiny_patch16 cls batch 8, bf16_autocast, 8 text tokens",
     "step: vit_tiny_patch8 cls batch 8, bf16, ZeRO 1",
     "loader: on the CPU, batch 8",
 ]
@@ -91,7 +91,7 @@ def test_a_suite_that_is_killed_keeps_its_rows_and_the_same_command_measures_the
     assert all(rows[what]["met"] for what in CHECKS if what not in skipped)
     assert rows[RUN]["steps"] == 14 and rows[RUN]["evaluated_top1"] == pytest.approx(rows[RUN]["test_top1"])
     alone, beside = rows[ROWS[10]], rows[ROWS[7]]
-    assert alone["precision"] == "bf16" and alone["batch_size"] == 4 and alone["images_per_s"] > 0
+    assert alone["precision"] == "bf16_autocast" and alone["batch_size"] == 4 and alone["images_per_s"] > 0
     assert beside["compile"] == "none" and beside["matrix_products"] == "bf16 in 100 % of matrix products"
     assert beside["over_bare"] > 0 and beside["bare_memory_mb"] > 0
     assert 0 < beside["ifa_over_cls_lowest"] <= beside["ifa_over_cls"] <= beside["ifa_over_cls_highest"]
@@ -228,16 +228,19 @@ def test_the_full_plan_names_every_point_once_and_has_what_the_issue_asks_for() 
     assert max(point.seconds for point in points) < gpu.POINT_LIMIT_S
     by_what = {point.what: point.arguments for point in points}
     for backbone in ("vit_large_patch16", "vit_base_patch16"):
-        curve = [f"step: {backbone} cls batch {batch}, bf16" for batch in (16, 32, 64, 128, 256)]
+        curve = [f"step: {backbone} cls batch {batch}, bf16_autocast" for batch in (16, 32, 64, 128, 256)]
         assert all(by_what[what]["record"] for what in curve)
         for what in (curve[-1], f"{curve[-1]}, compiled"):
             assert by_what[what]["ifa"] and "bare" in by_what[what]["bare"]
         assert by_what[f"{curve[-1]}, compiled"]["loaded"] and f"{curve[-1]}, ZeRO 1" in whats
-    assert by_what["step: vit_base_patch16 cls batch 16, bf16, compiled"]["bare"] == {
+    assert by_what["step: vit_base_patch16 cls batch 16, bf16_autocast, compiled"]["bare"] == {
         "bare_graphs": ("autocast", "reduce-overhead")
     }
     assert "bare_pure" in by_what["step: vit_large_patch16 cls batch 256, bf16, compiled"]["bare"]
-    assert {"step: vit_base_patch16 cls batch 256, bf16, 32 text tokens", "loader: on the GPU, batch 256"} < set(whats)
+    assert {
+        "step: vit_base_patch16 cls batch 256, bf16_autocast, 32 text tokens",
+        "loader: on the GPU, batch 256",
+    } < set(whats)
     assert {
         "step: vit_base_patch16 cls batch 256, bf16_autocast",
         "loader: on the GPU, batch 256, decoder exact",

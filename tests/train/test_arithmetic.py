@@ -160,7 +160,8 @@ def test_auto_is_bf16_where_the_gpu_has_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    assert precision_of(DeepSpeedConfig()) == wanted
+    assert precision_of(DeepSpeedConfig()) == {"bf16": "bf16_autocast"}.get(wanted, wanted)
+    assert precision_of(DeepSpeedConfig(zero_stage=1)) == wanted
     assert precision_of(DeepSpeedConfig(precision="tf32")) == "tf32"
     assert compute_dtype(DeepSpeedConfig()) == {"bf16": torch.bfloat16, "float32": torch.float32}[wanted]
 
