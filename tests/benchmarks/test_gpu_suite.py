@@ -232,17 +232,15 @@ def test_the_full_plan_names_every_point_once_and_has_what_the_issue_asks_for() 
         assert all(by_what[what]["record"] for what in curve)
         for what in (curve[-1], f"{curve[-1]}, compiled"):
             assert by_what[what]["ifa"] and "bare" in by_what[what]["bare"]
-        assert by_what[f"{curve[-1]}, compiled"]["loaded"] and f"{curve[-1]}, ZeRO 1" in whats
+        assert by_what[f"{curve[-1]}, compiled"]["loaded"] and f"step: {backbone} cls batch 256, bf16, ZeRO 1" in whats
     assert by_what["step: vit_base_patch16 cls batch 16, bf16_autocast, compiled"]["bare"] == {
         "bare_graphs": ("autocast", "reduce-overhead")
     }
     assert "bare_pure" in by_what["step: vit_large_patch16 cls batch 256, bf16, compiled"]["bare"]
     assert {
         "step: vit_base_patch16 cls batch 256, bf16_autocast, 32 text tokens",
+        "step: vit_base_patch16 cls batch 256, bf16",
         "loader: on the GPU, batch 256",
-    } < set(whats)
-    assert {
-        "step: vit_base_patch16 cls batch 256, bf16_autocast",
         "loader: on the GPU, batch 256, decoder exact",
     } < set(whats)
     # ZeRO 3 changes torch for the whole process.
