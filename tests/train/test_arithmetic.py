@@ -146,7 +146,8 @@ def test_products_are_counted_by_type_forward_and_backward() -> None:
     with MatrixProducts() as products:
         hidden = first(inputs)
         with torch.autocast("cpu", torch.bfloat16):
-            second(hidden).float().sum().backward()
+            result = second(hidden)
+        result.float().sum().backward()
     # The first layer has no gradient of its input.
     assert products.flops == {"float32": 2 * (2 * 3 * 7 * 11), "bf16": 3 * (2 * 3 * 11 * 5)}
     assert products.shares()["bf16"] == pytest.approx(990 / (990 + 924))
