@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 # Before torch is imported: on a busy machine its threads wait for each other far longer than they compute.
@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dist_train.data.manifest import ClassInfo, Manifest, ShardInfo, SplitInfo, write_manifest
@@ -90,6 +91,14 @@ def write_shard_set(
     transform = f"resize {baked}x{baked}" if baked else None
     write_manifest(root, Manifest(infos, described, transform, text, tool="tests"))
     return root
+
+
+@pytest.fixture(autouse=True)
+def torchs_linear() -> Iterator[None]:
+    """DeepSpeed's ZeRO 3 puts another function in its place, for the whole process: put back after each test."""
+    linear = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = linear
 
 
 @pytest.fixture

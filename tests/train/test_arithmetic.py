@@ -50,8 +50,6 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(VIT_SIZES, "tiny", NARROW)
-    # ZeRO 3 puts its own in this place, for the whole process; put back after the test.
-    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
 
 
 def batch_of(recipe: Recipe, size: int = 4) -> Batch:
