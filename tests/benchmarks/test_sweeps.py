@@ -242,7 +242,8 @@ def test_the_search_makes_real_steps_in_one_process_where_it_can(
 def test_sizes_are_tried_by_steps_one_after_the_other_in_one_process() -> None:
     recipe, _ = parse_recipe(SMALL.split())
     point = {"recipe": asdict(recipe), "most": 32, "memory_limit": 0}
-    done = subprocess.run([sys.executable, "-m", "benchmarks.fit", json.dumps(point)], capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.fit", json.dumps(point)]
+    done = subprocess.run(command, capture_output=True, text=True, env=result.environment_of_one_process())
     assert json.loads(done.stdout.splitlines()[-1]) == {"largest_micro_batch": 32}, done.stderr
 
 
