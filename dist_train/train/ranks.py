@@ -95,11 +95,12 @@ class StopSignal:
 
     def requested(self, place: Place) -> bool:
         """Whether any rank was asked to stop; all ranks call this after each step."""
-        if place.world_size > 1:
-            # On the CPU, so that no rank waits for its GPU here.
-            if not hasattr(self, "_group"):
-                self._group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
-            flag = torch.tensor(int(self._received))
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
-            self._received = bool(flag)
-        return self._received
+        if place.world_size == 1:
+            return self._received
+        # On the CPU, so that no rank waits for its GPU here.
+        if not hasattr(self, "_group"):
+            self._group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
+        flag = torch.tensor(int(self._received))
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
+        # What the ranks agreed on. A signal that has come meanwhile is theirs to hear of after the next step.
+        return bool(flag)

@@ -28,6 +28,7 @@ from dist_train.train.checkpoint import newest_checkpoint, read_state
 from dist_train.train.engine import build_engine, init_process_group
 from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
+from dist_train.train.ranks import StopSignal
 from dist_train.train.step import TrainStep, make_forward
 from tests.conftest import REPOSITORY, write_shard_set
 
@@ -138,6 +139,23 @@ def test_ranks_whose_launcher_is_killed_save_and_end(shards: Path, tmp_path: Pat
     _, alive = psutil.wait_procs(ranks, 60)
     assert not alive
     assert read_state(newest_checkpoint(tmp_path / "run")).step == steps_done(tmp_path / "run")
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_is_heard_after_the_next_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Most of the time that a rank waits for the others it waits there."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
+    try:
+        stop = StopSignal(60)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        assert not stop.requested(Place(0, 2, 2))
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+        assert stop.requested(Place(0, 2, 2))
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), before, strict=True):
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------- SLURM
