@@ -54,6 +54,8 @@ def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
 
 
 def _recipe_parser() -> jsonargparse.ArgumentParser:
+    # The meaning of a key is the text below it in its section; --help prints it.
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog="dist-train train", exit_on_error=False)
     parser.add_argument("--config", action="config", help="a recipe; may be given several times")
     parser.add_argument("--resume", default="none", help="auto (the newest checkpoint of the run), none, or a folder")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import itertools
 import shlex
 from pathlib import Path
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_train.cli import main, parse_recipe
+from dist_train import config
+from dist_train.cli import KNOWN_KEYS, main, parse_recipe
 from dist_train.errors import UseError
 from dist_train.models.build import build_model
 from tests.conftest import REPOSITORY
@@ -122,3 +125,19 @@ def test_every_different_model_of_the_paper_is_built() -> None:
         for recipe in different.values():
             vocabulary = 30_522 if recipe.model.text_tokens else 0
             build_model(recipe.model, recipe.data.image_size, 3_263, vocabulary)
+
+
+def test_help_says_what_each_key_means(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = "".join(capsys.readouterr().out.split())  # lines are broken anywhere
+    meanings = [
+        text.value.value
+        for section in ast.parse(inspect.getsource(config)).body
+        if isinstance(section, ast.ClassDef)
+        for key, text in itertools.pairwise(section.body)
+        if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr)
+    ]
+    assert len(meanings) == len(KNOWN_KEYS)
+    for meaning in meanings:
+        assert "".join(meaning.split()) in said, meaning
