@@ -173,7 +173,7 @@ def test_a_finished_engine_holds_nothing(options: list[str], monkeypatch: pytest
 
 
 def test_a_step_at_zero_0_calls_nothing_of_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its engine took a third of a small step's time on the host."""
+    """Its engine took two fifths of a small step's time on the host."""
     monkeypatch.setitem(VIT_SIZES, "tiny", NARROW)
     called: set[str] = set()
 
