@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -22,6 +23,7 @@ from nvidia.dali import backend
 
 from benchmarks import ifa
 from benchmarks.bare import bare_step
+from benchmarks.gpu_profile import kernels_of
 from benchmarks.memory import allocated, peak_mb
 from benchmarks.own_step import OwnStep, synthetic_batch
 from benchmarks.peers import PREPARED, Task, dali_native
@@ -35,6 +37,7 @@ from dist_train.train.meters import forget_peak_memory, memory_figures, synchron
 
 Row = dict[str, Any]
 WARM_UP = 3  # steps of each contestant: the first is looked at, the second compiles, all allocate
+PROFILED = 3  # steps whose kernels are looked at
 ENERGY_S = 1.0  # of steps; a GPU's counter moves every tenth of a second or so
 
 
@@ -107,6 +110,11 @@ def steps_of(point: Row, let_go: ExitStack) -> Row:
         row |= {"ifa_ms": median_ms(times["ifa"]), "ifa_over_cls": ratio(times["ifa"], times["own"])}
         row |= {"ifa_over_cls_lowest": min(turns), "ifa_over_cls_highest": max(turns)}
 
+    profiles = (
+        {}
+        if device.type != "cuda"
+        else {which: kernels_of(partial(step, 0), PROFILED) for which, step in alike.items()}
+    )
     seconds = float(np.median(np.concatenate(times["own"])))
     if point["record"] and device.type == "cuda":
         own.record()
@@ -116,12 +124,14 @@ def steps_of(point: Row, let_go: ExitStack) -> Row:
         row |= {"graphs_ms": median_ms(times["own"]), "graphs_images_per_s": per_second(batch, times["own"])}
         for which in graphed:
             row |= {f"{which}_ms": median_ms(times[which]), f"over_{which}": ratio(times["own"], times[which])}
+        graphs = {"graphs": "own"} | {which: which for which in graphed}
+        profiles |= {name: kernels_of(partial(contestants[which], 0), PROFILED) for name, which in graphs.items()}
         seconds = min(seconds, float(np.median(np.concatenate(times["own"]))))
     row |= utilisation(recipe, own.flops, seconds, device)
     row["joules_per_image"] = joules_per_image(lambda: own(batches), batch, seconds, device)
     if point["loaded"]:
         row |= beside_loading(own, batches, loaded, point["loaded_steps"])
-    return row
+    return row | {"profiles": profiles or None}
 
 
 def beside_loading(own: OwnStep, batches: Iterator[Batch], loaded: Iterator[Batch], steps: int) -> Row:
@@ -189,7 +199,10 @@ def measure_loader(point: Row) -> Row:
     row |= {"cpu_s_per_1000": round(float(np.median(cpu["own"])), 4)}
     row |= {"dali_cpu_s_per_1000": round(float(np.median(cpu["dali"])), 4)}
     row |= {"cpu_over_dali": round(float(np.median(cpu["own"]) / np.median(cpu["dali"])), 4)}
-    return row | figures | {"jpeg_engine_busy_highest": max(highest, default=None)}
+    row |= figures | {"jpeg_engine_busy_highest": max(highest, default=None)}
+    if on_gpu:
+        row["profiles"] = {name: kernels_of(partial(next, stream), PREPARED) for name, stream in streams.items()}
+    return row
 
 
 def take(stream: Iterator[Any], batches: int, device: torch.device) -> tuple[float, float]:

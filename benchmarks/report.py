@@ -114,8 +114,8 @@ def render_report() -> str:
     lines = [
         "# Results",
         "",
-        "Written by `python -m benchmarks report` from the JSON files in `results/`; with all figures on one page in "
-        "[results.html](results.html).",
+        "Written by `python -m benchmarks report` from the JSON files in `results/`, with `results.html`, a page that "
+        "has all figures and is not committed.",
         "",
         "| result | in short |",
         "|---|---|",

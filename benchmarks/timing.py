@@ -14,7 +14,18 @@ from dist_train.train.meters import synchronize
 
 Step = Callable[[int], Any]
 # What tells a point from another says which it is; the line of its row repeats none of it.
-_NAMED = ("what", "arm", "backbone", "head", "text_tokens", "image_size", "batch_size", "micro_batch", "precision")
+_NAMED = (
+    "what",
+    "arm",
+    "profiles",
+    "backbone",
+    "head",
+    "text_tokens",
+    "image_size",
+    "batch_size",
+    "micro_batch",
+    "precision",
+)
 
 
 def timed(step: Step, warmup: int, steps: int, device: torch.device) -> list[float]:
