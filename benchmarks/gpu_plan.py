@@ -114,7 +114,6 @@ def plan(scale: Scale, shards: str) -> list[Point]:
         steps(scale, base, first, precision="bf16", bare={"bare_pure": ("pure", "none")}, turns=3, seconds=6),
         loader(scale, shards, "cpu", smoke=True),
         loader(scale, shards, "gpu", threads=4),
-        loader(scale, shards, "gpu", decoder="exact"),
         steps(scale, base, first, precision="bf16", zero_stage=1, turns=3, seconds=6),
         steps(scale, large, first, compile=True, precision="bf16", bare={"bare_pure": ("pure", "blocks")}, seconds=80),
     ]
@@ -201,17 +200,13 @@ def loader(
     device: str,
     *,
     threads: int = 0,
-    needs_gpu: bool = False,
     smoke: bool = False,
-    **data: Any,
 ) -> Point:
-    """The training loader in turns with DALI's usual pipeline on the same threads (0: all cores). data: more of the
-    recipe's section."""
+    """The training loader in turns with DALI's usual pipeline on the same threads (0: all cores)."""
     batch = scale.batches[0]
     recipe = recipe_of(scale, ModelConfig(backbone=scale.base), batch, "bf16_autocast", 0, shards)
-    recipe = replace(recipe, data=replace(recipe.data, device=device, threads=threads, **data))
+    recipe = replace(recipe, data=replace(recipe.data, device=device, threads=threads))
     what = f"loader: on the {device.upper()}, batch {batch}" + (f", {threads} threads" if threads else "")
-    what += "".join(f", {key} {value}" for key, value in data.items())
     arguments = {"recipe": asdict(recipe), "turns": 3, "batches": scale.loader_batches}
     return Point(what, "loader", arguments, 10, f"loader {device}", device == "gpu", smoke=smoke)
 

@@ -177,7 +177,7 @@ def measure_loader(point: Row) -> Row:
     threads = recipe.data.threads or len(os.sched_getaffinity(0))
     data, batch = recipe.data, recipe.train.batch_size
     row: Row = {"loader": "this project", "batch_size": batch, "image_size": data.image_size, "threads": threads}
-    row |= {"data_device": "gpu" if on_gpu else "cpu", "data_decoder": data.decoder if on_gpu else None}
+    row["data_device"] = "gpu" if on_gpu else "cpu"
     row |= decoder(on_gpu)
     own, _, figures = load(recipe, place)
     task = Task(data.shards, data.image_size, data.crop_margin, batch, threads, "")

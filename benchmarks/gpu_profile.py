@@ -13,14 +13,14 @@ from torch.profiler import ProfilerActivity, profile
 
 # The first that the kernel's name matches. Compiled kernels say in their names which operators they make one of.
 KINDS = {
-    "copies": r"^Mem(cpy|set)|copy",
+    "compiled": r"^triton_(?!tem)",
+    "copies": r"^Mem(cpy|set)|copy|CatArray",
     "attention": r"flash|fmha|attention|softmax_warp",
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitK|cublas|triton_tem",
     "optimizer": r"multi_tensor|[Ff]used_?(SGD|sgd|[Aa]dam)",
     "layer norms": r"layer_?norm|LayerNorm|GammaBeta",
-    "compiled": r"^triton_",
     "JPEG": r"jpeg|nvjpg|huff|idct|ycc|upsampl|dct",
-    "sums": r"reduce",
+    "sums": r"reduce_kernel",
     "elementwise": r"elementwise",
 }
 _LONGEST = 8

@@ -32,8 +32,7 @@ def targets(rows: Sequence[Row], scale: Scale) -> list[Row]:
             found.append(_target(f"IFA over CLS, share of time, {backbone} batch {first}, {words}", 0.005, over))
     floats = values(rows, "ifa_over_cls_in_bdl", batch_size=first)
     found.append(_target(f"IFA over CLS, memory in (B, D, L) floats, batch {first}", 1.0, max_of(floats)))
-    # With the recipe's default: the exact decoder gives up speed for pixels.
-    loaders = {key: values(rows, key, data_decoder="fast") for key in ("over_dali", "cpu_over_dali")}
+    loaders = {key: values(rows, key, data_device="gpu") for key in ("over_dali", "cpu_over_dali")}
     found.append(_target("GPU loader over DALI's usual pipeline, images/s", 1.0, min_of(loaders["over_dali"]), True))
     found.append(_target("GPU loader over DALI's usual pipeline, host work", 1.0, max_of(loaders["cpu_over_dali"])))
     for backbone, limit in ((large, 1.02), (base, 1.04)):

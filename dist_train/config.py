@@ -62,11 +62,6 @@ class DataConfig:
     """Samples of a stream are shuffled within windows of this many."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes and augments; auto: the GPU if there is one."""
-    decoder: Literal["fast", "exact"] = "fast"
-    """How a GPU decodes JPEG. fast: whole images, in its hardware decoder where it has one; the halved colour planes of
-    usual JPEGs are enlarged by repeating their pixels, where the CPU blends them, which changes training images by 2 of
-    255 on average where baked ones are cut (at sharp edges of colour up to 77), by 0.2 to 1 where they are resized.
-    exact: blended as on the CPU, and of baked images only the crop is decoded; slower."""
     threads: int = 0
     """DALI's decode threads per rank. 0: the cores of this machine divided by its ranks."""
     prefetch: int = 2

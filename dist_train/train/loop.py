@@ -72,8 +72,15 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     """
     place = init_process_group(recipe.train.timeout_s)
     start_console_log(place.rank)
-    with Watch(place, recipe.train.timeout_s), held_run_folder(Path(recipe.train.run), place, resume):
-        _train(recipe, resume, place)
+    done = False
+    try:
+        with Watch(place, recipe.train.timeout_s), held_run_folder(Path(recipe.train.run), place, resume):
+            _train(recipe, resume, place)
+        done = True
+    finally:
+        # NCCL has warnings for a group that is left behind. A rank that fails alone does not wait there for the others.
+        if place.device_id is not None and (done or place.world_size == 1):
+            torch.distributed.destroy_process_group()
 
 
 def _train(recipe: Recipe, resume: str, place: Place) -> None:

@@ -88,8 +88,9 @@ class MatrixProducts(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
-            # The last: of addmm the first is the bias, which is no part of the product.
-            read = [value for value in args if isinstance(value, Tensor)][-1]
+            # The second is a factor in all of them: addmm's first is the bias, attention's last are the float32 sums of
+            # its softmax and the integer state of its random numbers.
+            read = [value for value in args if isinstance(value, Tensor)][1]
             self.flops[self._name(read)] += count(*args, **(kwargs or {}), out_val=out)
         return out
 

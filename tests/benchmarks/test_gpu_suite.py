@@ -241,7 +241,6 @@ def test_the_full_plan_names_every_point_once_and_has_what_the_issue_asks_for() 
         "step: vit_base_patch16 cls batch 256, bf16_autocast, 32 text tokens",
         "step: vit_base_patch16 cls batch 256, bf16",
         "loader: on the GPU, batch 256",
-        "loader: on the GPU, batch 256, decoder exact",
     } < set(whats)
     # ZeRO 3 changes torch for the whole process.
     assert all(point.arguments["recipe"]["deepspeed"]["zero_stage"] < 3 for point in points if point.kind == "steps")
@@ -262,10 +261,9 @@ def test_the_targets_are_computed_from_the_rows() -> None:
         base | compiled | {"over_bare": 1.04, "over_model": 1.03, "data_wait_share": 0.002, "left_mb": 3.0},
         base | compiled | {"batch_size": 16, "graphs_images_per_s": 3400.0, "left_mb": 40.0},
         base | eager | {"over_model": 2.0, "data_wait_share": 0.02, "ifa_over_cls_in_bdl": 0.9},
-        {"what": "loader", "data_decoder": "fast", "over_dali": 1.2, "cpu_over_dali": 0.8},
-        {"what": "loader", "data_decoder": "fast", "over_dali": 0.9, "cpu_over_dali": None},
-        {"what": "loader", "data_decoder": "exact", "over_dali": 0.2},
-        {"what": "loader", "data_decoder": None, "over_dali": 0.1, "first_batch_s": 7.0},
+        {"what": "loader", "data_device": "gpu", "over_dali": 1.2, "cpu_over_dali": 0.8},
+        {"what": "loader", "data_device": "gpu", "over_dali": 0.9, "cpu_over_dali": None},
+        {"what": "loader", "data_device": "cpu", "over_dali": 0.1, "first_batch_s": 7.0},
         {"what": RUN, "first_batch_s": 0.6},
         {"what": PRODUCTS, "cls_bf16": 1.0, "vilt_bf16_autocast": 0.98},
     ]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from nvidia import nvimgcodec
 from nvidia.dali.pipeline import pipeline_def
 from PIL import Image
 
@@ -17,8 +15,6 @@ from dist_train.config import DataConfig
 from dist_train.data.augment import Augmentation, draw_augmentation, no_augmentation
 from dist_train.data.graph import crop_input, gpu_graph, gpu_inputs
 from dist_train.data.pipeline import ImagePipeline
-from shards.demo import demo_records
-from shards.images import convert
 from tests.conftest import smooth_image
 
 CONFIG = DataConfig(image_size=96, crop_margin=24, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
@@ -73,7 +69,6 @@ def denormalised(pixels: NDArray[np.float32], config: DataConfig) -> NDArray[np.
     return 255 * (pixels.astype(np.float64) * std + mean)
 
 
-@pytest.mark.parametrize("decoder", ["fast", "exact"])
 @pytest.mark.parametrize(
     "train, baked, mean, highest",
     [
@@ -85,63 +80,13 @@ def denormalised(pixels: NDArray[np.float32], config: DataConfig) -> NDArray[np.
     ids=["cut", "resized", "evaluation", "evaluation as it is"],
 )
 def test_the_gpus_graph_has_the_pixels_of_the_compiled_passes(
-    decoder: str, train: bool, baked: int | None, mean: float, highest: float
+    train: bool, baked: int | None, mean: float, highest: float
 ) -> None:
-    config = replace(CONFIG, decoder=decoder)
     sizes = [(baked, baked)] * 8 if baked else [(200, 130), (96, 96), (50, 300), (120, 120)] * 2
     images = [photo_like(i, *size) for i, size in enumerate(sizes)]
     samples = np.arange(len(images))
-    augmentation = draw_augmentation(config, 5, np.zeros_like(samples), samples) if train else no_augmentation(8)
-    one, other = (make(images, augmentation, config, train, baked) for make in (compiled, of_gpu_graph))
-    assert one.shape == other.shape == (8, 3, config.image_size, config.image_size)
+    augmentation = draw_augmentation(CONFIG, 5, np.zeros_like(samples), samples) if train else no_augmentation(8)
+    one, other = (make(images, augmentation, CONFIG, train, baked) for make in (compiled, of_gpu_graph))
+    assert one.shape == other.shape == (8, 3, CONFIG.image_size, CONFIG.image_size)
     assert np.abs(one - other).mean() < mean
     assert np.abs(one - other).max() < highest
-
-
-# ---------------------------------------------------------------------- what data.decoder changes
-
-
-def decoded(jpeg: bytes, fancy_upsampling: bool) -> NDArray[np.uint8]:
-    """Pixels of nvImageCodec, DALI's decoder; DALI's operator for the CPU has no way to switch the blending off."""
-    decoder = nvimgcodec.Decoder(
-        device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
-        backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
-        options=f":fancy_upsampling={int(fancy_upsampling)}",
-    )
-    return np.asarray(decoder.decode(np.frombuffer(jpeg, np.uint8)).cpu())
-
-
-def upsampling_difference(jpegs: list[bytes], side: int | None) -> tuple[float, float]:
-    """Mean and highest absolute difference, of 255, that repeated instead of blended colour planes make in training
-    images; cut from images baked to `side`, or resized."""
-    config = DataConfig(image_size=96, crop_margin=24)
-    samples = np.arange(len(jpegs))
-    augmentation = draw_augmentation(config, 0, np.zeros_like(samples), samples)
-    blended, repeated = (
-        compiled([png(decoded(jpeg, fancy)) for jpeg in jpegs], augmentation, config, True, side)
-        for fancy in (True, False)
-    )
-    difference = np.abs(repeated - blended)
-    return float(difference.mean()), float(difference.max())
-
-
-# What data.decoder fast changes: (mean, highest) of 255, over 91 photos of about 350 px and 84 drawings of 160 px. It
-# is most where the enlarged planes are not shrunk again.
-MEASURED = {
-    ("photos", SQUARE): (1.81, 77),
-    ("photos", None): (0.23, 14),
-    ("drawn", SQUARE): (2.12, 64),
-    ("drawn", None): (1.04, 41),
-}
-
-
-@pytest.mark.parametrize("kind, side", MEASURED)
-def test_repeated_colour_planes_change_this_much(request: pytest.FixtureRequest, kind: str, side: int | None) -> None:
-    if kind == "photos":
-        folder = request.getfixturevalue("shared_data") / "grocery"
-        jpegs = [file.read_bytes() for file in sorted(folder.rglob("*.jpg"))[::60]]
-    else:
-        jpegs = [record.read() for record in demo_records(characters=20, pictures=1000, size=160)[::12]]
-    if side:
-        jpegs = [convert(jpeg, side) for jpeg in jpegs]
-    assert upsampling_difference(jpegs, side) == pytest.approx(MEASURED[kind, side], rel=0.1)

@@ -226,3 +226,36 @@ def test_recipes_of_runs_from_before_compile_had_modes_are_read(tmp_path: Path) 
     for old, new in (("false", "none"), ("true", "kernels")):
         (tmp_path / "recipe.yaml").write_text(f"model:\n  compile: {old}\n")
         assert recipe_from_run(tmp_path).model.compile == new
+
+
+def attention(name: str, gradient: bool) -> None:
+    """One of the operators that SDPA becomes on a GPU, of bf16 tensors that are none (device meta)."""
+    factors = [torch.empty(2, 3, 8, 16, dtype=torch.bfloat16, device="meta") for _ in range(5)]
+    sums = torch.empty(2, 3, 8, dtype=torch.float32, device="meta")
+    state = torch.empty((), dtype=torch.int64, device="meta")
+    aten = torch.ops.aten
+    if name == "flash" and not gradient:
+        aten._scaled_dot_product_flash_attention(*factors[:3])
+    elif name == "flash":
+        aten._scaled_dot_product_flash_attention_backward(*factors, sums, None, None, 8, 8, 0.0, False, state, state)
+    elif name == "efficient" and not gradient:
+        aten._scaled_dot_product_efficient_attention(*factors[:3], None, True)
+    elif name == "efficient":
+        aten._scaled_dot_product_efficient_attention_backward(
+            *factors[:4], None, factors[4], sums, state, state, 0.0, [True, True, True, False]
+        )
+    elif not gradient:
+        aten._scaled_dot_product_cudnn_attention(*factors[:3], None, True)
+    else:
+        aten._scaled_dot_product_cudnn_attention_backward(
+            *factors, sums, state, state, None, None, None, 8, 8, 0.0, False
+        )
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("name", ["flash", "efficient", "cudnn"])
+def test_a_gpus_attention_is_counted_by_its_factors(name: str, gradient: bool) -> None:
+    """It also reads float32 sums and, last, the integer state of its random numbers."""
+    with MatrixProducts() as products:
+        attention(name, gradient)
+    assert list(products.flops) == ["bf16"]
