@@ -70,10 +70,13 @@ def _run(options: argparse.Namespace, begin: float) -> int:
     def write(rows: list[Row]) -> None:
         result.write_result("gpu", name, parameters, rows, {"command": command, "targets": targets(rows, scale)})
 
-    with Worker() as worker, Worker() as beside:
+    with Worker() as worker:
 
         def measure(point: Point, limit: float) -> Row:
-            return (beside if point.ahead else worker).measure(point.kind, point.arguments, limit)
+            if not point.ahead:
+                return worker.measure(point.kind, point.arguments, limit)
+            with Worker() as beside:
+                return beside.measure(point.kind, point.arguments, limit)
 
         kept = result.finished_rows("gpu", name, parameters)
         rows = run_points(points, kept, begin + options.budget, gpu, measure, write)

@@ -24,13 +24,13 @@ from nvidia.dali import backend
 from benchmarks import ifa
 from benchmarks.bare import bare_step
 from benchmarks.gpu_profile import kernels_of
-from benchmarks.memory import allocated, peak_mb
+from benchmarks.memory import allocated, free_memory, peak_mb
 from benchmarks.own_step import OwnStep, synthetic_batch
 from benchmarks.peers import PREPARED, Task, dali_native
 from benchmarks.step import PAPER_CLASSES, SYNTHETIC_VOCABULARY, describe, load, recipe_from_dict, utilisation
 from benchmarks.timing import EnergyMeter, median_ms, ratio, timed, timed_in_turns
 from dist_train.config import Recipe
-from dist_train.data.loader import Batch
+from dist_train.data.loader import Batch, Place
 from dist_train.models.backbones import timm_name, vit_shape
 from dist_train.train.engine import init_process_group, torch_device
 from dist_train.train.meters import forget_peak_memory, memory_figures, synchronize
@@ -59,11 +59,10 @@ def steps_of(point: Row, let_go: ExitStack) -> Row:
     recipe = recipe_from_dict(point["recipe"])
     place = init_process_group()
     batch = recipe.train.batch_size
-    vocabulary = SYNTHETIC_VOCABULARY if recipe.model.text_tokens else 0
     row: Row = describe(recipe, "synthetic")
 
     begin, base = time.perf_counter(), allocated(torch_device(place))
-    own = let_go.enter_context(closing(OwnStep(recipe, place, PAPER_CLASSES, vocabulary, graphs=False)))
+    own = let_go.enter_context(closing(own_step(recipe, place, recipe.model.head)))
     device = own.device
     synthetic = synthetic_batch(recipe, batch, PAPER_CLASSES, device)
     batches = repeat(synthetic)
@@ -81,17 +80,13 @@ def steps_of(point: Row, let_go: ExitStack) -> Row:
 
     contestants: dict[str, Callable[[int], Any]] = {"own": lambda _: own(batches)}
     if point["ifa"]:
-        ifa_recipe = replace(recipe, model=replace(recipe.model, head="ifa"))
-        with_ifa = let_go.enter_context(closing(OwnStep(ifa_recipe, place, PAPER_CLASSES, graphs=False)))
+        with_ifa = let_go.enter_context(closing(own_step(recipe, place, "ifa")))
         contestants["ifa"] = lambda _: with_ifa(batches)
         warm_up(contestants["ifa"], device)
         row |= ifa_memory(recipe, lambda: own(batches), lambda: with_ifa(batches), device)
-    name, arguments = timm_name(recipe.model.backbone, recipe.data.image_size)
-    for which, (arithmetic, compile) in point["bare"].items():
+    for which, how in point["bare"].items():
         base = allocated(device)
-        images, labels = synthetic.images, synthetic.labels
-        pure = arithmetic == "pure"
-        step = bare_step(name, arguments, PAPER_CLASSES, images, labels, pure=pure, compile=compile)
+        step = bare_contestant(recipe, synthetic, how)
         contestants[which] = lambda _, step=step: step()
         warm_up(contestants[which], device)
         if not which.endswith("graphs"):  # what a graph holds is no part of the allocator's peak
@@ -110,11 +105,9 @@ def steps_of(point: Row, let_go: ExitStack) -> Row:
         row |= {"ifa_ms": median_ms(times["ifa"]), "ifa_over_cls": ratio(times["ifa"], times["own"])}
         row |= {"ifa_over_cls_lowest": min(turns), "ifa_over_cls_highest": max(turns)}
 
-    profiles = (
-        {}
-        if device.type != "cuda"
-        else {which: kernels_of(partial(step, 0), PROFILED) for which, step in alike.items()}
-    )
+    profiles: dict[str, Row] = {}
+    if device.type == "cuda":
+        profiles = {which: kernels_of(partial(step, 0), PROFILED) for which, step in alike.items()}
     seconds = float(np.median(np.concatenate(times["own"])))
     if point["record"] and device.type == "cuda":
         own.record()
@@ -132,6 +125,44 @@ def steps_of(point: Row, let_go: ExitStack) -> Row:
     if point["loaded"]:
         row |= beside_loading(own, batches, loaded, point["loaded_steps"])
     return row | {"profiles": profiles or None}
+
+
+def compile_points(point: Row) -> Row:
+    """Compile all that points of kind `steps` will measure, one after the other, and throw it away: torch keeps the
+    kernels on disk, for whoever compiles the same. point: points, as `gpu_plan.steps` makes their arguments."""
+    place = init_process_group()
+    device = torch_device(place)
+    for arguments in point["points"]:
+        recipe = recipe_from_dict(arguments["recipe"])
+        batch = synthetic_batch(recipe, recipe.train.batch_size, PAPER_CLASSES, device)
+        batches = repeat(batch)
+        for head in (recipe.model.head, "ifa") if arguments["ifa"] else (recipe.model.head,):
+            with closing(own_step(recipe, place, head)) as own:
+                own.train_step.products = "not looked at"  # the first step would else be one that compiles nothing
+                warm_up(lambda _, own=own, batches=batches: own(batches), device)
+            del own
+            free_memory()
+        for how in arguments["bare"].values():
+            step = bare_contestant(recipe, batch, how)
+            warm_up(lambda _, step=step: step(), device)
+            del step
+            free_memory()
+    return {"points": len(point["points"])}
+
+
+def own_step(recipe: Recipe, place: Place, head: str) -> OwnStep:
+    """The recipe's step with a head, not as a CUDA graph."""
+    vocabulary = SYNTHETIC_VOCABULARY if recipe.model.text_tokens else 0
+    recipe = replace(recipe, model=replace(recipe.model, head=head))
+    return OwnStep(recipe, place, PAPER_CLASSES, vocabulary, graphs=False)
+
+
+def bare_contestant(recipe: Recipe, batch: Batch, how: tuple[str, str]) -> Callable[[], Any]:
+    """The plain loop's step of the recipe's model. how: autocast or pure, and what compiles it."""
+    arithmetic, compile = how
+    name, arguments = timm_name(recipe.model.backbone, recipe.data.image_size)
+    pure = arithmetic == "pure"
+    return bare_step(name, arguments, PAPER_CLASSES, batch.images, batch.labels, pure=pure, compile=compile)
 
 
 def beside_loading(own: OwnStep, batches: Iterator[Batch], loaded: Iterator[Batch], steps: int) -> Row:
@@ -217,7 +248,11 @@ def take(stream: Iterator[Any], batches: int, device: torch.device) -> tuple[flo
     return time.perf_counter() - begin, time.process_time() - before
 
 
-KINDS: dict[str, Callable[[Row], Row]] = {"steps": measure_steps, "loader": measure_loader}
+KINDS: dict[str, Callable[[Row], Row]] = {
+    "steps": measure_steps,
+    "compile": compile_points,
+    "loader": measure_loader,
+}
 
 
 def warm_up(step: Callable[[int], Any], device: torch.device) -> None:

@@ -138,7 +138,7 @@ def main() -> None:
 
 def kinds_of(kind: str) -> dict[str, Callable[[Row], Row]]:
     """What measures a kind of point, among others; only what is needed is imported."""
-    module = {"steps": "points", "loader": "points", "run": "run"}.get(kind, "checks")
+    module = {"steps": "points", "compile": "points", "loader": "points", "run": "run"}.get(kind, "checks")
     return importlib.import_module(f"benchmarks.gpu_{module}").KINDS
 
 

@@ -186,15 +186,19 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
         batches = iter(train_loader(state.samples_consumed))
         loss_since_log = torch.zeros((), device=device)
         last: dict[str, Evaluation] = {}
+        eval_loaders: dict[str, EvalLoader] = {}
 
         def measure(split: str) -> None:
             """Evaluate the raw weights, and the averaged ones as SPLIT_ema; record both."""
-            last[split] = evaluate_split(split, recipe, manifest, place, tokenizer, engine, forward)
+            if split not in eval_loaders:
+                eval_loaders[split] = eval_loader(split, recipe, manifest, place, tokenizer)
+            loader = eval_loaders[split]
+            last[split] = evaluate_split(loader, engine, forward)
             record.evaluation(evaluation_figures(split, state.step, last[split]))
             if average is not None:
                 name = f"{split}_ema"
                 with average.applied():
-                    last[name] = evaluate_split(split, recipe, manifest, place, tokenizer, engine, forward)
+                    last[name] = evaluate_split(loader, engine, forward)
                 record.evaluation(evaluation_figures(name, state.step, last[name]))
 
         meter.reset()
@@ -283,17 +287,11 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
     log.info("done: %s (tensorboard --logdir %s)", run / "summary.json", run / "tensorboard")
 
 
-def evaluate_split(
-    split: str,
-    recipe: Recipe,
-    manifest: Manifest,
-    place: Place,
-    tokenizer: TagTokenizer | None,
-    model: nn.Module,
-    forward: Forward,
-) -> Evaluation:
-    """Evaluate the model on a split, in eval mode."""
-    loader = EvalLoader(
+def eval_loader(
+    split: str, recipe: Recipe, manifest: Manifest, place: Place, tokenizer: TagTokenizer | None
+) -> EvalLoader:
+    """The batches of a split, for any number of evaluations in the run."""
+    return EvalLoader(
         recipe.data,
         manifest,
         split,
@@ -302,8 +300,12 @@ def evaluate_split(
         tokenizer=tokenizer,
         quarantine=Path(recipe.train.run) / QUARANTINE_NAME,
     )
+
+
+def evaluate_split(loader: EvalLoader, model: nn.Module, forward: Forward) -> Evaluation:
+    """Evaluate the model on a loader's split, in eval mode."""
     model.eval()
-    result = evaluate(forward, loader, manifest.split(split).samples)
+    result = evaluate(forward, loader, loader.fetcher.split.samples)
     model.train()
     return result
 

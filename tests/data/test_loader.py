@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from dist_train.config import DataConfig
+from dist_train.data import loader as loader_module
 from dist_train.data.loader import Batch, EvalLoader, Place, TrainLoader
 from dist_train.data.manifest import read_manifest
+from dist_train.data.pipeline import ImagePipeline
 from dist_train.errors import UseError, WorkError
 from tests.conftest import CLASSES, jpeg_bytes
 
@@ -164,6 +169,34 @@ def test_an_undecodable_image_in_evaluation_keeps_its_place(shard_set: MakeSet) 
     batches = list(loader)
     assert [int(s) for b in batches for s in b.samples] == list(range(9))
     assert torch.cat([b.weights for b in batches]).tolist() == [float(i != 4) for i in range(9)]
+
+
+@pytest.mark.parametrize("samples, bad, built", [(9, (), 1), (3, (), 1), (9, (1,), 2), (9, (8,), 3)])
+def test_an_evaluation_made_again_has_the_same_batches_of_the_same_pipeline(
+    shard_set: MakeSet, monkeypatch: pytest.MonkeyPatch, samples: int, bad: tuple[int, ...], built: int
+) -> None:
+    """An image that cannot be decoded costs the first way through its pipeline; one for the last batch alone is no use
+    for the next."""
+    made: list[int] = []
+
+    class Counted(ImagePipeline):
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
+            made.extend([0] if more["batch_size"] > 1 else [])  # not those that look for the bad one
+
+    monkeypatch.setattr(loader_module, "ImagePipeline", Counted)
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20), (1, 2, 3)).save(file, "PNG")
+    png = file.getvalue()
+    damaged = png[:45] + bytes(4) + png[49:]  # in its pixels, which only decoding shows
+    config = config_for(shard_set({"val": [samples]}, replace={i: damaged for i in bad}))
+    loader = EvalLoader(config, read_manifest(config.shards), "val", Place(), batch_size=4)
+    first, second, third = (contents(list(loader)) for _ in range(3))
+    assert set(first) == set(range(samples))
+    for sample, (pixels, label) in first.items():
+        for again in (second, third):
+            assert np.array_equal(again[sample][0], pixels) and again[sample][1] == label
+    assert len(made) == built
 
 
 def test_a_missing_shard_ends_the_run_with_its_name(shard_set: MakeSet) -> None:
