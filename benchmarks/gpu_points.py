@@ -111,14 +111,24 @@ def steps_of(point: Row, let_go: ExitStack) -> Row:
     seconds = float(np.median(np.concatenate(times["own"])))
     if point["record"] and device.type == "cuda":
         own.record()
-        contestants = {"own": lambda _: own(batches)} | {which: contestants[which] for which in graphed}
-        warm_up(contestants["own"], device)
+        recorded = {"own": contestants["own"]}
+        if point["ifa"]:
+            with_ifa.record()
+            recorded["ifa"] = contestants["ifa"]
+        for step in recorded.values():
+            warm_up(step, device)
+        contestants = recorded | {which: contestants[which] for which in graphed}
         times = timed_in_turns(contestants, point["turns"], 1, point["steps"], device)
+        if point["ifa"]:
+            row |= {"ifa_graphs_ms": median_ms(times["ifa"])}
+            row |= {"ifa_over_cls_graphs": ratio(times["ifa"], times["own"])}
         row |= {"graphs_ms": median_ms(times["own"]), "graphs_images_per_s": per_second(batch, times["own"])}
         for which in graphed:
             row |= {f"{which}_ms": median_ms(times[which]), f"over_{which}": ratio(times["own"], times[which])}
-        graphs = {"graphs": "own"} | {which: which for which in graphed}
-        profiles |= {name: kernels_of(partial(contestants[which], 0), PROFILED) for name, which in graphs.items()}
+        names = {"own": "graphs", "ifa": "ifa_graphs"}
+        profiles |= {
+            names.get(which, which): kernels_of(partial(step, 0), PROFILED) for which, step in contestants.items()
+        }
         seconds = min(seconds, float(np.median(np.concatenate(times["own"]))))
     row |= utilisation(recipe, own.flops, seconds, device)
     row["joules_per_image"] = joules_per_image(lambda: own(batches), batch, seconds, device)
@@ -170,16 +180,17 @@ def beside_loading(own: OwnStep, batches: Iterator[Batch], loaded: Iterator[Batc
 
     A turn begins after as many steps as the loader may have prepared batches meanwhile.
     """
-    waits: list[float] = []
+    waited: list[float] = []  # before each turn, and where its steps begin to count
 
     def on_loaded(number: int) -> None:
-        before = own.meter.data_wait
+        if number in (0, PREPARED):
+            waited.append(own.meter.data_wait())
         own(loaded)
-        if number >= PREPARED:
-            waits.append(own.meter.data_wait - before)
 
     contestants = {"model": lambda _: own(batches), "loaded": on_loaded}
     times = timed_in_turns(contestants, 2, PREPARED, steps, own.device)
+    waited.append(own.meter.data_wait())
+    waits = [after - before for before, after in zip(waited[1::2], waited[2::2], strict=True)]
     total = sum(map(sum, times["loaded"]))
     return {
         "loaded_ms": median_ms(times["loaded"]),

@@ -25,9 +25,10 @@ def targets(rows: Sequence[Row], scale: Scale) -> list[Row]:
     found.append(_target(f"images/s in a CUDA graph, {base} batch {last}", 3300, max(rates, default=None), True))
     memory = values(rows, "memory_over_bare", large, first, compile="none")
     found.append(_target(f"peak memory over a plain loop's, {large} batch {first}", 1.1, max_of(memory)))
+    launched = (("none", "ifa_over_cls", "eager"), ("kernels", "ifa_over_cls", "compiled"))
     for backbone in (large, base):
-        for compile, words in (("none", "eager"), ("kernels", "compiled")):
-            time = max_of(values(rows, "ifa_over_cls", backbone, first, compile=compile))
+        for compile, key, words in (*launched, ("kernels", "ifa_over_cls_graphs", "compiled in a CUDA graph")):
+            time = max_of(values(rows, key, backbone, first, compile=compile))
             over = None if time is None else round(time - 1, 4)
             found.append(_target(f"IFA over CLS, share of time, {backbone} batch {first}, {words}", 0.005, over))
     floats = values(rows, "ifa_over_cls_in_bdl", batch_size=first)

@@ -156,7 +156,7 @@ def _measure(recipe: Recipe, arm: Arm, warmup: int, steps: int, let_go: ExitStac
     times = timed(step, warmup, steps, device)
     joules = energy.read()
     figures = step_figures(times, recipe.train.batch_size)
-    figures |= {"data_wait_share": round(own.meter.data_wait / sum(times), 4)} | memory_figures(device) | loaded
+    figures |= {"data_wait_share": round(own.meter.data_wait() / sum(times), 4)} | memory_figures(device) | loaded
     figures["memory_mb"] = max(figures["memory_mb"], round(own.meter.recorded_mb, 1))
     figures["matrix_products"] = own.products
     # What follows takes memory of its own.

@@ -168,6 +168,7 @@ def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int, parame
 def _buckets(zero_stage: int, world_size: int, parameters: int) -> dict[str, Any]:
     """How ZeRO collects gradients; `python -m benchmarks engine` measures what it saves."""
     bucket = min(max(parameters // 10, _SMALLEST_BUCKET), _LARGEST_BUCKET)
+    bucket -= bucket % 2  # DeepSpeed refuses odd ones
     return {
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,

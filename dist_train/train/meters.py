@@ -7,6 +7,7 @@ import platform
 import resource
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -151,6 +152,19 @@ def find_stragglers(own_ms: list[float]) -> dict[int, float]:
     return {rank: time / usual for rank, time in enumerate(own_ms) if time > _STRAGGLES * usual}
 
 
+@dataclass(frozen=True)
+class _Wait:
+    """For one batch: how long the host waited, and from where to where the GPU had nothing to do."""
+
+    host: float
+    idle_from: torch.cuda.Event
+    idle_to: torch.cuda.Event
+
+    def seconds(self) -> float:
+        """What it held up: the host alone may be slow between two steps, the GPU alone has work meanwhile."""
+        return min(self.host, self.idle_from.elapsed_time(self.idle_to) / 1000)
+
+
 @dataclass
 class StepMeter:
     """Times the steps between two logged ones. flops_per_sample and peak (FLOP/s of all ranks) give the MFU."""
@@ -160,7 +174,6 @@ class StepMeter:
     peak: float
     steps: int = 0
     samples: int = 0
-    data_wait: float = 0.0
     forward: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     highest_mb: float = 0.0
@@ -168,13 +181,38 @@ class StepMeter:
     recorded_mb: float = 0.0
     """What a recorded pass took of memory: replayed, it takes nothing that torch would count."""
     _before_pause: float = 0.0  # of the steps since the reset, where evaluations came in between
+    _waited: float = 0.0
+    _on_gpu: deque[_Wait] = field(default_factory=deque)  # those that the GPU had not come to when it was looked at
 
     def wait(self, fetch: Callable[[], T]) -> T:
-        """Call `fetch` and count its time as data wait."""
+        """Call `fetch` and count its time as data wait; on a GPU only as far as that was idle.
+
+        There the host is ahead of the steps, most of all where they are CUDA graphs: it waits for batches that the GPU
+        does not need yet.
+        """
+        idle_from = self._mark()
         start = time.perf_counter()
         result = fetch()
-        self.data_wait += time.perf_counter() - start
+        waited = time.perf_counter() - start
+        if idle_from is None:
+            self._waited += waited
+        else:
+            self._on_gpu.append(_Wait(waited, idle_from, self._mark()))
+            while self._on_gpu and self._on_gpu[0].idle_to.query():
+                self._waited += self._on_gpu.popleft().seconds()
         return result
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """Where the GPU's work so far ends, on its own clock; None on the CPU."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def data_wait(self) -> float:
+        """Seconds that the steps waited for data since the reset, as far as the GPU has come; `synchronize` first."""
+        return self._waited + sum(wait.seconds() for wait in self._on_gpu if wait.idle_to.query())
 
     @contextmanager
     def in_forward(self) -> Iterator[None]:
@@ -205,7 +243,7 @@ class StepMeter:
         The whole step takes all ranks equally long, as they wait for each other in the backward pass. On a GPU the
         forward pass only counts as far as the host waits in it.
         """
-        return 1000 * (self.data_wait + self.forward) / self.steps
+        return 1000 * (self.data_wait() + self.forward) / self.steps
 
     def read(self) -> dict[str, float]:
         """Figures since the last reset: images_per_s, step_ms, data_wait_ms, mfu, and the memory."""
@@ -218,14 +256,15 @@ class StepMeter:
         return {
             "images_per_s": round(rate, 2),
             "step_ms": round(1000 * elapsed / self.steps, 2),
-            "data_wait_ms": round(1000 * self.data_wait / self.steps, 2),
+            "data_wait_ms": round(1000 * self.data_wait() / self.steps, 2),
             "mfu": round(rate * self.flops_per_sample / self.peak, 4),
         } | memory
 
     def reset(self) -> None:
         """Begin a new interval now."""
-        self.steps, self.samples, self.data_wait, self.forward = 0, 0, 0.0, 0.0
-        self._before_pause = 0.0
+        self.steps, self.samples, self.forward = 0, 0, 0.0
+        self._before_pause = self._waited = 0.0
+        self._on_gpu.clear()
         forget_peak_memory(self.device)
         self.started = time.perf_counter()
 

@@ -53,7 +53,7 @@ def from_rank_zero(function: Callable[[], T], place: Place) -> T:
 
 def warn_of_stragglers(meter: StepMeter, place: Place) -> None:
     """Log each rank whose own work takes more than 20 % longer than the others'."""
-    mine = (meter.own_ms(), 1000 * meter.data_wait / meter.steps, socket.gethostname())
+    mine = (meter.own_ms(), 1000 * meter.data_wait() / meter.steps, socket.gethostname())
     everyone = gather(mine, place)
     for rank, ratio in find_stragglers([own for own, _, _ in everyone]).items():
         own, wait, host = everyone[rank]

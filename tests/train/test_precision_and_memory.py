@@ -22,6 +22,7 @@ from dist_train.config import Recipe
 from dist_train.errors import UseError
 from dist_train.models.backbones import VIT_SIZES
 from dist_train.models.build import build_model
+from dist_train.train import engine as engine_module
 from dist_train.train.engine import build_engine, check_combination, deepspeed_settings, init_process_group
 from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
@@ -87,6 +88,24 @@ def test_fp16_scales_the_loss_and_follows_overflows(stage: int) -> None:
     assert settings.float16_config.enabled and not settings.bfloat16_config.enabled
     assert settings.float16_config.loss_scale == 0 and settings.float16_config.initial_scale_power == 16
     check_combination(recipe, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_starts_whatever_number_of_parameters_a_model_has(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed refuses buckets of an odd size, which a tenth of a ViT-L's parameters was."""
+    monkeypatch.setattr(engine_module, "_SMALLEST_BUCKET", 1)
+    recipe = recipe_of(Path(), [f"--deepspeed.zero_stage={stage}"])
+    for parameters in range(40):
+        buckets = deepspeed_settings(recipe, 1, BATCH, 303_301_000 + parameters)["zero_optimization"]
+        assert buckets["reduce_bucket_size"] % 2 == buckets["allgather_bucket_size"] % 2 == 0
+    started = 0
+    for classes in range(CLASSES, CLASSES + 10):  # each adds as many parameters as the model has channels, and one
+        model, _ = build_model(recipe.model, 32, classes, 0)
+        if sum(parameter.numel() for parameter in model.parameters()) // 10 % 2:
+            build_engine(model, recipe, init_process_group(), BATCH)
+            started += 1
+            break
+    assert started
 
 
 @pytest.mark.parametrize(
