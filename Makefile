@@ -19,7 +19,7 @@ demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" RANKS=$(RANKS) launch/demo.sh
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
