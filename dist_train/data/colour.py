@@ -64,6 +64,56 @@ def _mean_grey(planes: NDArray[np.uint8], brightness: np.float32) -> np.float32:
     return np.float32(total / (height * width))
 
 
+# Put in the place of each call, so that one with a constant that changes nothing becomes a loop without that change.
+@njit(inline="always", **_COMPILE)
+def _write(
+    planes: NDArray[np.uint8],
+    gain: np.float32,
+    rest: np.float32,
+    white: np.float32,
+    saturation: np.float32,
+    turn: np.float32,
+    scale: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    """out[c] = scale[c] * (plane c, from gain * value + rest up to white on, after saturation and turn) + shift[c].
+
+    turn: of the hue, in sixths of the circle, 0 to 6.
+    """
+    _, height, width = planes.shape
+    zero, one, two, high = np.float32(0), np.float32(1), np.float32(2), np.float32(255)
+    three, six = np.float32(3), np.float32(6)
+    reds, greens, blues = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
+    to_red, to_green, to_blue = out[0].reshape(-1), out[1].reshape(-1), out[2].reshape(-1)
+    own_grey, turn_of_green, turn_of_blue = one - saturation, turn + two, turn - two
+    for p in range(np.uint64(height * width)):
+        red = max(min(gain * reds[p] + rest, white), zero)
+        green = max(min(gain * greens[p] + rest, white), zero)
+        blue = max(min(gain * blues[p] + rest, white), zero)
+        if saturation != one:
+            grey = own_grey * (_OF_RED * red + _OF_GREEN * green + _OF_BLUE * blue)
+            red = max(min(saturation * red + grey, high), zero)
+            green = max(min(saturation * green + grey, high), zero)
+            blue = max(min(saturation * blue + grey, high), zero)
+        if turn != zero:
+            # HSV and back without a division. Hue is in sixths of the circle, times the chroma: red 0, green 2, blue
+            # -2. After the turn it lies from -3 to 3. Red is highest up to 1 away from its hue, lowest from 2 on,
+            # linear in between. So are green and blue, seen from the hues opposite to theirs, -1 and 1.
+            highest, lowest = max(max(red, green), blue), min(min(red, green), blue)
+            chroma = highest - lowest
+            hue = green - blue + turn * chroma
+            hue = blue - red + turn_of_green * chroma if green == highest else hue
+            hue = red - green + turn_of_blue * chroma if blue == highest else hue
+            hue = hue - six * chroma if hue > three * chroma else hue
+            red = max(min(highest + chroma - abs(hue), highest), lowest)
+            green = max(min(lowest - chroma + abs(hue + chroma), highest), lowest)
+            blue = max(min(lowest - chroma + abs(hue - chroma), highest), lowest)
+        to_red[p] = scale[0] * red + shift[0]
+        to_green[p] = scale[1] * green + shift[1]
+        to_blue[p] = scale[2] * blue + shift[2]
+
+
 @njit("void(uint8[:,:,:,::1], float32[:,::1], float32[::1], float32[::1], float32[:,:,:,::1])", **_COMPILE)
 def change_colours(
     pixels: NDArray[np.uint8],
@@ -79,7 +129,6 @@ def change_colours(
     """
     batch, height, width, _ = pixels.shape
     planes = np.empty((3, height, width), np.uint8)
-    reds, greens, blues = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
     zero, one, six, high = np.float32(0), np.float32(1), np.float32(6), np.float32(255)
     for i in range(batch):
         brightness, contrast, saturation = parameters[i, 0], parameters[i, 1], parameters[i, 2]
@@ -87,32 +136,10 @@ def change_colours(
         _take_apart(pixels[i], parameters[i, 4] != 0, planes)
         rest = (one - contrast) * _mean_grey(planes, brightness) if contrast != 1 else zero
         # Contrast after brightness is one product, and white after both is where brightness would clip.
-        gain, white, own_grey = contrast * brightness, min(contrast * high + rest, high), one - saturation
-        to_red, to_green, to_blue = out[i, 0].reshape(-1), out[i, 1].reshape(-1), out[i, 2].reshape(-1)
-        for p in range(np.uint64(height * width)):
-            red = max(min(gain * reds[p] + rest, white), zero)
-            green = max(min(gain * greens[p] + rest, white), zero)
-            blue = max(min(gain * blues[p] + rest, white), zero)
-            if saturation != 1:
-                grey = own_grey * (_OF_RED * red + _OF_GREEN * green + _OF_BLUE * blue)
-                red = max(min(saturation * red + grey, high), zero)
-                green = max(min(saturation * green + grey, high), zero)
-                blue = max(min(saturation * blue + grey, high), zero)
-            if turn != 0:
-                # HSV and back without a division. Hue counts from red in sixths of the circle, times the chroma, from
-                # -3 to 3 of it after the turn. A channel lies below the highest by the chroma if its own colour (red 0,
-                # green 2, blue -2) is 2 to 3 sixths away, by nothing up to 1, linearly between: that is said here by
-                # the distance to 0 for red, and to the opposite colours, -1 and 1, for green and blue.
-                highest = max(max(red, green), blue)
-                chroma = highest - min(min(red, green), blue)
-                two = chroma + chroma
-                three = two + chroma
-                hue = green - blue if red == highest else (blue - red + two if green == highest else red - green - two)
-                hue += turn * chroma
-                hue = hue - (three + three) if hue > three else hue
-                red = highest - min(max(abs(hue) - chroma, zero), chroma)
-                green = highest - min(max(two - abs(hue + chroma), zero), chroma)
-                blue = highest - min(max(two - abs(hue - chroma), zero), chroma)
-            to_red[p] = scale[0] * red + shift[0]
-            to_green[p] = scale[1] * green + shift[1]
-            to_blue[p] = scale[2] * blue + shift[2]
+        gain, white = contrast * brightness, min(contrast * high + rest, high)
+        if turn != 0:
+            _write(planes, gain, rest, white, saturation, turn, scale, shift, out[i])
+        elif saturation != 1:
+            _write(planes, gain, rest, white, saturation, zero, scale, shift, out[i])
+        else:
+            _write(planes, gain, rest, white, one, zero, scale, shift, out[i])

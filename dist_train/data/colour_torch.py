@@ -42,11 +42,13 @@ def _turned(image: Tensor, turn: Tensor) -> Tensor:
     red, green, blue = image.unbind(1)
     lowest, highest = image.aminmax(dim=1)
     chroma = highest - lowest
-    hue = torch.where(green == highest, blue - red + 2 * chroma, red - green - 2 * chroma)
-    hue = torch.where(red == highest, green - blue, hue) + turn * chroma
+    hue = green - blue + turn * chroma
+    hue = torch.where(green == highest, blue - red + (turn + 2) * chroma, hue)
+    hue = torch.where(blue == highest, red - green + (turn - 2) * chroma, hue)
     hue = torch.where(hue > 3 * chroma, hue - 6 * chroma, hue)
-    below = torch.stack([hue.abs() - chroma, 2 * chroma - (hue + chroma).abs(), 2 * chroma - (hue - chroma).abs()], 1)
-    return highest[:, None] - below.clamp(min=0).minimum(chroma[:, None])
+    red = highest + chroma - hue.abs()
+    green, blue = (lowest - chroma + (hue + away).abs() for away in (chroma, -chroma))
+    return torch.stack([red, green, blue], 1).minimum(highest[:, None]).maximum(lowest[:, None])
 
 
 @cache

@@ -108,12 +108,13 @@ def _clipped(red, green, blue):
 def _turned(red, green, blue, turn):
     """As in `colour.py`; turn in sixths of the circle."""
     highest = tl.maximum(tl.maximum(red, green), blue)
-    chroma = highest - tl.minimum(tl.minimum(red, green), blue)
-    of_green_or_blue = tl.where(green == highest, blue - red + 2 * chroma, red - green - 2 * chroma)
-    hue = tl.where(red == highest, green - blue, of_green_or_blue) + turn * chroma
+    lowest = tl.minimum(tl.minimum(red, green), blue)
+    chroma = highest - lowest
+    hue = green - blue + turn * chroma
+    hue = tl.where(green == highest, blue - red + (turn + 2) * chroma, hue)
+    hue = tl.where(blue == highest, red - green + (turn - 2) * chroma, hue)
     hue = tl.where(hue > 3 * chroma, hue - 6 * chroma, hue)
-    zero = tl.zeros_like(chroma)
-    red = highest - tl.minimum(tl.maximum(tl.abs(hue) - chroma, zero), chroma)
-    green = highest - tl.minimum(tl.maximum(2 * chroma - tl.abs(hue + chroma), zero), chroma)
-    blue = highest - tl.minimum(tl.maximum(2 * chroma - tl.abs(hue - chroma), zero), chroma)
+    red = tl.maximum(tl.minimum(highest + chroma - tl.abs(hue), highest), lowest)
+    green = tl.maximum(tl.minimum(lowest - chroma + tl.abs(hue + chroma), highest), lowest)
+    blue = tl.maximum(tl.minimum(lowest - chroma + tl.abs(hue - chroma), highest), lowest)
     return red, green, blue

@@ -77,9 +77,9 @@ def denormalised(pixels: NDArray[np.float32], config: DataConfig) -> NDArray[np.
 @pytest.mark.parametrize(
     "train, baked, mean, highest",
     [
-        (True, SQUARE, 0.26, 0.6),
-        (True, None, 0.3, 3.0),
-        (False, None, 0.05, 3.0),
+        (True, SQUARE, 1e-3, 1e-2),
+        (True, None, 0.02, 3.0),
+        (False, None, 0.02, 3.0),
         (False, CONFIG.image_size, 1e-3, 1e-3),
     ],
     ids=["cut", "resized", "evaluation", "evaluation as it is"],
