@@ -131,6 +131,13 @@ def test_the_gpus_kernel_compiles_without_a_gpu(capability: int) -> None:
     assert built.asm["cubin"]
 
 
+def test_where_the_kernel_cannot_be_compiled_torchs_operators_take_its_place(caplog: pytest.LogCaptureFixture) -> None:
+    change = colour_torch.fastest_colour_change(torch.device("cpu"), 8)  # Triton compiles nothing for a CPU
+    assert change is colour_torch.change_colours
+    (warning,) = caplog.messages
+    assert warning.startswith("colours are changed by PyTorch's operators") and "\n" not in warning
+
+
 @pytest.mark.parametrize(
     "only, mean, highest",
     [("brightness", 1, 1), ("contrast", 1, 1.1), ("saturation", 1, 1.1), ("hue", 1, 1), (None, 2, 6)],

@@ -36,6 +36,7 @@ def run_pipeline(
     )
     pipeline.feed([np.frombuffer(image, np.uint8) for image in images], augmentation)
     pixels = pipeline.take().numpy().astype(np.float64)
+    pipeline.close()
     mean, std = (np.array(values).reshape(1, 3, 1, 1) for values in (config.mean, config.std))
     return (255 * (pixels * std + mean)).transpose(0, 2, 3, 1)
 
