@@ -21,6 +21,7 @@ from benchmarks.gpu_points import decoder
 from benchmarks.own_step import OwnStep, synthetic_batch
 from dist_train.config import DataConfig, DeepSpeedConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from dist_train.data.augment import draw_augmentation, no_augmentation
+from dist_train.data.colour_torch import fastest_colour_change
 from dist_train.data.fetch import ShardFetcher
 from dist_train.data.loader import Batch
 from dist_train.data.manifest import read_manifest
@@ -143,6 +144,9 @@ def check_pixels(point: dict[str, Any]) -> dict[str, Any]:
             f"{name}_highest": _short(difference.abs().max().item()),
             f"{name}_luma_mean": _short(luma.abs().mean().item()),
         }
+    if device_id is not None:  # colour_torch: Triton does not work here, and images cost more
+        change = fastest_colour_change(torch.device("cuda", device_id), config.image_size)
+        row["colours_by"] = change.__module__.rpartition(".")[2]
     return row | {"limit": PIXEL_LIMIT} | decoder(on_gpu=device_id is not None) | {"met": met}
 
 

@@ -30,7 +30,8 @@ class DataConfig:
     flip: bool = True
     """Flip training images left-right with probability one half."""
     brightness: float = 0.1
-    """Brightness factor of training images is uniform in [1 - b, 1 + b]."""
+    """Brightness factor of training images is uniform in [1 - b, 1 + b]. This and the next three are torchvision's
+    ColorJitter, but always in the order brightness, contrast, saturation, hue."""
     contrast: float = 0.1
     """Contrast factor of training images is uniform in [1 - c, 1 + c]."""
     saturation: float = 0.1

@@ -11,6 +11,8 @@ from nvidia.dali.pipeline import pipeline_def
 
 from benchmarks.peers import JITTER, MEAN, STD, Task
 
+NOTE = "jitter as one linear map: hue turned in YIQ, contrast around mid-grey"
+
 
 def batches(task: Task, device_id: int | None = None) -> Iterator[Any]:
     """Batches of images; device_id: the GPU that decodes and augments, or None for the CPU."""

@@ -3,8 +3,11 @@
 The paper's augmentation: resize to a square of (image_size + crop_margin), crop image_size at a random whole-pixel
 offset, flip left-right, jitter brightness, contrast, saturation and hue, normalise.
 
-Brightness, contrast, saturation and hue are one affine map of RGB, composed as in DALI's `color_twist`: saturation
-scales and hue turns the chrominance plane of YIQ, then contrast scales around mid-grey (128), then brightness scales.
+The jitter is torchvision's ColorJitter, its ranges and its arithmetic (`torchvision.transforms.v2.functional` on
+floats), but for the order, which torchvision draws for each image: here it is always brightness, contrast, saturation,
+hue. Brightness multiplies; contrast blends with the mean grey of the image as brightness has left it; saturation blends
+each pixel with its own grey; hue turns it in HSV; each step clips. On the CPU `colour.py` computes it, on a GPU
+`colour_triton.py`, or `colour_torch.py` where there is no Triton.
 """
 
 from __future__ import annotations
@@ -22,10 +25,8 @@ _AUGMENT = 3  # first counter of a draw: what it is for (the plan has 1 and 2)
 _DRAWS = 7
 _CROP_Y, _CROP_X, _FLIP, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(_DRAWS)
 
-# RGB in [0, 1] to YIQ, with the rounded coefficients that DALI uses, so that both devices compute the same map.
-RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
-YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
-MID_GREY = 128.0
+GREY = (0.2989, 0.587, 0.114)
+"""What torchvision weights red, green and blue with for a pixel's grey."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,8 @@ def no_augmentation(samples: int) -> Augmentation:
     return Augmentation(np.zeros((samples, 2), np.int32), np.zeros(samples, bool), one, one, one, np.zeros(samples))
 
 
-def colour_maps(augmentation: Augmentation) -> NDArray[np.float32]:
-    """(B, 3, 4): the affine map of RGB in [0, 255], before clipping to that range; last column the constant."""
-    turn = -2 * np.pi * augmentation.hue  # a turn from red to yellow is negative in the (I, Q) plane
-    cos, sin = augmentation.saturation * np.cos(turn), augmentation.saturation * np.sin(turn)
-    chroma = np.zeros((len(turn), 3, 3))
-    chroma[:, 0, 0] = 1
-    chroma[:, 1, 1], chroma[:, 1, 2] = cos, -sin
-    chroma[:, 2, 1], chroma[:, 2, 2] = sin, cos
-    gain = augmentation.brightness * augmentation.contrast
-    maps = np.empty((len(turn), 3, 4), np.float32)
-    maps[:, :, :3] = gain[:, None, None] * (YIQ_TO_RGB @ chroma @ RGB_TO_YIQ)
-    maps[:, :, 3] = (augmentation.brightness * (1 - augmentation.contrast) * MID_GREY)[:, None]
-    return maps
+def colour_parameters(augmentation: Augmentation) -> NDArray[np.float32]:
+    """(B, 5), what the colour change of B images takes: factors of brightness, contrast and saturation, the turn of the
+    hue in [0, 1], and 1 for a flip, else 0."""
+    jitter = (augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue % 1)
+    return np.stack([*jitter, augmentation.flip], axis=1).astype(np.float32)

@@ -1,8 +1,9 @@
 """The DALI graphs: what DALI makes of a batch, on the CPU and on the GPU.
 
 On a CPU DALI's resize and colour operators cost more than the decoding, so there DALI only decodes, and of a training
-image only the region that is needed; compiled passes (`resize.py`, `colour.py`) do the rest. The GPU's graph does
-everything with DALI's own operators, which compute the same.
+image only the region that is needed; compiled passes (`resize.py`, `colour.py`) do the rest. The GPU's graph decodes
+and resizes with DALI's own operators, which compute the same. The colours are changed after it (`colour_triton.py`):
+DALI has no operator for torchvision's jitter.
 """
 
 from __future__ import annotations
@@ -16,23 +17,10 @@ from nvidia.dali import fn, math, types
 from dist_train.config import DataConfig
 from dist_train.data.augment import Augmentation
 
-_JITTER = ("brightness", "contrast", "saturation", "hue")
-
 
 def crop_input(augmentation: Augmentation, cut_only: bool) -> NDArray[Any]:
     """What both graphs take as `crop` in training: (B, 2) (y, x), whole pixels to cut at, else offsets to scale."""
     return augmentation.crop if cut_only else augmentation.crop.astype(np.float32)
-
-
-def gpu_inputs(augmentation: Augmentation) -> dict[str, NDArray[Any]]:
-    """What the GPU's graph takes beside images and crops: (B,) each."""
-    return {
-        "brightness": augmentation.brightness.astype(np.float32),
-        "contrast": augmentation.contrast.astype(np.float32),
-        "saturation": augmentation.saturation.astype(np.float32),
-        "hue": (360 * augmentation.hue).astype(np.float32),
-        "flip": augmentation.flip.astype(np.int32),
-    }
 
 
 def cpu_graph(config: DataConfig, train: bool, cut_only: bool) -> Any:
@@ -56,7 +44,7 @@ def cpu_graph(config: DataConfig, train: bool, cut_only: bool) -> Any:
 
 
 def gpu_graph(config: DataConfig, train: bool, cut_only: bool, device: str = "gpu") -> Any:
-    """Normalised images, (3, S, S) float32. device: "cpu" builds the same of CPU operators, to look at its pixels.
+    """Images of the right size, (S, S, 3) uint8. device: "cpu" builds the same of CPU operators, to look at its pixels.
 
     Images are decoded whole, also where they are only cut: a region alone would be decoded by the host, at half the
     rate on an H100. The halved colour planes of JPEGs are blended as on the CPU.
@@ -64,25 +52,14 @@ def gpu_graph(config: DataConfig, train: bool, cut_only: bool, device: str = "gp
     size, square = config.image_size, config.image_size + config.crop_margin
     decoder = "mixed" if device == "gpu" else "cpu"
     image = fn.decoders.image(_encoded(), device=decoder, output_type=types.RGB, jpeg_fancy_upsampling=True)
-    if train and cut_only:
-        crop = fn.external_source(name="crop", dtype=types.INT32, ndim=1)
-        image = fn.slice(image, start=crop, shape=[size, size], axis_names="HW", device=device)
-    elif not cut_only:
-        resize: dict[str, Any] = {"device": device, "size": [size, size], "interp_type": types.INTERP_TRIANGULAR}
-        if train:
-            crop = fn.external_source(name="crop", dtype=types.FLOAT, ndim=1) / square
-            resize |= {"roi_start": crop, "roi_end": crop + size / square, "roi_relative": True}
-        image = fn.resize(image, **resize)
-    jitter = {name: fn.external_source(name=name, dtype=types.FLOAT, ndim=0) for name in _JITTER}
-    return fn.crop_mirror_normalize(
-        fn.color_twist(image, device=device, **jitter),
-        device=device,
-        mirror=fn.external_source(name="flip", dtype=types.INT32, ndim=0),
-        mean=[255 * mean for mean in config.mean],
-        std=[255 * std for std in config.std],
-        output_layout="CHW",
-        dtype=types.FLOAT,
-    )
+    if cut_only:  # in evaluation all there is: no other operator then says that the batch is one tensor
+        crop = fn.external_source(name="crop", dtype=types.INT32, ndim=1) if train else [0, 0]
+        return fn.slice(image, start=crop, shape=[size, size], axis_names="HW", device=device)
+    resize: dict[str, Any] = {"device": device, "size": [size, size], "interp_type": types.INTERP_TRIANGULAR}
+    if train:
+        crop = fn.external_source(name="crop", dtype=types.FLOAT, ndim=1) / square
+        resize |= {"roi_start": crop, "roi_end": crop + size / square, "roi_relative": True}
+    return fn.resize(image, **resize)
 
 
 def _encoded() -> Any:

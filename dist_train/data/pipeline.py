@@ -3,7 +3,7 @@
 Where to crop, whether to flip and how to change the colours come in as per-sample arguments (`augment.py`); DALI's own
 random generators are not used. Crop and resize are one step: cutting image_size of (image_size + crop_margin) from the
 resized square is the same as resizing that share of the original. Images baked to that square are cut without any
-resampling. `graph.py` has what DALI does of it.
+resampling. `graph.py` has what DALI does of it; `colour.py` and `colour_triton.py` change the colours.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 from dist_train.config import DataConfig
-from dist_train.data.augment import Augmentation, colour_maps
-from dist_train.data.graph import cpu_graph, crop_input, gpu_graph, gpu_inputs
+from dist_train.data.augment import Augmentation, colour_parameters
+from dist_train.data.graph import cpu_graph, crop_input, gpu_graph
 
 
 def load_compiled_passes() -> None:
@@ -89,10 +89,7 @@ class ImagePipeline:
         inputs: dict[str, Any] = {"images": encoded}
         if self.train:
             inputs["crop"] = crop_input(augmentation, self._cut_only)
-        if self.device_id is None:
-            self._under_way.append(augmentation)
-        else:
-            inputs |= gpu_inputs(augmentation)
+        self._under_way.append(augmentation)
         for name, values in inputs.items():
             self._pipeline.feed_input(name, values)
         self._fed += 1
@@ -105,20 +102,31 @@ class ImagePipeline:
 
         On a GPU it is written in the order of the thread's current stream, and DALI has none of its memory.
         """
-        if self.device_id is None:
-            return self._take_on_cpu()
-        with _undecodable():
-            (output,) = self._pipeline.share_outputs(cuda_stream=torch.cuda.current_stream(self.device_id))
-        tensor = torch.from_dlpack(output.as_tensor()).clone()
-        # DALI does not say in which order with the stream's work its memory is used again. Only the thread that makes
-        # batches waits here.
-        torch.cuda.current_stream(self.device_id).synchronize()
-        self._pipeline.release_outputs()
-        return tensor
+        return self._take_on_cpu() if self.device_id is None else self._take_on_gpu()
 
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown()
+
+    def _take_on_gpu(self) -> torch.Tensor:
+        """Change the colours of what DALI decoded and resized."""
+        from dist_train.data.colour_torch import fastest_colour_change
+
+        device = torch.device("cuda", self.device_id)
+        stream = torch.cuda.current_stream(device)
+        with _undecodable():
+            (output,) = self._pipeline.share_outputs(cuda_stream=stream)
+        parameters = torch.from_numpy(colour_parameters(self._under_way.popleft()))
+        tensor = fastest_colour_change(device, self._size)(
+            torch.from_dlpack(output.as_tensor()),
+            parameters.pin_memory().to(device, non_blocking=True),
+            *(tuple(values.tolist()) for values in self._normalise),
+        )
+        # DALI does not say in which order with the stream's work its memory is used again. Only the thread that makes
+        # batches waits here.
+        stream.synchronize()
+        self._pipeline.release_outputs()
+        return tensor
 
     def _take_on_cpu(self) -> torch.Tensor:
         """Resize and colour what DALI decoded, the batch shared out among the threads."""
@@ -129,7 +137,7 @@ class ImagePipeline:
             outputs = self._pipeline.share_outputs()
         augmentation = self._under_way.popleft()
         batch = len(augmentation.flip)
-        maps, target = colour_maps(augmentation), self._memory.take(batch)
+        parameters, target = colour_parameters(augmentation), self._memory.take(batch)
         if self._cut_only:
             pixels = np.asarray(outputs[0].as_tensor())
         else:
@@ -142,7 +150,7 @@ class ImagePipeline:
                 for i in range(first, end):
                     resize_region(decoded[i], origin[i], full[i], start[i], length[i], pixels[i])
             some = slice(first, end)
-            change_colours(pixels[some], maps[some], augmentation.flip[some], *self._normalise, target[some])
+            change_colours(pixels[some], parameters[some], *self._normalise, target[some])
 
         bounds = np.linspace(0, batch, self._workers + 1).astype(int)
         for done in [self._threads.submit(part, *ends) for ends in pairwise(bounds.tolist())]:

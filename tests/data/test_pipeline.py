@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import io
 from pathlib import Path
 
@@ -14,10 +13,11 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import resize
 
 from dist_train.config import DataConfig
-from dist_train.data.augment import Augmentation, colour_maps, draw_augmentation, no_augmentation
+from dist_train.data.augment import Augmentation, draw_augmentation, no_augmentation
 from dist_train.data.pipeline import ImagePipeline
 from dist_train.data.resize import resize_region
 from tests.conftest import jpeg_bytes, smooth_image
+from tests.data.torchvision_jitter import torchvisions
 
 SIZE, MARGIN = 32, 8
 CONFIG = DataConfig(image_size=SIZE, crop_margin=MARGIN, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
@@ -36,6 +36,7 @@ def run_pipeline(
     )
     pipeline.feed([np.frombuffer(image, np.uint8) for image in images], augmentation)
     pixels = pipeline.take().numpy().astype(np.float64)
+    pipeline.close()
     mean, std = (np.array(values).reshape(1, 3, 1, 1) for values in (config.mean, config.std))
     return (255 * (pixels * std + mean)).transpose(0, 2, 3, 1)
 
@@ -54,21 +55,15 @@ def triangular_weights(source: int, start: float, length: float, target: int) ->
 
 
 def reference_transform(image: bytes, augmentation: Augmentation, i: int, square: int) -> NDArray[np.float64]:
-    """Region resize, colour (each operation in turn, as in the definition), clip, flip; float64 RGB 0..255."""
+    """Region resize, then torchvision's jitter, flip; float64 RGB 0..255."""
     pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"), np.float64)
     height, width = pixels.shape[:2]
     y, x = augmentation.crop[i] / square
     rows = triangular_weights(height, y * height, SIZE / square * height, SIZE)
     columns = triangular_weights(width, x * width, SIZE / square * width, SIZE)
     out = np.einsum("ih,hwc,jw->ijc", rows, pixels, columns)
-    to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
-    yiq = out @ to_yiq.T
-    colour = (yiq[..., 1] + 1j * yiq[..., 2]) * augmentation.saturation[i]
-    colour = colour * np.exp(-2j * np.pi * augmentation.hue[i])
-    out = np.stack([yiq[..., 0], colour.real, colour.imag], axis=-1) @ np.linalg.inv(to_yiq).T
-    out = 128 + augmentation.contrast[i] * (out - 128)
-    out = np.clip(augmentation.brightness[i] * out, 0, 255)
-    return out[:, ::-1] if augmentation.flip[i] else out
+    planes = torch.from_numpy(out / 255).permute(2, 0, 1)
+    return 255 * torchvisions(planes, augmentation, i).permute(1, 2, 0).numpy()
 
 
 def some_augmentation(count: int) -> Augmentation:
@@ -160,14 +155,6 @@ def test_the_same_pixels_whatever_the_batch_and_the_threads() -> None:
     for i in range(8):
         fields = {name: values[i : i + 1] for name, values in vars(augmentation).items()}
         assert (run_pipeline(images[i : i + 1], Augmentation(**fields))[0] == whole[i]).all()
-
-
-def test_the_colour_map_turns_red_towards_yellow_for_a_positive_hue() -> None:
-    one = np.ones(1)
-    maps = colour_maps(Augmentation(np.zeros((1, 2), np.int32), np.zeros(1, bool), one, one, one, np.full(1, 0.08)))
-    red, green, blue = maps[0, :, :3] @ np.array([200.0, 60.0, 60.0])
-    before, after = colorsys.rgb_to_hsv(200, 60, 60)[0], colorsys.rgb_to_hsv(red, green, blue)[0]
-    assert 0.04 < after - before < 0.12
 
 
 def test_crop_flip_and_jitter_are_distributed_as_in_the_paper() -> None:
