@@ -9,7 +9,7 @@ import io
 
 from PIL import Image
 
-from dist_train.data.images import BadImage, decode, read_header
+from dist_train.data.images import BadImage, Header, decode, read_header
 
 
 def convert(data: bytes, size: int | None = None, max_side: int | None = None, quality: int = 92) -> bytes:
@@ -23,8 +23,7 @@ def convert(data: bytes, size: int | None = None, max_side: int | None = None, q
     """
     rgb = decode(data)
     target = _target_size(rgb.size, size, max_side)
-    header = read_header(data)
-    if target == rgb.size and header is not None and header.kind == "jpeg" and header.plain and header.colour:
+    if target == rgb.size and _is_kept(read_header(data)):
         return data
     try:
         if target != rgb.size:
@@ -35,6 +34,11 @@ def convert(data: bytes, size: int | None = None, max_side: int | None = None, q
     except Exception as error:  # e.g. more than 65,500 pixels on a side
         raise BadImage("cannot convert", f"{type(error).__name__}: {error}") from None
     return encoded.getvalue()
+
+
+def _is_kept(header: Header | None) -> bool:
+    """Whether an image is what a shard is to hold: a plain JPEG in colour, and nothing else in its file."""
+    return header is not None and header.kind == "jpeg" and header.plain and header.colour and not header.tail
 
 
 def _target_size(size: tuple[int, int], square: int | None, max_side: int | None) -> tuple[int, int]:

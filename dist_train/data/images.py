@@ -66,14 +66,15 @@ class Header(NamedTuple):
     """What a file says before it is decoded.
 
     kind: jpeg, png or webp. width, height: as stored, pixels, 0 if not found. plain: whole, and every decoder reads it
-    alike. colour: stored in colour, not in shades of grey.
+    alike. colour: stored in colour, not in shades of grey. tail: bytes that follow the image, such as further images.
     """
 
     kind: str
     width: int
     height: int
     plain: bool
-    colour: bool
+    colour: bool = True
+    tail: int = 0
 
 
 def read_header(data: bytes) -> Header | None:
@@ -142,7 +143,7 @@ def _read_jpeg(data: bytes) -> Header:
         start, kind, length = _SEGMENT(data, at) if at + 4 <= len(data) else (0, 0, 0)
         body, at = at + 4, at + 2 + length
         if start != 0xFF or not 0xC0 <= kind <= 0xFE or length < 2 or at > len(data):
-            return Header("jpeg", width, height, False, False)
+            return Header("jpeg", width, height, False)
         if kind in _FRAMES:
             segment = data[body:at]
             plain &= not frame and kind in (0xC0, 0xC1, _PROGRESSIVE) and len(segment) >= 9 and segment[0] == 8
@@ -163,32 +164,34 @@ def _read_jpeg(data: bytes) -> Header:
         plain &= adobe == 1 and [number for number, _ in components] != list(b"RGB")
     plain &= len(components) in (1, 3) and width * height > 0 and adobe >= 0
     plain &= frame == _PROGRESSIVE or data[body : body + 1] == bytes([len(components)])  # all in one scan
-    return Header("jpeg", width, height, plain and _scans_are_whole(data, at, frame == _PROGRESSIVE), colour)
+    end = _end_of_scans(data, at, frame == _PROGRESSIVE)
+    return Header("jpeg", width, height, plain and end > 0, colour, len(data) - end)
 
 
-def _scans_are_whole(data: bytes, at: int, progressive: bool) -> bool:
-    """Whether the scan whose pixels begin at `at`, and those after it, lead to the end-of-image marker."""
+def _end_of_scans(data: bytes, at: int, progressive: bool) -> int:
+    """Where the image ends whose first scan has its pixels from `at` on; 0 if its scans do not lead to an end."""
     while (found := _MARKER_IN_SCAN.search(data, at)) is not None:
         at, kind = found.start(), 0
         if data[at + 1] == _EOI:
-            return True
+            return at + 2
         if not progressive:
-            return False
+            return 0
         while kind != _SOS:  # tables, and the header of the next scan
             start, kind, length = _SEGMENT(data, at) if at + 4 <= len(data) else (0, 0, 0)
             body, at = data[at + 4 : at + 2 + length], at + 2 + length
             if start != 0xFF or not body or len(body) != length - 2:
-                return False
+                return 0
             if not (_is_huffman_table(body) if kind == _DHT else kind == _SOS and length == 6 + 2 * body[0]):
-                return False
-    return False
+                return 0
+    return 0
 
 
 def _is_huffman_table(body: bytes) -> bool:
     """Whether the body of a DHT segment holds whole tables."""
-    while len(body) >= 17:
-        body = body[17 + sum(body[1:17]) :] if 17 + sum(body[1:17]) <= len(body) else b"?"
-    return not body
+    at = 0
+    while at + 17 <= len(body):
+        at += 17 + sum(body[at + 1 : at + 17])  # class and number, how many codes of each length, the codes
+    return at == len(body)
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int, bool]]:
@@ -265,7 +268,7 @@ def _read_webp(data: bytes) -> Header:
             plain &= not _xmp_may_turn(data[at : at + length])
         at += length + length % 2
     plain &= at == len(data) and pictures == 1
-    return Header("webp", width, height, plain and width * height > 0, True)
+    return Header("webp", width, height, plain and width * height > 0)
 
 
 def _exif_may_turn(block: bytes) -> bool:
