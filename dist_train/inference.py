@@ -77,6 +77,8 @@ def run_evaluate(options: argparse.Namespace, recipe: Recipe) -> int:
             f"{len(trained.class_names)}{'' if len(manifest.classes) != len(trained.class_names) else ' others'}; "
             "evaluate on a set of the same classes"
         )
+    if note := manifest.resize_note(recipe.data.image_size, recipe.data.crop_margin):
+        print(f"{shards}: {note}", file=sys.stderr)
     loader = EvalLoader(
         replace(recipe.data, shards=shards),
         manifest,
