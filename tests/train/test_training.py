@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from dist_train.cli import main, parse_recipe
 from dist_train.data.draws import random_bits
+from dist_train.data.images import FORMATS
 from dist_train.data.loader import EvalLoader, Place, TrainLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.models.build import build_model
@@ -264,7 +265,7 @@ def test_predict_answers_good_files_and_names_bad_ones(
     assert main(["predict", str(finished), *files]) == 1
     out, error = capsys.readouterr()
     assert error.splitlines() == [
-        f"{files[0]}: not an image that can be decoded",
+        f"{files[0]}: not an image that can be used (not an image: none of the formats {', '.join(FORMATS)})",
         f"{files[2]}: No such file or directory",
     ]
     blocks = [block for block in out.split(str(tmp_path)) if block]
