@@ -436,3 +436,16 @@ def test_a_run_with_bad_samples_ends_well_records_each_once_and_says_what_it_eva
     assert main(["evaluate", str(run), "--split", "test"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert (figures["samples"], figures["bad_samples"], figures["top1"]) == (8, 1, evaluations[-1]["top1"])
+
+
+def test_training_and_evaluation_say_when_images_are_resized_again(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    line = "its images were resized to 20x20 and are resized again to 22x22 (data.image_size 16 + crop_margin 6)"
+    assert train(shards, run, data__crop_margin=6, model__head="cls", train__stop_after_steps=1) == 0
+    assert (run / "log.txt").read_text().count(line) == 1
+    capsys.readouterr()
+    assert main(["evaluate", str(run)]) == 0
+    assert f"{shards}: {line}" in capsys.readouterr().err
+    assert read_manifest(shards).resize_note(16, 4) is None
