@@ -25,7 +25,7 @@ from nvidia.nvimgcodec import CodeStream
 
 from dist_train.config import DataConfig
 from dist_train.data.checksums import checksums_path, read_checksums, sample_checksum
-from dist_train.data.images import BadImage, Header, check_pixels, read_header, to_plain
+from dist_train.data.images import BadImage, Header, check_pixels, decode, read_header, to_ppm
 from dist_train.data.manifest import ShardInfo, SplitInfo
 from dist_train.data.plan import Need, Positions
 from dist_train.data.readahead import RemoteShards
@@ -189,11 +189,11 @@ class ShardFetcher:
     def _converted(self, encoded: NDArray[np.uint8]) -> TensorCPU | str:
         """The image as DALI reads it, or why there is none."""
         try:
-            data = to_plain(encoded.tobytes(), self.max_pixels)
-            _check_size(*map(int, data[3 : data.index(b"\n")].split()[:2]), self.baked)
+            image = decode(encoded.tobytes(), self.max_pixels)
+            _check_size(*image.size, self.baked)
         except (BadImage, _BadSample) as problem:
             return str(problem)
-        return TensorCPU(np.frombuffer(data, np.uint8))
+        return TensorCPU(np.frombuffer(to_ppm(image), np.uint8))
 
     def name(self, shard: int, place: int) -> str:
         """How messages call a sample: SHARD:KEY, or SHARD:PLACE where the key is not known."""

@@ -24,7 +24,7 @@ from dist_train.config import DataConfig
 from dist_train.data.augment import check_augmentation, draw_augmentation, no_augmentation
 from dist_train.data.background import Batch, IsStopped, made_ahead
 from dist_train.data.fetch import FetchedBatch, ShardFetcher, plain_size
-from dist_train.data.images import BadImage, to_plain
+from dist_train.data.images import BadImage, decode, to_ppm
 from dist_train.data.manifest import Manifest
 from dist_train.data.pipeline import ImagePipeline, UndecodableError, load_compiled_passes
 from dist_train.data.plan import EpochPlan, Need, Positions, evaluation_batches, needs_of, rank_batch
@@ -240,7 +240,7 @@ def read_image(data: bytes, config: DataConfig, device_id: int | None) -> Tensor
     tries = [encoded] if plain_size(encoded, config.max_pixels) is not None else []
     while True:
         converted = not tries
-        image = tries.pop() if tries else np.frombuffer(to_plain(data, config.max_pixels), np.uint8)
+        image = tries.pop() if tries else np.frombuffer(to_ppm(decode(data, config.max_pixels)), np.uint8)
         pipeline = ImagePipeline(config, train=False, baked=None, batch_size=1, threads=1, device_id=device_id, depth=1)
         try:
             pipeline.feed([image], no_augmentation(1))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import random
 import struct
 import zlib
@@ -214,6 +215,29 @@ def test_icons_that_differ_in_transparency_alone_are_told_apart_everywhere(share
     for place, (one, (y, x)) in trained(tmp_path / "adopted").items():
         wanted = resized(decode((disc, bar)[place]), SIDE + MARGIN)[y : y + SIDE, x : x + SIDE]
         assert np.abs(one - wanted).max() <= ROUNDING
+
+
+def test_the_content_decides_whatever_the_ending_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture = smooth_image(3, 40, 32)
+    kinds = {"gif": "GIF", "bmp": "BMP", "tif": "TIFF", "jp2": "JPEG2000", "avif": "AVIF", "jpg": "PNG", "png": "GIF"}
+    kinds = {ending: kind for ending, kind in kinds.items() if kind in Image.SAVE}
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    options = {"JPEG2000": {"irreversible": False}, "AVIF": {"quality": 100}}
+    files = {ending: encode(picture, kind, **options.get(kind, {})) for ending, kind in kinds.items()}
+    write_tar(folder / "train-0.tar", [{ending: data, "cls": b"0"} for ending, data in files.items()])
+    assert main(["adopt", str(folder), "--workers", "1"]) == 0
+    with caplog.at_level(logging.INFO):
+        seen = evaluated(folder)
+    told = [record.getMessage() for record in caplog.records if "converted each time" in record.getMessage()]
+    assert len(told) == 1 and told[0].startswith("train-0.tar:000000 ")
+    assert len(seen) == len(kinds) and len(trained(folder)) == len(kinds)
+    for (kind, image), one in zip(
+        zip(kinds.values(), seen.values(), strict=True), predicted(folder, list(files.values())).values(), strict=True
+    ):
+        assert (image == one).all()
+        loss = 12 if kind in ("GIF", "AVIF") else 1
+        assert np.abs(image - resized(picture, SIDE)).mean() <= loss, kind
 
 
 MODES = {
