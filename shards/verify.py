@@ -70,7 +70,7 @@ def verify_shard(tar: Path, shard: ShardInfo, classes: int, text: bool) -> Shard
         if len(samples) != shard.samples:
             report.differences.append(f"{tar}: has {len(samples):,} samples, {shard.samples:,} by the manifest")
         else:
-            _check_checksums(tar, samples, report)
+            _check_checksums(tar, shard, samples, report)
         checked = check_samples(tar, samples, classes, text)
         report.class_counts = checked.class_counts
         report.differences += checked.differences
@@ -103,7 +103,7 @@ def fix_indexes(root: Path) -> list[Path]:
         if not right:
             write_index(tar, samples)
             fixed.append(index_path(tar))
-        if read_checksums(tar, len(samples)) is None and _sha256(tar) == shard.sha256:
+        if read_checksums(tar, len(samples), shard.bytes) is None and _sha256(tar) == shard.sha256:
             write_checksums(tar, compute_checksums(tar, samples))
             fixed.append(checksums_path(tar))
     return fixed
@@ -134,12 +134,12 @@ def _check_index(tar: Path, samples: list[TarSample], report: ShardReport) -> No
         report.differences.append(str(error))
 
 
-def _check_checksums(tar: Path, samples: list[TarSample], report: ShardReport) -> None:
+def _check_checksums(tar: Path, shard: ShardInfo, samples: list[TarSample], report: ShardReport) -> None:
     if not checksums_path(tar).exists():
         return  # of a set that was built before there were any
-    listed = read_checksums(tar, len(samples))
+    listed = read_checksums(tar, shard.samples, shard.bytes)
     if listed is None:
-        report.differences.append(f"{checksums_path(tar)}: damaged; write it again with --fix-index")
+        report.differences.append(f"{checksums_path(tar)}: damaged, or of another tar; write it again with --fix-index")
         return
     for sample, here, there in zip(samples, compute_checksums(tar, samples), listed.tolist(), strict=True):
         if here != there:

@@ -1,6 +1,6 @@
 """A checksum of each sample, in the `.crc` file beside its tar: what was damaged since the set was made is found.
 
-    crc32 v1 NUMBER_OF_SAMPLES CRC
+    crc32 v1 NUMBER_OF_SAMPLES BYTES_OF_THE_TAR CRC
     CRC of the first sample
     ...
 
@@ -50,19 +50,22 @@ def compute_checksums(tar: Path, samples: Sequence[TarSample]) -> list[int]:
 
 
 def write_checksums(tar: Path, checksums: Sequence[int]) -> None:
-    """Write the `.crc` beside `tar`, atomically."""
+    """Write the `.crc` beside `tar`, which is complete, atomically."""
     lines = "".join(f"{value:08x}\n" for value in checksums).encode()
-    header = f"crc32 v1 {len(checksums)} {zlib.crc32(lines):08x}\n".encode()
+    header = f"crc32 v1 {len(checksums)} {tar.stat().st_size} {zlib.crc32(lines):08x}\n".encode()
     write_atomically(checksums_path(tar), header + lines)
 
 
-def read_checksums(tar: Path, samples: int) -> NDArray[np.uint32] | None:
-    """(samples,) checksums of a tar; None where there is no `.crc`, and with a warning where it is of no use."""
+def read_checksums(tar: Path, samples: int, size: int) -> NDArray[np.uint32] | None:
+    """(samples,) checksums of a tar of `size` bytes; None where there is no `.crc`.
+
+    Also None, with a warning, where the `.crc` is damaged or not of such a tar.
+    """
     path = checksums_path(tar)
     try:
         header, _, lines = path.read_bytes().partition(b"\n")
-        if header != f"crc32 v1 {samples} {zlib.crc32(lines):08x}".encode():
-            raise ValueError(f"damaged, or not of {samples} samples")
+        if header != f"crc32 v1 {samples} {size} {zlib.crc32(lines):08x}".encode():
+            raise ValueError(f"damaged, or not of {samples} samples in {size} bytes")
         return np.frombuffer(bytes.fromhex(lines.decode()), ">u4")  # blanks and line ends are passed over
     except FileNotFoundError:
         return None

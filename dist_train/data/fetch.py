@@ -265,7 +265,7 @@ class ShardFetcher:
             samples, from_tar, checksums = self.remote.index(number), True, None  # its SHA-256 has been checked
         else:
             samples, from_tar = _list_samples(path, info, trust_index and len(content) == info.bytes)
-            checksums = read_checksums(path, info.samples) if len(samples) == info.samples else None
+            checksums = read_checksums(path, info.samples, info.bytes) if len(samples) == info.samples else None
         return OpenShard(path, content, samples, from_tar, checksums, [None] * info.samples, [0] * info.samples)
 
 
