@@ -24,9 +24,9 @@ class DataConfig:
     digest: str | None = None
     """Expected digest of the shard set's manifest; a different set is refused. None accepts any."""
     image_size: int = 128
-    """Side of the square image that the model sees, pixels."""
+    """Side of the square image that the model sees, pixels; other shapes are squashed to it."""
     crop_margin: int = 32
-    """Training images are resized to (image_size + crop_margin) square and randomly cropped to image_size."""
+    """Training images are squashed to squares of image_size + crop_margin and randomly cropped to image_size."""
     flip: bool = True
     """Flip training images left-right with probability one half."""
     brightness: float = 0.1

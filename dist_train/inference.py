@@ -11,16 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dist_train.config import DeepSpeedConfig, Recipe
-from dist_train.data.augment import no_augmentation
-from dist_train.data.loader import Batch, EvalLoader, Place
+from dist_train.data.images import BadImage
+from dist_train.data.loader import Batch, EvalLoader, Place, read_image
 from dist_train.data.manifest import read_manifest, write_atomically
-from dist_train.data.pipeline import ImagePipeline
 from dist_train.data.text import TagTokenizer
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import build_model, to_timm_state_dict
@@ -79,6 +77,8 @@ def run_evaluate(options: argparse.Namespace, recipe: Recipe) -> int:
             f"{len(trained.class_names)}{'' if len(manifest.classes) != len(trained.class_names) else ' others'}; "
             "evaluate on a set of the same classes"
         )
+    if note := manifest.resize_note(recipe.data.image_size, recipe.data.crop_margin):
+        print(f"{shards}: {note}", file=sys.stderr)
     loader = EvalLoader(
         replace(recipe.data, shards=shards),
         manifest,
@@ -173,19 +173,11 @@ def run_grid(options: argparse.Namespace, recipe: Recipe) -> int:
 def _predict_file(trained: TrainedModel, recipe: Recipe, path: Path, tags: str) -> Tensor:
     """(classes,) probabilities. Raises WorkError naming a file that is no readable image."""
     try:
-        encoded = np.frombuffer(path.read_bytes(), np.uint8)
-        if not len(encoded):
-            raise WorkError(f"{path}: empty file")
-        pipeline = ImagePipeline(
-            recipe.data, train=False, baked=None, batch_size=1, threads=1, device_id=trained.place.device_id, depth=1
-        )
-        pipeline.feed([encoded], no_augmentation(1))
-        images = pipeline.take()
-        pipeline.close()
+        images = read_image(path.read_bytes(), recipe.data, trained.place.device_id)
     except OSError as error:
         raise WorkError(f"{path}: {error.strerror}") from None
-    except RuntimeError:
-        raise WorkError(f"{path}: not an image that can be decoded") from None
+    except BadImage as problem:
+        raise WorkError(f"{path}: not an image that can be used ({problem})") from None
     ids, mask = trained.tokenizer([tags]) if trained.tokenizer else (None, None)
     none = torch.zeros(1, dtype=torch.int64)
     batch = Batch(images, none, torch.ones(1), _to(ids, images), _to(mask, images), none.numpy())

@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--class-key", metavar="KEY", help="webdataset: the class is KEY in a sample's .json (default: its .cls)"
     )
-    build.add_argument("--size", type=int, metavar="S", help="resize images to S x S pixels (default: keep their size)")
+    build.add_argument("--size", type=int, metavar="S", help="squash images to S x S pixels (default: keep their size)")
     build.add_argument(
         "--max-side",
         type=int,
@@ -261,7 +261,9 @@ def _parser() -> argparse.ArgumentParser:
         "per difference and exits 1 if there is any.",
     )
     verify.add_argument("set", metavar="SET", help="folder of the shard set")
-    verify.add_argument("--fix-index", action="store_true", help="first write wrong .idx files again from their tars")
+    verify.add_argument(
+        "--fix-index", action="store_true", help="first write missing or wrong .idx and .crc files from their tars"
+    )
     verify.set_defaults(command=_verify)
 
     info = commands.add_parser(

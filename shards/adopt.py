@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dist_train import __version__
+from dist_train.data.checksums import compute_checksums, write_checksums
 from dist_train.data.draws import permutation
 from dist_train.data.manifest import (
     LEFT_OUT_NAME,
@@ -137,8 +138,10 @@ def inspect_tar(tar: Path, classes: int, decode: bool) -> TarReport:
 
 
 def index_in_place(tar: Path) -> None:
-    """Write the index beside a tar; runs in a worker process."""
-    write_index(tar, index_tar(tar))
+    """Write the index and the checksums beside a tar; runs in a worker process."""
+    samples = index_tar(tar)
+    write_index(tar, samples)
+    write_checksums(tar, compute_checksums(tar, samples))
 
 
 def _splits(tars: list[Path], split: str | None, ratios: Sequence[float] | None, seed: int) -> list[str]:

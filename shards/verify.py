@@ -7,10 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dist_train.data.checksums import checksums_path, compute_checksums, read_checksums, write_checksums
+from dist_train.data.images import BadImage, decode
 from dist_train.data.manifest import Manifest, ShardInfo, read_manifest
 from dist_train.data.tarindex import IMAGE_EXTENSIONS, TarSample, index_path, index_tar, read_index, write_index
 from dist_train.errors import WorkError
-from shards.images import BadImage, decode
 from shards.workers import count_image, run_jobs
 
 
@@ -27,8 +28,8 @@ class ShardReport:
 def verify_shard_set(root: Path, workers: int = 1) -> list[str]:
     """Check the shard set `root`; returns its differences from what it should be, one line each, sorted by shard.
 
-    Checked are each shard's presence, size, SHA-256, tar structure, index and samples, that every image decodes, the
-    counts of the manifest, and that no other tar lies in the folder.
+    Checked are each shard's presence, size, SHA-256, tar structure, index, checksums (if it has them) and samples, that
+    every image decodes, the counts of the manifest, and that no other tar lies in the folder.
 
     Raises UseError if there is no complete set, WorkError if its manifest is damaged.
     """
@@ -68,6 +69,8 @@ def verify_shard(tar: Path, shard: ShardInfo, classes: int, text: bool) -> Shard
         _check_index(tar, samples, report)
         if len(samples) != shard.samples:
             report.differences.append(f"{tar}: has {len(samples):,} samples, {shard.samples:,} by the manifest")
+        else:
+            _check_checksums(tar, shard, samples, report)
         checked = check_samples(tar, samples, classes, text)
         report.class_counts = checked.class_counts
         report.differences += checked.differences
@@ -82,7 +85,8 @@ def verify_shard(tar: Path, shard: ShardInfo, classes: int, text: bool) -> Shard
 
 
 def fix_indexes(root: Path) -> list[Path]:
-    """Write the indexes that are missing or differ from their tars; returns their paths.
+    """Write the indexes that are missing or differ from their tars, and the checksums that are missing or damaged, of
+    tars that are as the manifest says; returns their paths.
 
     Raises UseError if there is no complete set, WorkError if a tar cannot be read.
     """
@@ -99,6 +103,9 @@ def fix_indexes(root: Path) -> list[Path]:
         if not right:
             write_index(tar, samples)
             fixed.append(index_path(tar))
+        if read_checksums(tar, len(samples), shard.bytes) is None and _sha256(tar) == shard.sha256:
+            write_checksums(tar, compute_checksums(tar, samples))
+            fixed.append(checksums_path(tar))
     return fixed
 
 
@@ -110,9 +117,13 @@ def _check_file(tar: Path, shard: ShardInfo, report: ShardReport) -> None:
     size = tar.stat().st_size
     if size != shard.bytes:
         report.differences.append(f"{tar}: has {size:,} bytes, {shard.bytes:,} by the manifest")
+    if _sha256(tar) != shard.sha256:
+        report.differences.append(f"{tar}: its SHA-256 is not the manifest's; build the set again")
+
+
+def _sha256(tar: Path) -> str:
     with open(tar, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-            report.differences.append(f"{tar}: its SHA-256 is not the manifest's; build the set again")
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_index(tar: Path, samples: list[TarSample], report: ShardReport) -> None:
@@ -121,6 +132,18 @@ def _check_index(tar: Path, samples: list[TarSample], report: ShardReport) -> No
             report.differences.append(f"{index_path(tar)}: does not match its tar; write it again with --fix-index")
     except WorkError as error:
         report.differences.append(str(error))
+
+
+def _check_checksums(tar: Path, shard: ShardInfo, samples: list[TarSample], report: ShardReport) -> None:
+    if not checksums_path(tar).exists():
+        return  # of a set that was built before there were any
+    listed = read_checksums(tar, shard.samples, shard.bytes)
+    if listed is None:
+        report.differences.append(f"{checksums_path(tar)}: damaged, or of another tar; write it again with --fix-index")
+        return
+    for sample, here, there in zip(samples, compute_checksums(tar, samples), listed.tolist(), strict=True):
+        if here != there:
+            report.differences.append(f"{tar}: sample {sample.key}: is not what {checksums_path(tar).name} says")
 
 
 def _same_places(index: list[TarSample], samples: list[TarSample]) -> bool:

@@ -1,4 +1,4 @@
-"""Writes one shard of a plan: tar, index, and statistics, streamed image by image; runs in a worker process."""
+"""Writes one shard of a plan, streamed image by image, with index, checksums and statistics; in a worker process."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import json
 import os
 import socket
 import tarfile
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dist_train.data.checksums import checksums_path, write_checksums
+from dist_train.data.images import BadImage
 from dist_train.data.manifest import ShardInfo, write_atomically
 from dist_train.data.tarindex import Member, TarSample, index_path, write_index
 from dist_train.errors import WorkError
-from shards.images import BadImage, convert
+from shards.images import convert
 from shards.plan import BuildOptions, ShardPlan
 from shards.records import LeftOut, Record
 from shards.workers import count_image
@@ -67,7 +70,7 @@ class _TarStream:
 
 
 def write_shard(folder: Path, plan: ShardPlan, text: bool, options: BuildOptions) -> ShardStatistics:
-    """Write `folder/NAME.tar`, its index and `NAME.stats.json`, each whole or not at all, the statistics last.
+    """Write `folder/NAME.tar`, its index, its checksums and `NAME.stats.json`, each whole or not at all, in this order.
 
     Raises WorkError if the folder cannot be written to.
     """
@@ -75,6 +78,7 @@ def write_shard(folder: Path, plan: ShardPlan, text: bool, options: BuildOptions
     # Also the host's name: two hosts may write a shard at once, where a cluster takes one for lost that is not.
     temporary = folder / f".{plan.name}.tar.{socket.gethostname()}.{os.getpid()}.tmp"
     index: list[TarSample] = []
+    checksums: list[int] = []
     class_counts: Counter[int] = Counter()
     left_out: list[LeftOut] = []
     try:
@@ -90,12 +94,14 @@ def write_shard(folder: Path, plan: ShardPlan, text: bool, options: BuildOptions
                 if text:
                     members["txt"] = " ".join((record.tags or "").split()).encode()
                 index.append(TarSample(key, {ext: stream.add(f"{key}.{ext}", data) for ext, data in members.items()}))
+                checksums.append(zlib.crc32(b"".join(members.values())))  # image, class, tags, as `checksums.py` says
                 class_counts[class_id] += 1
             count_image()
         sha256 = stream.close()
         if index:
             os.replace(temporary, tar)
             write_index(tar, index)
+            write_checksums(tar, checksums)
         else:
             temporary.unlink()
         shard = ShardInfo(tar.name, len(index), stream.bytes, sha256)
@@ -122,7 +128,8 @@ def read_statistics(folder: Path, name: str) -> ShardStatistics | None:
             left_out=tuple(LeftOut(**entry) for entry in document["left_out"]),
         )
         tar = folder / statistics.shard.file
-        if statistics.shard.samples and (tar.stat().st_size != statistics.shard.bytes or not index_path(tar).exists()):
+        beside = index_path(tar).exists() and checksums_path(tar).exists()
+        if statistics.shard.samples and (tar.stat().st_size != statistics.shard.bytes or not beside):
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -3,8 +3,9 @@
 The tars lie in a folder, or at a URL and then in the local cache; the reader of the plan keeps open only those that
 its current windows touch.
 
-A sample is looked at when it is first fetched: whether the tar has its members where the index says, what its class is,
-and what its image announces. What is wrong with one sample is reported beside the others, never raised.
+A sample is looked at when it is first fetched: whether the tar has its members where the index says, whether they are
+what its checksum says, what its class is, and what its image announces. What is wrong with one sample is reported
+beside the others, never raised. Images that are not plain (`images.py`) are converted each time they are fetched.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import logging
 import mmap
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,8 @@ from nvidia.dali.tensors import TensorCPU
 from nvidia.nvimgcodec import CodeStream
 
 from dist_train.config import DataConfig
+from dist_train.data.checksums import checksums_path, read_checksums, sample_checksum
+from dist_train.data.images import BadImage, Header, check_pixels, decode, read_header, to_ppm
 from dist_train.data.manifest import ShardInfo, SplitInfo
 from dist_train.data.plan import Need, Positions
 from dist_train.data.readahead import RemoteShards
@@ -31,6 +35,7 @@ from dist_train.errors import WorkError
 log = logging.getLogger(__name__)
 
 _NOTHING = TensorCPU(np.empty(0, np.uint8))
+_UNSEEN, _PLAIN, _ODD = range(3)  # what is known of an image
 
 
 class _BadSample(Exception):
@@ -45,7 +50,8 @@ class _NotWhereListed(_BadSample):
 class OpenShard:
     """A mapped tar, where its samples lie, and what is known of those looked at, by place: images, class ids, problems.
 
-    from_tar: the samples were listed by reading the tar itself, not its index. images: None before the first look, then
+    from_tar: the samples were listed by reading the tar itself, not its index. checksums: of the samples, or None. odd:
+    the places of images that are not plain. images: None before the first look, then
     a view into the mapping, or empty where there is a problem and the class 0. They are DALI's own views, as making one
     anew each time a sample comes costs as much as all else that is done for it.
     """
@@ -54,26 +60,33 @@ class OpenShard:
     content: NDArray[np.uint8]
     samples: Sequence[TarSample]
     from_tar: bool
+    checksums: NDArray[np.uint32] | None
     images: list[TensorCPU | None]
     labels: list[int]
     problems: dict[int, str] = field(default_factory=dict)
+    odd: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
 class FetchedBatch:
     """Samples as they lie in the shards: encoded images (DALI's views into the mapping), class ids, tags.
 
-    problems: by place in the batch, why a sample cannot be used; its image is empty and its class 0.
+    problems: by place in the batch, why a sample cannot be used; its image is empty and its class 0. odd: the places of
+    images that DALI is not to see before they are converted.
     """
 
     images: list[TensorCPU]
     labels: NDArray[np.int64]
     texts: list[str]
     problems: dict[int, str] = field(default_factory=dict)
+    odd: list[int] = field(default_factory=list)
 
 
 class ShardFetcher:
-    """Reads samples of one split of the shard set in the folder `root`, or of `remote` if given."""
+    """Reads samples of one split of the shard set in the folder `root`, or of `remote` if given.
+
+    threads: that convert odd images. texts_only: nobody will look at the images, so neither does this.
+    """
 
     def __init__(
         self,
@@ -83,6 +96,8 @@ class ShardFetcher:
         max_pixels: int = DataConfig.max_pixels,
         baked: int | None = None,
         remote: RemoteShards | None = None,
+        threads: int = 1,
+        texts_only: bool = False,
     ) -> None:
         self.root = Path(root)
         self.split = split
@@ -90,6 +105,9 @@ class ShardFetcher:
         self.max_pixels = max_pixels
         self.baked = baked
         self.remote = remote
+        self.texts_only = texts_only
+        self._seen: dict[int, bytearray] = {}  # by shard and place, also of shards let go: _PLAIN, _ODD or _UNSEEN
+        self._converters = ThreadPoolExecutor(threads, "convert")
         self._open: dict[int, OpenShard] = {}
         self._needs: Iterator[Need] = iter(())
         self._next_need: Need | None = None
@@ -131,7 +149,7 @@ class ShardFetcher:
 
     def fetch(self, positions: Positions, with_text: bool) -> FetchedBatch:
         """The samples at `positions`, in order. Raises WorkError naming a shard that cannot be read at all."""
-        images, labels, texts, problems = [], [], [], {}
+        images, labels, texts, problems, odd = [], [], [], {}, []
         # What this loop does is done for every sample of a run: look up what the first look found, and no more.
         for i, (number, place) in enumerate(zip(positions.shard.tolist(), positions.place.tolist(), strict=True)):
             shard = self._open.get(number) or self._shard(number)
@@ -141,9 +159,41 @@ class ShardFetcher:
             labels.append(shard.labels[place])
             if shard.problems and place in shard.problems:
                 problems[i] = shard.problems[place]
+            if shard.odd and place in shard.odd:
+                odd.append(i)
             if with_text:
                 texts.append("" if i in problems else _text(shard, place))
-        return FetchedBatch(images, np.array(labels, np.int64), texts, problems)
+        return FetchedBatch(images, np.array(labels, np.int64), texts, problems, odd)
+
+    def convert(self, positions: Positions, batch: FetchedBatch, places: Sequence[int]) -> None:
+        """Put what DALI reads into the given places of a batch; what has no picture becomes one of its problems.
+
+        The converted images belong to this batch alone: kept with their shard they would fill the memory.
+        """
+        where = [(int(positions.shard[i]), int(positions.place[i])) for i in places]
+        originals = [np.asarray(batch.images[i]) for i in places]
+        for i, (number, place), converted in zip(
+            places, where, self._converters.map(self._converted, originals), strict=True
+        ):
+            self._seen[number][place] = _ODD
+            if isinstance(converted, str):
+                batch.problems[i], batch.images[i] = converted, _NOTHING
+                if (shard := self._open.get(number)) is not None:
+                    shard.problems[place], shard.images[place] = converted, _NOTHING
+                    shard.odd.discard(place)
+            else:
+                batch.images[i] = converted
+                if (shard := self._open.get(number)) is not None:
+                    shard.odd.add(place)
+
+    def _converted(self, encoded: NDArray[np.uint8]) -> TensorCPU | str:
+        """The image as DALI reads it, or why there is none."""
+        try:
+            image = decode(encoded.tobytes(), self.max_pixels)
+            _check_size(*image.size, self.baked)
+        except (BadImage, _BadSample) as problem:
+            return str(problem)
+        return TensorCPU(np.frombuffer(to_ppm(image), np.uint8))
 
     def name(self, shard: int, place: int) -> str:
         """How messages call a sample: SHARD:KEY, or SHARD:PLACE where the key is not known."""
@@ -154,17 +204,17 @@ class ShardFetcher:
     def _look_at(self, shard: OpenShard, number: int, place: int, with_text: bool) -> OpenShard:
         """Find out image, class and problems of a sample; the shard is opened anew where its index turns out wrong."""
         try:
-            shard.images[place], shard.labels[place] = self._check(shard, place, with_text)
+            shard.images[place], shard.labels[place] = self._check(shard, number, place, with_text)
         except _NotWhereListed as problem:
             if not shard.from_tar:
                 self._open[number] = shard = self._open_shard(number, trust_index=False)
                 return self._look_at(shard, number, place, with_text)
             shard.images[place], shard.problems[place] = _NOTHING, str(problem)
-        except _BadSample as problem:
+        except (_BadSample, BadImage) as problem:
             shard.images[place], shard.problems[place] = _NOTHING, str(problem)
         return shard
 
-    def _check(self, shard: OpenShard, place: int, with_text: bool) -> tuple[TensorCPU, int]:
+    def _check(self, shard: OpenShard, number: int, place: int, with_text: bool) -> tuple[TensorCPU, int]:
         """Encoded image and class id of a sample with nothing wrong. Raises _BadSample."""
         if place >= len(shard.samples):
             raise _NotWhereListed(f"not in the shard, which holds only {len(shard.samples)} samples")
@@ -182,8 +232,21 @@ class ShardFetcher:
         if not digits.isdigit() or int(digits) >= self.num_classes:
             raise _BadSample(f"its class is {digits!r}, not a number below {self.num_classes}")
         encoded = _content(shard, image[1])
-        _check_announcement(encoded, self.max_pixels, self.baked)
+        if not self.texts_only and self._kind(shard, number, place, encoded) == _ODD:
+            shard.odd.add(place)
         return TensorCPU(encoded), int(digits)
+
+    def _kind(self, shard: OpenShard, number: int, place: int, encoded: NDArray[np.uint8]) -> int:
+        """Whether an image is plain, found out once in the life of this process. Raises _BadSample, BadImage."""
+        seen = self._seen.setdefault(number, bytearray(len(shard.images)))
+        if seen[place] == _UNSEEN:
+            if shard.checksums is not None:
+                if sample_checksum(shard.content, shard.samples[place]) != shard.checksums[place]:
+                    raise _BadSample(f"damaged: it is not what {checksums_path(shard.path).name} says")
+            if (size := plain_size(encoded, self.max_pixels)) is not None:
+                _check_size(*size, self.baked)
+            seen[place] = _ODD if size is None else _PLAIN
+        return seen[place]
 
     def _shard(self, number: int) -> OpenShard:
         if number not in self._open:
@@ -199,10 +262,11 @@ class ShardFetcher:
         except (OSError, ValueError) as error:
             raise WorkError(f"{path}: cannot be read ({error}); check the set with `python -m shards verify`") from None
         if self.remote:
-            samples, from_tar = self.remote.index(number), True
+            samples, from_tar, checksums = self.remote.index(number), True, None  # its SHA-256 has been checked
         else:
             samples, from_tar = _list_samples(path, info, trust_index and len(content) == info.bytes)
-        return OpenShard(path, content, samples, from_tar, [None] * info.samples, [0] * info.samples)
+            checksums = read_checksums(path, info.samples, info.bytes) if len(samples) == info.samples else None
+        return OpenShard(path, content, samples, from_tar, checksums, [None] * info.samples, [0] * info.samples)
 
 
 def _list_samples(path: Path, info: ShardInfo, trust_index: bool) -> tuple[Sequence[TarSample], bool]:
@@ -253,21 +317,29 @@ def _check_header(shard: OpenShard, key: str, extension: str, member: Member) ->
         raise _NotWhereListed(f"the tar has another file than {key}.{extension} at offset {member.offset}")
 
 
-def _check_announcement(encoded: NDArray[np.uint8], max_pixels: int, baked: int | None) -> None:
-    """Look at what an image's header says, before memory is allocated for it. Raises _BadSample.
+def plain_size(encoded: NDArray[np.uint8], max_pixels: int) -> tuple[int, int] | None:
+    """(width, height) of an image that DALI may have as it is, by its header alone; None for one to be converted.
 
-    The parser is the one that DALI uses: DALI 2.4 goes on reading freed memory, and often crashes, when it meets a
-    header that does not parse in a batch that several threads share.
+    What DALI's own parser does not take is not plain either: DALI 2.4 goes on reading freed memory, and often crashes,
+    when it meets such a header in a batch that several threads share. Raises BadImage for too many pixels.
     """
+    header = read_header(encoded.tobytes())
+    if header is not None:
+        check_pixels(header.width, header.height, max_pixels)
+        if header.plain and _is_taken_by_dali(encoded, header):
+            return header.width, header.height
+    return None
+
+
+def _is_taken_by_dali(encoded: NDArray[np.uint8], header: Header) -> bool:
     try:
         stream = CodeStream(encoded)
-        kind, width, height = stream.codec_name, stream.width, stream.height
+        return (stream.codec_name, stream.width, stream.height) == header[:3]
     except RuntimeError:
-        raise _BadSample("not an image, or its header is damaged" if len(encoded) else "its image is empty") from None
-    if kind not in ("jpeg", "png", "webp"):
-        raise _BadSample(f"a {kind} image; samples are JPEG, PNG or WebP")
-    if not 0 < width * height <= max_pixels:
-        raise _BadSample(f"announces {width} x {height} pixels; data.max_pixels is {max_pixels}")
+        return False
+
+
+def _check_size(width: int, height: int, baked: int | None) -> None:
     if baked and (width, height) != (baked, baked):
         raise _BadSample(f"{width} x {height} pixels, but the manifest says that all were resized to {baked}x{baked}")
 

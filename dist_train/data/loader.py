@@ -7,6 +7,7 @@ training loader is endless: the run is the concatenation of its epochs.
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from torch import Tensor
 from dist_train.config import DataConfig
 from dist_train.data.augment import check_augmentation, draw_augmentation, no_augmentation
 from dist_train.data.background import Batch, IsStopped, made_ahead
-from dist_train.data.fetch import FetchedBatch, ShardFetcher
+from dist_train.data.fetch import FetchedBatch, ShardFetcher, plain_size
+from dist_train.data.images import BadImage, decode, to_ppm
 from dist_train.data.manifest import Manifest
 from dist_train.data.pipeline import ImagePipeline, UndecodableError, load_compiled_passes
 from dist_train.data.plan import EpochPlan, Need, Positions, evaluation_batches, needs_of, rank_batch
@@ -30,6 +32,8 @@ from dist_train.data.quarantine import Quarantine
 from dist_train.data.readahead import open_remote
 from dist_train.data.text import TagTokenizer, check_has_tags, shuffle_tags
 from dist_train.errors import UseError
+
+log = logging.getLogger(__name__)
 
 UNDER_WAY = 2  # batches in DALI's hands: one is decoded while the one before is finished
 
@@ -78,6 +82,7 @@ class _Loader:
         self.bad = Quarantine(quarantine, split, config.max_bad_samples, place.rank)
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
         self.device_id = open_device(config, place)
+        self._noted_odd = False
         self._kept: ImagePipeline | None = None  # for the next iteration: on a GPU, DALI takes 1.6 s to build one
         if self.device_id is None:
             load_compiled_passes()  # here, so that the first batch does not wait for it
@@ -88,6 +93,7 @@ class _Loader:
             config.max_pixels,
             manifest.baked_size(),
             open_remote(config, manifest.split(split).shards, place.local_world_size),
+            self.threads,
         )
 
     def _batches(self, positions: Iterator[Positions], depth: int = UNDER_WAY) -> Iterator[Batch]:
@@ -123,6 +129,10 @@ class _Loader:
 
     def _fetch(self, positions: Positions) -> FetchedBatch:
         fetched = self.fetcher.fetch(positions, self.tokenizer is not None)
+        if fetched.odd:
+            self._note_odd(positions, fetched.odd[0])
+            left_out = self.bad.among(positions.sample)
+            self.fetcher.convert(positions, fetched, [i for i in fetched.odd if not left_out[i]])
         for i, problem in fetched.problems.items():
             self._leave_out(positions, i, problem)
         return fetched
@@ -173,7 +183,10 @@ class _Loader:
         return self.tokenizer(texts)
 
     def _find_undecodable(self, under_way: deque[tuple[Positions, FetchedBatch]], error: UndecodableError) -> None:
-        """Decode the batches under way one image at a time and leave out what fails. Raises `error` if nothing does."""
+        """Decode the batches under way one image at a time: what fails is converted, or left out if it cannot be.
+
+        Raises `error` if nothing fails.
+        """
         probe: ImagePipeline | None = None
         found = False
         for positions, fetched in under_way:
@@ -187,11 +200,24 @@ class _Loader:
                 except UndecodableError as failure:
                     probe.close()
                     probe, found = None, True
-                    self._leave_out(positions, i, _first_cause(failure))
+                    problem = _first_cause(failure)
+                    if i not in fetched.odd:
+                        self.fetcher.convert(positions, fetched, [i])
+                        fetched.odd.append(i)
+                        problem = fetched.problems.get(i, "")
+                    if problem:
+                        self._leave_out(positions, i, problem)
         if probe is not None:
             probe.close()
         if not found:
             raise error
+
+    def _note_odd(self, positions: Positions, i: int) -> None:
+        """Say once that images are converted as they are read: it is what makes such a set slow."""
+        if not self._noted_odd:
+            self._noted_odd = True
+            name = self.fetcher.name(int(positions.shard[i]), int(positions.place[i]))
+            log.info("%s and images like it are converted each time they are read; `shards build` does it once", name)
 
     def _leave_out(self, positions: Positions, i: int, reason: str) -> None:
         name = self.fetcher.name(int(positions.shard[i]), int(positions.place[i]))
@@ -206,6 +232,24 @@ class _Loader:
         file = io.BytesIO()
         Image.new("RGB", (side, side), (128, 128, 128)).save(file, "JPEG")
         return TensorCPU(np.frombuffer(file.getvalue(), np.uint8))
+
+
+def read_image(data: bytes, config: DataConfig, device_id: int | None) -> Tensor:
+    """(1, 3, S, S): one encoded image as an evaluation sees it. Raises BadImage."""
+    encoded = np.frombuffer(data, np.uint8)
+    tries = [encoded] if plain_size(encoded, config.max_pixels) is not None else []
+    while True:
+        converted = not tries
+        image = tries.pop() if tries else np.frombuffer(to_ppm(decode(data, config.max_pixels)), np.uint8)
+        pipeline = ImagePipeline(config, train=False, baked=None, batch_size=1, threads=1, device_id=device_id, depth=1)
+        try:
+            pipeline.feed([image], no_augmentation(1))
+            return pipeline.take()
+        except UndecodableError as error:
+            if converted:
+                raise BadImage("cannot decode", _first_cause(error)) from None
+        finally:
+            pipeline.close()
 
 
 class TrainLoader(_Loader):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,18 @@ class Manifest:
         if self.transform and self.transform.startswith("resize "):
             width, height = self.transform.removeprefix("resize ").split("x")
             return int(width) if width == height else None
+        return None
+
+    def resize_note(self, image_size: int, crop_margin: int) -> str | None:
+        """A line for a recipe that does not take the images at the size they were made for; None if it does."""
+        square = image_size + crop_margin
+        asked = f"resized again to {square}x{square} (data.image_size {image_size} + crop_margin {crop_margin})"
+        if (baked := self.baked_size()) not in (None, square):
+            cure = f"`shards build --size {square}` does it once, from the originals"
+            return f"its images were resized to {baked}x{baked} and are {asked}; {cure}"
+        longest = re.fullmatch(r"longer side at most (\d+)", self.transform or "")
+        if longest and int(longest[1]) < square:
+            return f"its images were shrunk to {longest[1]} pixels at most and are {asked}, that is, enlarged"
         return None
 
     def split(self, name: str) -> SplitInfo:

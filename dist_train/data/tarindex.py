@@ -24,7 +24,8 @@ from typing import NamedTuple, overload
 from dist_train.data.manifest import write_atomically
 from dist_train.errors import WorkError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# In the order of preference. What a file is its content decides; without one of these it counts as no image.
+IMAGE_EXTENSIONS = tuple("jpg jpeg png webp jpe jfif mpo apng gif bmp dib tif tiff ppm pgm pbm pnm jp2 avif".split())
 _LINES = {
     version: re.compile(f"{member}(?: {member})*")
     for version, member in {"v1.2": r"[^ ]* -?\d+ -?\d+ [^ ]*", "v1.1": r"[^ ]* -?\d+ -?\d+"}.items()

@@ -123,7 +123,7 @@ def find_frequent_tags(config: DataConfig, manifest: Manifest) -> list[str]:
     check_has_tags(config, manifest)
     split = manifest.split("train")
     remote = open_remote(config, split.shards, local_world_size=1)
-    fetcher = ShardFetcher(config.shards, split, len(manifest.classes), config.max_pixels, remote=remote)
+    fetcher = ShardFetcher(config.shards, split, len(manifest.classes), remote=remote, texts_only=True)
     counts: Counter[str] = Counter()
     batches = evaluation_batches(split.shard_samples, 4096, rank=0, world_size=1)
     with fetcher.following(lambda: needs_of(batches)):

@@ -181,6 +181,8 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
 
     hosts = gather(f"{socket.gethostname()}: {device_name(device)}", place)
     with RunRecord(run, recipe, place.rank, state.step) as record:
+        if note := manifest.resize_note(recipe.data.image_size, recipe.data.crop_margin):
+            log.info("%s: %s", recipe.data.shards, note)
         # -------------------------------------------------------------- steps
         trace = StepTrace(recipe.train.profile_steps, run, place.rank)
         batches = iter(train_loader(state.samples_consumed))

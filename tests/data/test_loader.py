@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -188,7 +190,8 @@ def test_an_evaluation_made_again_has_the_same_batches_of_the_same_pipeline(
     file = io.BytesIO()
     Image.new("RGB", (20, 20), (1, 2, 3)).save(file, "PNG")
     png = file.getvalue()
-    damaged = png[:45] + bytes(4) + png[49:]  # in its pixels, which only decoding shows
+    pixels = b"IDAT" + bytes(20)  # with a right checksum, so that only decoding shows that they are damaged
+    damaged = png[:33] + struct.pack(">I", 20) + pixels + struct.pack(">I", zlib.crc32(pixels)) + png[-12:]
     config = config_for(shard_set({"val": [samples]}, replace={i: damaged for i in bad}))
     loader = EvalLoader(config, read_manifest(config.shards), "val", Place(), batch_size=4)
     first, second, third = (contents(list(loader)) for _ in range(3))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import struct
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from shards.images import BadImage, convert
+from dist_train.data.images import BadImage
+from shards.images import convert
 
 ROBUSTNESS = Path(__file__).parents[2] / "../shared/data/robustness"
 needs_robustness = pytest.mark.skipif(not ROBUSTNESS.is_dir(), reason=f"the odd images are absent: {ROBUSTNESS}")
@@ -168,32 +166,3 @@ def test_what_cannot_be_used_is_refused_by_reason() -> None:
 def test_no_program_is_started_for_postscript() -> None:
     with pytest.raises(BadImage, match="not an image"):
         convert(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
-
-
-@pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-def decode_with_dali(images):
-    return fn.decoders.image(
-        fn.external_source(source=images, dtype=types.UINT8, batch=False), device="cpu", output_type=types.RGB
-    )
-
-
-@needs_robustness
-@pytest.mark.filterwarnings("ignore")
-def test_odd_files_are_used_or_refused_as_pillow_says_and_dali_decodes_all_that_are_used() -> None:
-    with open(ROBUSTNESS / "expected_pillow.csv", newline="") as file:
-        expected = {row["path"]: row["load"] == "ok" and row["to_rgb"] == "ok" for row in csv.DictReader(file)}
-    used = {}
-    refused: Counter[str] = Counter()
-    for path in expected:
-        try:
-            used[path] = convert((ROBUSTNESS / path).read_bytes())
-        except BadImage as error:
-            refused[error.reason] += 1
-    assert used.keys() == {path for path, fine in expected.items() if fine}
-    assert set(refused) == {"not an image", "truncated", "cannot decode", "decompression bomb", "empty file"}
-    assert refused["decompression bomb"] == 2
-
-    pipeline = decode_with_dali(iter([np.frombuffer(data, np.uint8) for data in used.values()]))
-    for path, data in used.items():
-        by_dali = np.asarray(pipeline.run()[0].at(0)).astype(int)
-        assert np.abs(by_dali - pixels_of(data)).max() <= 2, path

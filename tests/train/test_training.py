@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from dist_train.cli import main, parse_recipe
 from dist_train.data.draws import random_bits
+from dist_train.data.images import FORMATS
 from dist_train.data.loader import EvalLoader, Place, TrainLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.models.build import build_model
@@ -264,7 +265,7 @@ def test_predict_answers_good_files_and_names_bad_ones(
     assert main(["predict", str(finished), *files]) == 1
     out, error = capsys.readouterr()
     assert error.splitlines() == [
-        f"{files[0]}: not an image that can be decoded",
+        f"{files[0]}: not an image that can be used (not an image: none of the formats {', '.join(FORMATS)})",
         f"{files[2]}: No such file or directory",
     ]
     blocks = [block for block in out.split(str(tmp_path)) if block]
@@ -435,3 +436,16 @@ def test_a_run_with_bad_samples_ends_well_records_each_once_and_says_what_it_eva
     assert main(["evaluate", str(run), "--split", "test"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert (figures["samples"], figures["bad_samples"], figures["top1"]) == (8, 1, evaluations[-1]["top1"])
+
+
+def test_training_and_evaluation_say_when_images_are_resized_again(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    line = "its images were resized to 20x20 and are resized again to 22x22 (data.image_size 16 + crop_margin 6)"
+    assert train(shards, run, data__crop_margin=6, model__head="cls", train__stop_after_steps=1) == 0
+    assert (run / "log.txt").read_text().count(line) == 1
+    capsys.readouterr()
+    assert main(["evaluate", str(run)]) == 0
+    assert f"{shards}: {line}" in capsys.readouterr().err
+    assert read_manifest(shards).resize_note(16, 4) is None
