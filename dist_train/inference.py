@@ -87,11 +87,8 @@ def run_evaluate(options: argparse.Namespace, recipe: Recipe) -> int:
     table = options.csv or options.run / f"evaluation_{options.split}.csv"
     _write_class_table(table, result, trained.class_names, [info.count for info in manifest.classes])
     figures = _describe(result, torch.tensor([info.count for info in manifest.classes]))
-    print(
-        json.dumps(
-            {"split": options.split, "checkpoint": str(trained.checkpoint), **figures, "csv": str(table)}, indent=1
-        )
-    )
+    chosen = {"checkpoint": str(trained.checkpoint), "step": read_state(trained.checkpoint).step}
+    print(json.dumps({"split": options.split, **chosen, **figures, "csv": str(table)}, indent=1))
     return 0
 
 

@@ -14,7 +14,9 @@ import platform
 import secrets
 import subprocess
 import sys
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -69,6 +71,7 @@ class RunRecord:
             write_atomically(run / METRICS_NAME, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
             self._evaluated = {(entry["split"], entry["step"]) for entry in kept if "split" in entry}
             self._metrics = opened.enter_context(open(run / METRICS_NAME, "a", encoding="utf-8"))
+            opened.enter_context(_quiet_board_thread())
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
             opened.callback(self._board.close)
             self._opened = opened.pop_all()
@@ -144,6 +147,23 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Without the traceback that logging prints."""
+
+
+@contextmanager
+def _quiet_board_thread() -> Iterator[None]:
+    """TensorBoard's writing thread ends by the disk's error, which the next call raises: it needs no traceback."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        of_board = type(arguments.thread).__module__.startswith("tensorboard")
+        if not (of_board and issubclass(arguments.exc_type, OSError)):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _start_log(path: Path) -> logging.Handler:
