@@ -273,7 +273,9 @@ def _train(recipe: Recipe, resume: str, place: Place, stop: StopSignal) -> None:
             writer.check()
             if stopping and not finished:
                 writer.finish()
-                log.info("stopped after step %d, which is saved; the same with --resume auto continues", state.step)
+                log.info(
+                    "stopped after step %d, which is saved; the same command with --resume auto continues", state.step
+                )
                 return
 
         # -------------------------------------------------------------- result

@@ -29,6 +29,7 @@ from dist_train.models.saved import (
     read_weights,
 )
 from dist_train.models.weights import LoadReport
+from dist_train.train.record import start_console_log
 from tests.conftest import CLASSES, jpeg_bytes, write_shard_set
 
 NAMES = [f"class {i}" for i in range(CLASSES)]
@@ -126,6 +127,7 @@ def test_where_the_best_is_lost_the_last_is_taken_with_a_warning_unless_it_was_a
     best.write_bytes(best.read_bytes()[:-1])
     assert main(["evaluate", str(copy), "--checkpoint", "best"]) == 1
     assert "step-00000004, the best on val, cannot be used: weights.safetensors has" in capsys.readouterr().err
+    start_console_log(0)
     for _ in range(2):
         assert main(["evaluate", str(copy)]) == 0
         said = capsys.readouterr().err.splitlines()
