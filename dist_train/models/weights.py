@@ -210,8 +210,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix not in FILE_TYPES:
         raise UseError(
-            f"model.weights: {str(path)!r} is not none, hub, hub:TAG, the folder of a run or checkpoint, or a file of "
-            f"type {', '.join(FILE_TYPES)}"
+            f"model.weights: {str(path)!r} is not none, hub, hub:TAG or a file of type {', '.join(FILE_TYPES)}, "
+            "nor the folder of a run or checkpoint"
         )
     if not path.is_file():
         raise UseError(f"model.weights: there is no file {path}")

@@ -146,7 +146,7 @@ def test_averaged_weights_follow_their_formula_survive_stops_and_are_evaluated_a
     logged = {entry["split"]: entry for entry in read_metrics(run) if "split" in entry}
     assert logged["val"]["loss"] != logged["val_ema"]["loss"]
     capsys.readouterr()
-    for flags, split in (([], "val"), (["--ema"], "val_ema")):
+    for flags, split in ((["--checkpoint", "last"], "val"), (["--ema"], "val_ema")):
         assert main(["evaluate", str(run), "--split", "val", *flags]) == 0
         assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(logged[split]["loss"], rel=1e-5)
     assert main(["export", str(run), str(tmp_path / "ema.safetensors"), "--ema"]) == 0

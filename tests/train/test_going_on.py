@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -18,7 +19,9 @@ import pytest
 import yaml
 
 from dist_train.cli import main
+from dist_train.config import Recipe
 from dist_train.models.saved import list_checkpoints, newest_checkpoint, read_step
+from dist_train.train.record import RunRecord, start_console_log
 from tests.conftest import write_shard_set
 
 
@@ -230,19 +233,45 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def fill(disk: Path) -> None:
+    with open(disk / "filler", "wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"\0" * 4096)
+
+
+def test_on_a_full_disk_the_record_fails_by_one_error_and_prints_nothing(
+    small_disk: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    escaped: list[threading.ExceptHookArgs] = []  # Python prints a traceback for each
+    monkeypatch.setattr(threading, "excepthook", escaped.append)
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    start_console_log(0)
+    record = RunRecord(small_disk / "run", Recipe(), 0, 0)
+    fill(small_disk)
+    for number in range(100):  # more than the log's last block has room for
+        logging.getLogger("dist_train").info("line %d of the log, which must not end the run, nor print more", number)
+    names = ("samples", "epoch", "loss", "lr", "images_per_s", "step_ms", "data_wait_ms", "mfu", "memory_mb")
+    with pytest.raises(OSError, match="No space left"):
+        for step in range(1, 200):
+            record.step({"step": step, **dict.fromkeys(names, 0.5)}, 200, 1)
+    with suppress(OSError):
+        record.close()
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and "Logging error" not in said and not escaped
+    assert len(logging.getLogger("dist_train").handlers) == 1, "the log file is closed all the same"
+
+
 def test_a_disk_that_is_full_in_mid_run_is_one_line_and_the_run_goes_on_when_there_is_room(
     small_disk: Path, shards: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     escaped: list[threading.ExceptHookArgs] = []  # Python prints a traceback for each
     monkeypatch.setattr(threading, "excepthook", escaped.append)
-    run, filler = small_disk / "run", small_disk / "filler"
+    run = small_disk / "run"
 
     def fill_the_disk() -> None:
         while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 7:  # there is a checkpoint of step 4
             time.sleep(0.01)
-        with open(filler, "wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(b"\0" * 4096)
+        fill(small_disk)
 
     thread = threading.Thread(target=fill_the_disk)
     thread.start()
@@ -252,7 +281,7 @@ def test_a_disk_that_is_full_in_mid_run_is_one_line_and_the_run_goes_on_when_the
     (line,) = [line for line in said.splitlines() if line.startswith("error")]
     assert str(run) in line and "--resume auto" in line
     assert "Traceback" not in said and "Logging error" not in said and not escaped, said
-    filler.unlink()
+    (small_disk / "filler").unlink()
     step = read_step(newest_checkpoint(run)) + 1
     assert train(shards, run, "auto", train__epochs=500, train__stop_after_steps=step) == 0
     assert stands_once(run, step)
