@@ -149,7 +149,7 @@ def run_export(options: argparse.Namespace, recipe: Recipe) -> int:
     name, arguments = timm_name(recipe.model.backbone, recipe.data.image_size)
     classes = len(trained.class_names)
     arguments |= {"num_classes": 0 if recipe.model.head == "ifa" else classes}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in {**weights, **extra}.items()}
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in {**weights, **extra}.items()}
     metadata = {
         "backbone": recipe.model.backbone,
         "head": recipe.model.head,
