@@ -42,7 +42,7 @@ def measure_run(point: Row) -> Row:
         both = [start([*train(point, stopped), "--resume", "auto"]), start(train(point, whole))]
         for process in both:
             finish(process)
-        said = finish(start(["evaluate", str(stopped)]))
+        said = finish(start(["evaluate", str(stopped), "--checkpoint", "last"]))
         evaluated = json.loads(said[said.index("{\n") :])  # libraries have their say before
         resumed, other = (json.loads((run / "summary.json").read_bytes()) for run in (stopped, whole))
     rates = [line["images_per_s"] for line in logged if "images_per_s" in line]

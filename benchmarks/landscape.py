@@ -51,7 +51,8 @@ from dist_train.data.manifest import Manifest, write_atomically
 from dist_train.errors import UseError, WorkError
 from dist_train.inference import TrainedModel, load_trained
 from dist_train.models.build import build_model
-from dist_train.train.checkpoint import CHECKSUMS_NAME, newest_checkpoint, read_state
+from dist_train.models.saved import CHECKSUMS_NAME, newest_checkpoint
+from dist_train.train.checkpoint import read_state
 from dist_train.train.evaluate import Forward
 from dist_train.train.inputs import read_shard_set
 from dist_train.train.loop import WEIGHTS_DRAW
@@ -173,7 +174,7 @@ def _measure_run(
     run: Path, recipe: Recipe, manifest: Manifest, settings: Settings, work: Path
 ) -> tuple[dict[str, Any], Measured]:
     """The row of a run, without its arrays' name, and all that was measured."""
-    trained = load_trained(run, recipe, "auto", False)
+    trained = load_trained(run, recipe, "last", False)
     model = trained.model
     batches = hold_subset(trained, recipe, manifest, settings.split, settings.samples)
     plane, line = plan_plane(settings.points, settings.radius), plan_line(settings.line_points)

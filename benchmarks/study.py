@@ -179,7 +179,7 @@ def pretrain(study: Study, backbones: list[str], jobs: int) -> None:
     for recipe in finish_runs(recipes, jobs, "pretraining"):
         weights = weights_file(study, recipe.model.backbone)
         if not weights.exists():
-            main(["export", recipe.train.run, str(weights)])
+            main(["export", recipe.train.run, str(weights), "--checkpoint", "last"])
 
 
 def pretraining_recipe(study: Study, backbone: str) -> Recipe:

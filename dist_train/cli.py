@@ -58,7 +58,9 @@ def _recipe_parser() -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog="dist-train train", exit_on_error=False)
     parser.add_argument("--config", action="config", help="a recipe; may be given several times")
-    parser.add_argument("--resume", default="none", help="auto (the newest checkpoint of the run), none, or a folder")
+    parser.add_argument(
+        "--resume", default="none", help="auto (the newest checkpoint of the run), none, a step, or a folder"
+    )
     # The deepspeed launcher hands every rank its number this way; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     for section, kind in SECTIONS.items():
@@ -156,6 +158,7 @@ def _command_parser() -> argparse.ArgumentParser:
     grid = commands.add_parser("grid", help="a picture of predictions on a split, right and wrong")
     grid.add_argument("run", type=Path, help="run folder")
     grid.add_argument("--split", default="test")
+    grid.add_argument("--shards", help="another shard set of the same classes (default: the run's)")
     grid.add_argument("--output", type=Path, help="PNG file (default: RUN/predictions.png)")
 
     export = commands.add_parser("export", help="plain weights as safetensors, in timm's names")
@@ -164,7 +167,10 @@ def _command_parser() -> argparse.ArgumentParser:
 
     for command in (evaluate, predict, grid, export):
         command.add_argument(
-            "--checkpoint", default="auto", help="auto (the newest), best (on val), or a folder (default: auto)"
+            "--checkpoint",
+            default="auto",
+            metavar="best|last|STEP|FOLDER",
+            help="which weights (default: the best on val, if val was evaluated and with no --ema, else the last)",
         )
         command.add_argument("--ema", action="store_true", help="the averaged weights of train.ema, not the raw ones")
     return parser

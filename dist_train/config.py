@@ -91,7 +91,9 @@ class ModelConfig:
     mask_padding: bool = True
     """Keep padding tokens out of attention; false reproduces the reference, where they take part."""
     weights: str = "none"
-    """Starting weights: none, hub (timm's, the paper's tag), hub:TAG, or a file (.safetensors, .pth/.bin, .npz)."""
+    """Starting weights: none, hub (timm's, the paper's tag), hub:TAG, a file (.safetensors, .pth/.bin, .npz), or the
+    folder of a run (its best checkpoint on val, else its last) or of a checkpoint; with `:ema` behind the folder its
+    averaged weights. The classifier comes along if the classes are the same."""
     pos_resize: Literal["timm", "reference"] = "timm"
     """Resampling of pretrained position embeddings: timm's (bicubic, antialiased) or the reference's (bilinear,
     aligned corners)."""
@@ -193,7 +195,8 @@ class TrainConfig:
     profile_steps: int = 0
     """Optimizer steps to trace with torch's profiler, after the first ten; rank 0 writes RUN/trace.json."""
     wandb_project: str | None = None
-    """Also send the metrics to this Weights & Biases project (pip install wandb; WANDB_* variables apply)."""
+    """Also send the metrics to this Weights & Biases project (pip install wandb; WANDB_* variables apply). It stays one
+    run there when it is resumed, offline too."""
 
 
 @dataclass

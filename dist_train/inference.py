@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dist_train.config import DeepSpeedConfig, Recipe
 from dist_train.data.images import BadImage
 from dist_train.data.loader import Batch, EvalLoader, Place, read_image
-from dist_train.data.manifest import read_manifest, write_atomically
+from dist_train.data.manifest import Manifest, read_manifest, write_atomically
 from dist_train.data.text import TagTokenizer
 from dist_train.errors import UseError, WorkError
+from dist_train.models.backbones import timm_name, vit_shape
 from dist_train.models.build import build_model, to_timm_state_dict
-from dist_train.train.checkpoint import checkpoint_to_resume, read_averaged_weights, read_class_names, read_weights
+from dist_train.models.saved import choose_checkpoint, read_averaged_weights, read_class_names, read_weights
+from dist_train.train.checkpoint import read_state
 from dist_train.train.engine import torch_device
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
 from dist_train.train.inputs import build_tokenizer
@@ -42,14 +44,14 @@ class TrainedModel:
 
 
 def load_trained(run: Path, recipe: Recipe, which: str, averaged: bool) -> TrainedModel:
-    """The model of a run. which: auto (the newest checkpoint), best, or a checkpoint folder. averaged: with train.ema's
-    weights.
+    """The model of a run, by the checkpoint that `choose_checkpoint` takes for `which`; says on stderr which that is.
 
-    Raises UseError where there is none, WorkError where it is damaged.
+    averaged: with train.ema's weights; as the best is that of the raw ones, `auto` then means the last. Raises UseError
+    where there is none, WorkError where it is damaged.
     """
-    checkpoint = checkpoint_to_resume(run, which)
-    if checkpoint is None:
-        raise UseError(f"{run}: no complete checkpoint; train first")
+    chosen = choose_checkpoint(run, "last" if averaged and which == "auto" else which)
+    checkpoint = chosen.checkpoint
+    print(f"{chosen}{', averaged weights' if averaged else ''}", file=sys.stderr)
     class_names = read_class_names(checkpoint)
     tokenizer = build_tokenizer(recipe, run)
     model_config = replace(recipe.model, weights="none")
@@ -70,13 +72,7 @@ def run_evaluate(options: argparse.Namespace, recipe: Recipe) -> int:
     """`dist-train evaluate`: top-1, top-5, class means, the most and least frequent classes, a per-class CSV."""
     trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
     shards = options.shards or recipe.data.shards
-    manifest = read_manifest(shards)
-    if manifest.class_names != trained.class_names:
-        raise UseError(
-            f"{shards} has {len(manifest.classes)} classes, {trained.checkpoint} was trained on "
-            f"{len(trained.class_names)}{'' if len(manifest.classes) != len(trained.class_names) else ' others'}; "
-            "evaluate on a set of the same classes"
-        )
+    manifest = _read_set(trained, shards, asked_for=options.shards is not None)
     if note := manifest.resize_note(recipe.data.image_size, recipe.data.crop_margin):
         print(f"{shards}: {note}", file=sys.stderr)
     loader = EvalLoader(
@@ -91,12 +87,35 @@ def run_evaluate(options: argparse.Namespace, recipe: Recipe) -> int:
     table = options.csv or options.run / f"evaluation_{options.split}.csv"
     _write_class_table(table, result, trained.class_names, [info.count for info in manifest.classes])
     figures = _describe(result, torch.tensor([info.count for info in manifest.classes]))
-    print(
-        json.dumps(
-            {"split": options.split, "checkpoint": str(trained.checkpoint), **figures, "csv": str(table)}, indent=1
-        )
-    )
+    chosen = {"checkpoint": str(trained.checkpoint), "step": read_state(trained.checkpoint).step}
+    print(json.dumps({"split": options.split, **chosen, **figures, "csv": str(table)}, indent=1))
     return 0
+
+
+def _read_set(trained: TrainedModel, shards: str, asked_for: bool) -> Manifest:
+    """The manifest of a set to look at. One that the model was not trained on must be asked for, with its classes."""
+    manifest = read_manifest(shards)
+    ours, theirs = len(trained.class_names), len(manifest.classes)
+    if asked_for and manifest.class_names != trained.class_names:
+        raise UseError(
+            f"{shards} has {theirs} classes, {trained.checkpoint} was trained on "
+            f"{ours}{'' if theirs != ours else ' others'}; evaluate on a set of the same classes"
+        )
+    trained_on = read_state(trained.checkpoint).manifest_digest
+    if manifest.digest == trained_on:
+        return manifest
+    digests = f"its manifest's digest is {manifest.digest[:12]}, that of the run's set was {trained_on[:12]}"
+    if not asked_for:
+        raise UseError(
+            f"{shards} is not the set any more that {trained.checkpoint} was trained on: {digests}; images of its "
+            f"splits may have been trained on; put the set back, or say --shards {shards}"
+        )
+    print(
+        f"warning: {shards} is not the set that {trained.checkpoint} was trained on: {digests}; images of its splits "
+        "may have been trained on",
+        file=sys.stderr,
+    )
+    return manifest
 
 
 def run_predict(options: argparse.Namespace, recipe: Recipe) -> int:
@@ -120,22 +139,44 @@ def run_predict(options: argparse.Namespace, recipe: Recipe) -> int:
 
 
 def run_export(options: argparse.Namespace, recipe: Recipe) -> int:
-    """`dist-train export`: weights that load into the timm model of the same name, and the rest beside them."""
+    """`dist-train export`: weights that load into timm's model, the rest beside them, and in the file's metadata what
+    one needs to use them.
+    """
     if options.file.suffix != ".safetensors":
         raise UseError(f"{options.file}: name the file .safetensors")
     trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
     weights, extra = to_timm_state_dict(trained.model)
+    name, arguments = timm_name(recipe.model.backbone, recipe.data.image_size)
+    classes = len(trained.class_names)
+    arguments |= {"num_classes": 0 if recipe.model.head == "ifa" else classes}
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in {**weights, **extra}.items()}
     metadata = {
         "backbone": recipe.model.backbone,
         "head": recipe.model.head,
-        "image_size": str(recipe.data.image_size),
-        "classes": json.dumps(trained.class_names),
+        "text_tokens": recipe.model.text_tokens,
+        "timm": {"model": name, **arguments},
+        "classes": trained.class_names,
+        "image_size": recipe.data.image_size,
+        "resize": "the whole image, squashed to a square",
+        "mean": recipe.data.mean,
+        "std": recipe.data.std,
+        "norm_eps": recipe.model.norm_eps if vit_shape(recipe.model.backbone) else None,
+        "weights": "averaged" if options.ema else "raw",
+        "step": read_state(trained.checkpoint).step,
     }
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     options.file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.file.with_name(f".{options.file.name}.tmp")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in {**weights, **extra}.items()}, temporary, metadata)
-    temporary.replace(options.file)
-    print(f"{options.file}: {len(weights)} tensors of timm's model, {len(extra)} beside them")
+    write_atomically(options.file, save(tensors, texts))
+    call = f"timm.create_model({', '.join([repr(name), *(f'{key}={value}' for key, value in arguments.items())])})"
+    if not extra:
+        print(f"{options.file}: {len(weights)} tensors that load into {call}")
+        return 0
+    missing = "" if recipe.model.head != "ifa" else "; timm's own final norm stays untrained, as IFA does without it"
+    print(
+        f"{options.file}: the {len(weights)} tensors of the backbone load into {call} with strict=False{missing}. "
+        f"timm has no place for the other {len(extra)} ({', '.join(sorted(extra))}): for the classes take "
+        "dist-train predict, or this file as model.weights"
+    )
     return 0
 
 
@@ -144,8 +185,10 @@ def run_grid(options: argparse.Namespace, recipe: Recipe) -> int:
     from PIL import Image, ImageDraw
 
     trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
-    manifest = read_manifest(recipe.data.shards)
-    loader = EvalLoader(recipe.data, manifest, options.split, trained.place, batch_size=48, tokenizer=trained.tokenizer)
+    shards = options.shards or recipe.data.shards
+    manifest = _read_set(trained, shards, asked_for=options.shards is not None)
+    data = replace(recipe.data, shards=shards)
+    loader = EvalLoader(data, manifest, options.split, trained.place, batch_size=48, tokenizer=trained.tokenizer)
     batch = next(iter(loader))
     with torch.no_grad():
         predicted = trained.forward(batch).argmax(dim=1).tolist()

@@ -5,8 +5,12 @@ deepspeed launch/train.py --config launch/recipes/demo.yaml [--section.key value
 
 import sys
 
-from dist_train.cli import run_training
-from dist_train.errors import run_command
+from dist_train.launcher import note_launcher
 
 if __name__ == "__main__":
+    note_launcher()  # before the imports, which take seconds
+
+    from dist_train.cli import run_training
+    from dist_train.errors import run_command
+
     sys.exit(run_command(lambda: run_training(sys.argv[1:])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -63,13 +64,14 @@ class Classifier(nn.Module):
 
 
 def build_model(
-    config: ModelConfig, image_size: int, num_classes: int, vocab_size: int = 0
+    config: ModelConfig, image_size: int, num_classes: int, vocab_size: int = 0, class_names: Sequence[str] = ()
 ) -> tuple[Classifier, LoadReport]:
     """The model of a recipe, in train mode, with its starting weights and an account of them.
 
-    `image_size` is the side of the images, pixels; `vocab_size` the tokenizer's, needed if the model reads text.
-    Initial values come from torch's global generator. Raises UseError for a combination that cannot be and, as
-    `load_weights`, for weights that do not fit.
+    `image_size` is the side of the images, pixels; `vocab_size` the tokenizer's, needed if the model reads text;
+    `class_names`, in id order, let starting weights that know their classes bring their classifier, or not. Initial
+    values come from torch's global generator. Raises UseError for a combination that cannot be and, as `load_weights`,
+    for weights that do not fit.
     """
     shape = vit_shape(config.backbone)
     check_image_size(config.backbone, image_size)
@@ -111,7 +113,7 @@ def build_model(
     initialise_head(head, config.head_init)
 
     model = Classifier(backbone, head, text, config.mask_padding)
-    report = load_weights(plain_weights(model), config.weights, config.backbone, config.pos_resize)
+    report = load_weights(plain_weights(model), config.weights, config.backbone, config.pos_resize, class_names)
     model.frozen = freeze(model, config.freeze)
     return model.train(), report
 

@@ -1,16 +1,19 @@
-"""Pretrained weights: from timm's hub or a file, fitted to a model's tensors, with an account of what went where.
+"""Starting weights: from timm's hub, a file or a run, fitted to a model's tensors, with an account of what went where.
 
 Names are timm's throughout ("plain" names, see `build.plain_weights`). A file either fits or is refused: every
 tensor of the backbone must be in it with the same shape, position embeddings apart, which are resampled to the
 model's grid; and it may hold nothing else but heads and text. So the weights of another architecture never load in
-part and in silence.
+part and in silence. Nor does a classifier of other classes, where what is read knows its classes: checkpoints and
+exports do.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,12 +21,22 @@ from typing import Literal
 import numpy as np
 import timm
 import torch
+from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed
 from timm.models import VisionTransformer, load_state_dict
 from torch import Tensor
 from torch.nn import functional
 
 from dist_train.errors import UseError, WorkError
+from dist_train.models.saved import (
+    EXTRA_NAME,
+    STATE_NAME,
+    WEIGHTS_NAME,
+    choose_checkpoint,
+    read_averaged_weights,
+    read_class_names,
+    read_weights,
+)
 
 FILE_TYPES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 HUB_TAGS = ("orig_in21k", "augreg_in21k", "tv_in1k", "ra_in1k")
@@ -34,6 +47,9 @@ HUB_TAGS = ("orig_in21k", "augreg_in21k", "tv_in1k", "ra_in1k")
 NOT_BACKBONE = re.compile(
     r"(head|head_dist|fc|fc_norm|classifier|pre_logits(\.fc)?|norm|(ifa|text)\.\w+)\.(weight|bias)"
 )
+_CLASSIFIER = re.compile(r"(head|fc|classifier|ifa\.classifier)\.(weight|bias)")
+AVERAGED = ":ema"
+"""Behind a run's or checkpoint's folder: its averaged weights."""
 
 
 @dataclass
@@ -41,7 +57,7 @@ class LoadReport:
     """What became of the weights that a model started from. All names are plain names."""
 
     source: str
-    """As in the recipe: none, hub, hub:TAG or the file."""
+    """As in the recipe: none, hub, hub:TAG, the file or the folder."""
     loaded: int = 0
     """Tensors of the model that were set from the source."""
     resized: list[str] = field(default_factory=list)
@@ -50,6 +66,8 @@ class LoadReport:
     """Tensors of the model that keep their initial values."""
     unused: list[str] = field(default_factory=list)
     """Tensors of the source that the model has no place for, sorted."""
+    note: str = ""
+    """Of weights that know their classes: which checkpoint it was, and what became of the classifier."""
 
     def summary(self) -> str:
         """One line for the log."""
@@ -57,25 +75,40 @@ class LoadReport:
         for what, names in (("resized", self.resized), ("new", self.new), ("unused", self.unused)):
             shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
             parts.append(f"{len(names)} {what}" + (f" ({shown})" if names else ""))
-        return f"weights {self.source}: " + "; ".join(parts)
+        return f"weights {self.source}: " + "; ".join([*parts, *([self.note] if self.note else [])])
 
 
 def load_weights(
-    own: dict[str, Tensor], source: str, backbone: str, pos_resize: Literal["timm", "reference"]
+    own: dict[str, Tensor],
+    source: str,
+    backbone: str,
+    pos_resize: Literal["timm", "reference"],
+    class_names: Sequence[str] = (),
 ) -> LoadReport:
     """Fill `own`, a model's tensors by plain name, in place from `source` (see ModelConfig.weights).
 
-    A head or text tensor loads if its name and shape are in the source and stays new otherwise. Raises UseError for
-    a source that cannot be (unknown tag, no such file, unknown file type) and WorkError for one that cannot be
-    fetched or read or does not fit; `own` may then be half filled.
+    A head or text tensor loads if its name and shape are in the source and stays new otherwise; so does the classifier
+    of a source whose classes are not `class_names`, where both are known. Raises UseError for a source that cannot be
+    (unknown tag, no such file or folder, unknown file type) and WorkError for one that cannot be fetched or read or
+    does not fit; `own` may then be half filled.
     """
     if source == "none":
         return LoadReport(source, new=list(own))
     if source == "hub" or source.startswith("hub:"):
-        theirs = read_hub(backbone, source.removeprefix("hub").removeprefix(":"))
-    else:
-        theirs = read_file(Path(source))
-    return _fit(own, theirs, source, pos_resize)
+        return _fit(own, read_hub(backbone, source.removeprefix("hub").removeprefix(":")), source, pos_resize)
+    theirs, classes, which = _read_path(source)
+    theirs = _plain_names(theirs, own)
+    other = bool(classes) and bool(class_names) and list(classes) != list(class_names)
+    if other:
+        theirs = {name: tensor for name, tensor in theirs.items() if not _CLASSIFIER.fullmatch(name)}
+    report = _fit(own, theirs, source, pos_resize)
+    if other:
+        which.append(f"without its classifier, of {len(classes)} classes that are not the {len(class_names)} here")
+    elif classes:
+        new = any(_CLASSIFIER.fullmatch(name) for name in report.new)
+        which.append("without its classifier, of another head" if new else "with its classifier")
+    report.note = ", ".join(which)
+    return report
 
 
 # ---------------------------------------------------------------- reading
@@ -121,6 +154,54 @@ def read_hub(backbone: str, tag: str = "") -> dict[str, Tensor]:
         ) from error
 
 
+def _read_path(source: str) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """(tensors, the names of the classes if it knows them, which checkpoint it is) of a file, run or checkpoint."""
+    path, averaged = Path(source.removesuffix(AVERAGED)), source.endswith(AVERAGED)
+    if path.name in (WEIGHTS_NAME, EXTRA_NAME) and (path.parent / STATE_NAME).is_file():
+        path, averaged = path.parent, path.name == EXTRA_NAME
+    if not path.is_dir():
+        if averaged:
+            raise UseError(f"model.weights: {AVERAGED} goes behind the folder of a run or checkpoint; {path} is none")
+        return read_file(path), _classes_of_export(path), []
+    if not ((path / "checkpoints").is_dir() or (path / STATE_NAME).is_file()):
+        raise UseError(f"model.weights: {path} is neither a run's folder nor a checkpoint's; give the file in it")
+    if (path / STATE_NAME).is_file():
+        chosen = choose_checkpoint(path, str(path.absolute()), "model.weights")
+    else:
+        chosen = choose_checkpoint(path, "last" if averaged else "auto", "model.weights")
+    tensors = (read_averaged_weights if averaged else read_weights)(chosen.checkpoint)
+    which = f"{'averaged weights of ' if averaged else ''}{chosen}"
+    return tensors, read_class_names(chosen.checkpoint), [which]
+
+
+def _classes_of_export(path: Path) -> list[str]:
+    """The names of the classes in the metadata of what `dist-train export` wrote; [] for other files."""
+    if path.suffix != ".safetensors":
+        return []
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("classes", "[]")
+    try:
+        classes = json.loads(text)
+    except ValueError:
+        return []
+    return [str(name) for name in classes] if isinstance(classes, list) else []
+
+
+def _plain_names(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by plain name, where they have the names of a checkpoint, which are those of `Classifier`."""
+    if not any(name.startswith("backbone.") for name in tensors):
+        return tensors
+    classifier = next((name for name in ("fc", "classifier") if f"{name}.weight" in own), "head")
+    prefixes = {"backbone.": "", "head.classifier.": f"{classifier}.", "text.": "text."}
+    if "head.aggregate.weight" in tensors:
+        prefixes = {"backbone.": "", "head.": "ifa.", "text.": "text."}
+    plain = {}
+    for name, tensor in tensors.items():
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        plain[prefixes.get(prefix, "") + name.removeprefix(prefix)] = tensor
+    return plain
+
+
 def read_file(path: Path) -> dict[str, Tensor]:
     """Tensors of a weights file by plain name, on the CPU. Nothing is unpickled but tensors.
 
@@ -129,7 +210,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix not in FILE_TYPES:
         raise UseError(
-            f"model.weights: {str(path)!r} is not none, hub, hub:TAG or a file of type {', '.join(FILE_TYPES)}"
+            f"model.weights: {str(path)!r} is not none, hub, hub:TAG or a file of type {', '.join(FILE_TYPES)}, "
+            "nor the folder of a run or checkpoint"
         )
     if not path.is_file():
         raise UseError(f"model.weights: there is no file {path}")

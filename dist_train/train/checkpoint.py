@@ -14,7 +14,6 @@ need no state: order and augmentation are functions of the position, dropout is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -27,19 +26,37 @@ from typing import Any
 import deepspeed
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dist_train.config import Recipe
 from dist_train.data.manifest import write_atomically
 from dist_train.errors import UseError, WorkError
+from dist_train.models.saved import (
+    CHECKSUMS_NAME,
+    EXTRA_NAME,
+    OPTIMIZER_NAME,
+    STATE_NAME,
+    WEIGHTS_NAME,
+    checkpoint_folder,
+    choose_checkpoint,
+    file_sha256,
+    list_checkpoints,
+    newest_checkpoint,
+    read_document,
+    read_tensors,
+    read_weights,
+)
 from dist_train.train.engine_state import gather_state, read_loss_scale, restore_loss_scale, restore_state
 
-WEIGHTS_NAME = "weights.safetensors"
-OPTIMIZER_NAME = "optimizer.safetensors"
-EXTRA_NAME = "extra.safetensors"
-STATE_NAME = "state.json"
-CHECKSUMS_NAME = "checksums.json"
+# Keys that change how fast a run is and what it says, and not what it learns.
+_COMPUTES_NOTHING = {
+    *(f"data.{key}" for key in ("shards", "cache", "cache_gb", "digest", "threads", "prefetch")),
+    *(f"train.{key}" for key in ("run", "eval_batch_size", "log_every", "stop_after_steps", "keep_checkpoints")),
+    *(f"train.{key}" for key in ("timeout_s", "profile_steps", "wandb_project")),
+    *(f"model.{key}" for key in ("weights", "pos_resize", "head_init", "checkpoint_blocks", "compile")),
+    *(f"deepspeed.{key}" for key in ("zero_stage", "offload")),
+}
 _SLACK = 1 << 20  # bytes that the small files and the file system's own records take beside the tensors
 log = logging.getLogger(__name__)
 
@@ -61,118 +78,35 @@ class RunState:
     best_step: int = -1
 
 
-# ---------------------------------------------------------------------- which checkpoint
-def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimizer steps lies."""
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first; each was complete when it was written."""
-    return sorted(folder for folder in (run / "checkpoints").glob("step-*[0-9]") if folder.is_dir())
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest undamaged checkpoint, or None if there is none at all. Damaged ones are named in a warning each.
-
-    Raises WorkError where there are checkpoints, but all are damaged.
-    """
-    checkpoints = list_checkpoints(run)
-    for checkpoint in reversed(checkpoints):
-        damage = find_damage(checkpoint)
-        if damage is None:
-            return checkpoint
-        log.warning("%s is damaged, so the one before it is used: %s", checkpoint, damage)
-    if checkpoints:
-        raise WorkError(f"{run / 'checkpoints'}: every checkpoint is damaged; delete {run} to start anew")
-    return None
-
-
-def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of the best val result if it is known, still there and undamaged, else the newest."""
-    newest = newest_checkpoint(run)
-    if newest is None:
-        return None
-    best = checkpoint_folder(run, read_state(newest).best_step)
-    return best if best.is_dir() and find_damage(best) is None else newest
-
-
+# ---------------------------------------------------------------------- reading
 def checkpoint_to_resume(run: Path, resume: str) -> Path | None:
-    """The undamaged checkpoint that `resume` (none, auto, best or a path) means; None to start anew.
-
-    Raises UseError where a path is no checkpoint, WorkError where it is damaged.
+    """The undamaged checkpoint that `resume` means: none, auto (the newest), or as `choose_checkpoint`; None to start
+    anew.
     """
     if resume == "none":
         return None
-    if resume in ("auto", "best"):
-        return newest_checkpoint(run) if resume == "auto" else best_checkpoint(run)
-    if not Path(resume).is_dir():
-        raise UseError(f"--resume {resume}: no such checkpoint; use auto, none or the folder of one")
-    damage = find_damage(Path(resume))
-    if damage is not None:
-        raise WorkError(f"{resume} is damaged: {damage}; --resume auto uses the newest that is not")
-    return Path(resume)
+    return newest_checkpoint(run) if resume == "auto" else choose_checkpoint(run, resume, "--resume").checkpoint
 
 
-def find_damage(checkpoint: Path) -> str | None:
-    """The first thing by which a checkpoint is not what was written, or None; reads all of its files."""
-    try:
-        described = json.loads((checkpoint / CHECKSUMS_NAME).read_text(encoding="utf-8"))
-        for name, file in described.items():
-            size = (checkpoint / name).stat().st_size
-            if size != file["bytes"]:
-                return f"{name} has {size} bytes instead of {file['bytes']}"
-            if _sha256(checkpoint / name) != file["sha256"]:
-                return f"{name} has another SHA-256 than when it was written"
-    except OSError as error:
-        return f"{Path(error.filename or CHECKSUMS_NAME).name} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{CHECKSUMS_NAME} is not what was written"
-    return None
-
-
-# ---------------------------------------------------------------------- reading
 def read_state(checkpoint: Path) -> RunState:
     """The state of a checkpoint. Raises WorkError naming the file if it is damaged."""
     try:
-        return RunState(**_read_document(checkpoint)["state"])
+        return RunState(**read_document(checkpoint)["state"])
     except TypeError as error:
         raise WorkError(
             f"{checkpoint / STATE_NAME}: cannot be read ({error}); was it written by another version?"
         ) from None
 
 
-def read_class_names(checkpoint: Path) -> list[str]:
-    """Names of the classes that the checkpoint's model tells apart, in id order."""
-    return list(_read_document(checkpoint)["classes"])
-
-
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The plain weights of a checkpoint."""
-    return _read_tensors(checkpoint / WEIGHTS_NAME)
-
-
-def read_extra(checkpoint: Path) -> dict[str, Tensor]:
-    """The further tensors that were given to `CheckpointWriter.save`; {} if none were."""
-    return _read_tensors(checkpoint / EXTRA_NAME) if (checkpoint / EXTRA_NAME).exists() else {}
-
-
-def read_averaged_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The averaged weights of a checkpoint. Raises UseError where the run has none."""
-    averaged = read_extra(checkpoint)
-    if not averaged:
-        raise UseError(f"{checkpoint}: holds no averaged weights; they are there with train.ema above 0 from the start")
-    return averaged
-
-
 def load_weights(model: nn.Module, checkpoint: Path, expected: RunState, recipe: Recipe) -> RunState:
     """Put the checkpoint's weights into the model, before an engine is built around it, and return its state.
 
     `expected` and `recipe` are what is asked for now. Raises UseError where the checkpoint is of another run (other
-    data, seed, batch or classes) or of a model of another shape. Ranks, ZeRO stage and precision may change.
+    data, order of the samples, seed, batch, classes or optimizer) or of a model of another shape. Ranks, ZeRO stage and
+    precision may change.
     """
     state = read_state(checkpoint)
-    _check_same_run(checkpoint, state, expected)
+    _check_same_run(checkpoint, state, expected, recipe)
     _check_same_model(checkpoint, model, recipe)
     model.load_state_dict(read_weights(checkpoint))
     now = replace(state, world_size=expected.world_size, zero_stage=expected.zero_stage, precision=expected.precision)
@@ -183,19 +117,43 @@ def load_weights(model: nn.Module, checkpoint: Path, expected: RunState, recipe:
 
 def load_optimizer(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> None:
     """Put the engine back to where the checkpoint was written; its model has the weights of `load_weights`."""
-    restore_state(engine, read_weights(checkpoint), _read_tensors(checkpoint / OPTIMIZER_NAME))
-    restore_loss_scale(engine, _read_document(checkpoint)["loss_scale"])
+    restore_state(engine, read_weights(checkpoint), read_tensors(checkpoint / OPTIMIZER_NAME))
+    restore_loss_scale(engine, read_document(checkpoint)["loss_scale"])
 
 
-def _check_same_run(checkpoint: Path, state: RunState, expected: RunState) -> None:
+def recipe_changes(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
+    """The recipe that the checkpoint was trained by, and `KEY OLD -> NEW` of each key by which that changes what is
+    computed from here on. Keys that one of the two versions does not have are left out.
+    """
+    before, now = read_document(checkpoint)["recipe"], _plain(recipe)
+    return before, [
+        f"{section}.{key} {before[section][key]} -> {value}"
+        for section, keys in now.items()
+        for key, value in keys.items()
+        if f"{section}.{key}" not in _COMPUTES_NOTHING
+        and key in before.get(section, {})
+        and before[section][key] != value
+    ]
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON gives it back."""
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+def _check_same_run(checkpoint: Path, state: RunState, expected: RunState, recipe: Recipe) -> None:
     names = {
         "num_classes": "classes of the shard set",
         "manifest_digest": "manifest digest of the shard set",
         "seed": "train.seed",
         "batch_size": "train.batch_size",
     }
-    for field, name in names.items():
-        saved, wanted = getattr(state, field), getattr(expected, field)
+    pairs = [(name, getattr(state, field), getattr(expected, field)) for field, name in names.items()]
+    before, now = read_document(checkpoint)["recipe"], _plain(recipe)
+    # By these the rest of the epoch would have samples that it had already; by the optimizer its state means nothing.
+    for section, key in (("data", "streams"), ("data", "shuffle_window"), ("optim", "name")):
+        pairs.append((f"{section}.{key}", before[section].get(key), now[section][key]))
+    for name, saved, wanted in pairs:
         if saved != wanted:
             raise UseError(
                 f"{checkpoint} cannot be resumed: {name} was {saved}, now it is {wanted}; "
@@ -210,8 +168,8 @@ def _check_same_model(checkpoint: Path, model: nn.Module, recipe: Recipe) -> Non
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if saved == wanted:
         return
-    before = _read_document(checkpoint)["recipe"]
-    now = json.loads(json.dumps(asdict(recipe)))
+    before = read_document(checkpoint)["recipe"]
+    now = _plain(recipe)
     different = [
         f"{section}.{key} was {before[section].get(key)}, now it is {now[section][key]}"
         for section, keys in (("model", now["model"]), ("data", ("image_size", "tokenizer", "tag_vocabulary")))
@@ -228,21 +186,6 @@ def _check_same_model(checkpoint: Path, model: nn.Module, recipe: Recipe) -> Non
 
 def _topology(state: RunState) -> str:
     return f"{state.world_size} ranks at ZeRO {state.zero_stage} in {state.precision}"
-
-
-def _read_document(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / STATE_NAME
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WorkError(f"{path}: cannot be read ({error}); delete {checkpoint} to use the one before") from None
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors raises its own kinds for a damaged file
-        raise WorkError(f"{path}: cannot be read ({error}); delete {path.parent} to use the one before") from None
 
 
 # ---------------------------------------------------------------------- writing
@@ -307,7 +250,7 @@ class CheckpointWriter:
             for name in files:  # safetensors lets only the owner read what it writes, whatever the umask
                 (temporary / name).chmod((temporary / STATE_NAME).stat().st_mode)
             described = {
-                path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in temporary.iterdir()
+                path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in temporary.iterdir()
             }
             (temporary / CHECKSUMS_NAME).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
             for path in [*temporary.iterdir(), temporary]:
@@ -343,11 +286,6 @@ def _remove_others(run: Path, state: RunState, keep: int) -> None:
     for folder in folders:
         if folder not in kept:
             shutil.rmtree(folder)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

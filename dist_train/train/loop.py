@@ -22,6 +22,7 @@ from dist_train.data.quarantine import QUARANTINE_NAME
 from dist_train.data.text import TAGS_NAME, TagTokenizer, find_frequent_tags
 from dist_train.errors import UseError
 from dist_train.models.build import build_model
+from dist_train.models.saved import read_averaged_weights
 from dist_train.train.badsteps import BadSteps
 from dist_train.train.checkpoint import (
     CheckpointWriter,
@@ -29,7 +30,7 @@ from dist_train.train.checkpoint import (
     checkpoint_to_resume,
     load_optimizer,
     load_weights,
-    read_averaged_weights,
+    recipe_changes,
 )
 from dist_train.train.ema import WeightAverage
 from dist_train.train.engine import build_engine, compile_mode, init_process_group, torch_device
@@ -53,7 +54,7 @@ from dist_train.train.ranks import (
     mean_over_ranks,
     warn_of_stragglers,
 )
-from dist_train.train.record import RunRecord, start_console_log
+from dist_train.train.record import SUMMARY_NAME, RunRecord, read_summary, start_console_log
 from dist_train.train.runfolder import held_run_folder
 from dist_train.train.schedule import check_schedule, count_steps, learning_rate
 from dist_train.train.step import TrainStep, make_forward
@@ -67,28 +68,34 @@ WEIGHTS_DRAW = 5  # first counter of a draw: what it is for (data has 1 to 3 and
 def train(recipe: Recipe, resume: str = "none") -> None:
     """Run a recipe; every rank calls this. resume: none, auto (the newest complete checkpoint), or a checkpoint.
 
-    Ends normally when the run is complete, when train.stop_after_steps is reached, or after SIGTERM or SIGUSR1, having
-    saved a checkpoint.
+    Ends normally when the run is complete, when train.stop_after_steps is reached, or after SIGTERM, SIGUSR1 or SIGHUP,
+    having saved a checkpoint; after Ctrl-C, having saved one too, by KeyboardInterrupt.
     """
     place = init_process_group(recipe.train.timeout_s)
     start_console_log(place.rank)
     done = False
     try:
-        with Watch(place, recipe.train.timeout_s), held_run_folder(Path(recipe.train.run), place, resume):
-            _train(recipe, resume, place)
+        with (
+            StopSignal(recipe.train.timeout_s) as stop,
+            Watch(place, recipe.train.timeout_s),
+            held_run_folder(Path(recipe.train.run), place, resume),
+        ):
+            _train(recipe, resume, place, stop)
         done = True
     finally:
         # NCCL has warnings for a group that is left behind. A rank that fails alone does not wait there for the others.
         if place.device_id is not None and (done or place.world_size == 1):
             torch.distributed.destroy_process_group()
+    # What follows the command in a script shall not begin. Of several ranks only the first says so, the last to end.
+    if stop.interrupted and place.rank == 0:
+        raise KeyboardInterrupt
 
 
-def _train(recipe: Recipe, resume: str, place: Place) -> None:
+def _train(recipe: Recipe, resume: str, place: Place, stop: StopSignal) -> None:
     # ------------------------------------------------------------------ where this process stands
     started = time.perf_counter()
     run = Path(recipe.train.run)
     device = torch_device(place)
-    stop = StopSignal(recipe.train.timeout_s)
     # What `auto` is here goes into the record of the run.
     recipe = replace(
         recipe,
@@ -141,8 +148,12 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
     # ------------------------------------------------------------------ model and engine
     torch.manual_seed(int(random_bits(recipe.train.seed, WEIGHTS_DRAW) >> 1))
     vocab_size = tokenizer.vocab_size if tokenizer else 0
-    model, report = build_model(recipe.model, recipe.data.image_size, len(manifest.classes), vocab_size)
-    log.info("%s, %s head: %s", recipe.model.backbone, recipe.model.head, report.summary())
+    # A run that goes on has its weights in the checkpoint: those that it started from may be gone.
+    config = recipe.model if checkpoint is None else replace(recipe.model, weights="none")
+    classes = manifest.class_names
+    model, report = build_model(config, recipe.data.image_size, len(classes), vocab_size, classes)
+    start = report.summary() if checkpoint is None else "weights of the checkpoint"
+    log.info("%s, %s head: %s", recipe.model.backbone, recipe.model.head, start)
     flops = training_flops_per_sample(model, *one_sample(recipe))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     has_batch_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
@@ -160,15 +171,20 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
         num_classes=len(manifest.classes),
         manifest_digest=manifest.digest,
     )
+    former_recipe, changes = None, []
     if checkpoint is not None:
         state = load_weights(model, checkpoint, state, recipe)
+        nothing = from_rank_zero(lambda: nothing_to_do(run, state.step, total_steps, recipe), place)
+        if nothing:
+            log.info("%s", nothing)
+            return
+        former_recipe, changes = recipe_changes(checkpoint, recipe)
     engine = build_engine(model, recipe, place, micro_batch)
     average = WeightAverage(engine.module, recipe.train.ema) if recipe.train.ema else None
     if checkpoint is not None:
         load_optimizer(engine, checkpoint)
         if average is not None:
             average.load(read_averaged_weights(checkpoint))
-        log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
     writer = CheckpointWriter(run, recipe, manifest.class_names)
     forward = make_forward(engine, recipe, device)
 
@@ -180,7 +196,11 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
     throughput: list[float] = []
 
     hosts = gather(f"{socket.gethostname()}: {device_name(device)}", place)
-    with RunRecord(run, recipe, place.rank, state.step) as record:
+    with RunRecord(run, recipe, place.rank, state.step, former_recipe if changes else None) as record:
+        if checkpoint is not None:
+            log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
+        if changes and place.rank == 0:
+            log.warning("from step %d on the recipe is another one: %s", state.step + 1, ", ".join(changes))
         if note := manifest.resize_note(recipe.data.image_size, recipe.data.crop_margin):
             log.info("%s: %s", recipe.data.shards, note)
         # -------------------------------------------------------------- steps
@@ -255,11 +275,15 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
             writer.check()
             if stopping and not finished:
                 writer.finish()
-                log.info("stopped after step %d; --resume auto continues", state.step)
+                log.info(
+                    "stopped after step %d, which is saved; the same command with --resume auto continues", state.step
+                )
                 return
 
         # -------------------------------------------------------------- result
         trace.close()
+        if not last and "val" in manifest.splits:  # resumed where only the result was missing
+            measure("val")
         if "test" in manifest.splits:
             measure("test")
         writer.finish()
@@ -287,6 +311,26 @@ def _train(recipe: Recipe, resume: str, place: Place) -> None:
             }
         )
     log.info("done: %s (tensorboard --logdir %s)", run / "summary.json", run / "tensorboard")
+
+
+def nothing_to_do(run: Path, step: int, total_steps: int, recipe: Recipe) -> str | None:
+    """Why a run that stands at `step` has nothing to do, or None. Raises UseError where it cannot do what it shall."""
+    if step >= total_steps and read_summary(run / SUMMARY_NAME).get("steps") == step:
+        return (
+            f"{run} is complete, step {step} of {total_steps}: nothing to do, nothing changed; its result is in "
+            f"{run / SUMMARY_NAME}; a higher train.epochs trains on"
+        )
+    if step > total_steps:
+        raise UseError(
+            f"{run} is at step {step} already, and train.epochs {recipe.train.epochs} ends at step {total_steps}; "
+            "set a higher train.epochs, or --resume an earlier checkpoint's folder"
+        )
+    if 0 < recipe.train.stop_after_steps <= step < total_steps:
+        return (
+            f"{run} is at step {step} already, and train.stop_after_steps is {recipe.train.stop_after_steps}: "
+            "nothing to do, nothing changed; a higher one, or 0, trains on"
+        )
+    return None
 
 
 def eval_loader(

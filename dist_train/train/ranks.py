@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -82,15 +84,40 @@ def average_batch_statistics(model: nn.Module, world_size: int) -> None:
 
 
 class StopSignal:
-    """SIGTERM or SIGUSR1 asks the run to end after the step; all ranks agree on which, waiting timeout_s at most."""
+    """Makes SIGTERM, SIGUSR1, Ctrl-C and the end of the terminal (SIGHUP) end the run after the step it is at.
+
+    All ranks agree on the step, waiting timeout_s at most. A second Ctrl-C interrupts at once. Signals that were
+    ignored when the process began, as nohup has it, stay ignored.
+    """
 
     def __init__(self, timeout_s: float) -> None:
+        self.interrupted = False
+        """Whether it was Ctrl-C."""
         self._received = False
         self._timeout = timedelta(seconds=timeout_s)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
+        self._before: dict[signal.Signals, Any] = {}
 
-    def _receive(self, number: int, frame: object) -> None:
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # SIGTERM once more, from who ends all processes one after the other, shall not make a failure of a good end.
+        for number in self._before.keys() & {signal.SIGINT, signal.SIGHUP}:
+            signal.signal(number, self._before[number])
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            # Not by the log: the signal may have come while the main thread held its lock.
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                os.write(2, b"\ninterrupted: saving a checkpoint after this step; Ctrl-C again ends without one\n")
         self._received = True
 
     def requested(self, place: Place) -> bool:

@@ -1,12 +1,22 @@
-"""What a run leaves behind: recipe.yaml, metrics.jsonl, summary.json, tensorboard/, log.txt. Rank 0 writes, alone."""
+"""What a run leaves behind: recipe.yaml, metrics.jsonl, summary.json, tensorboard/, log.txt. Rank 0 writes, alone.
+
+A run that goes on from a checkpoint of step N loses what was recorded beyond N, and keeps under another name what was
+true until then: `recipe-until-step-N.yaml` where the recipe has changed, `summary-step-N.json` of a run that was
+complete and is made longer.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
+import secrets
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -19,12 +29,13 @@ import yaml
 
 from dist_train.config import Recipe
 from dist_train.data.manifest import write_atomically
-from dist_train.errors import UseError
+from dist_train.errors import UseError, WorkError
 from dist_train.train.meters import device_name
 
 METRICS_NAME = "metrics.jsonl"
 RECIPE_NAME = "recipe.yaml"
 SUMMARY_NAME = "summary.json"
+WANDB_NAME = "wandb.json"
 log = logging.getLogger("dist_train")
 
 
@@ -32,10 +43,12 @@ class RunRecord:
     """Writes a run's files; on ranks other than 0 it does nothing.
 
     resumed_step: the optimizer steps that count; what an interrupted run logged beyond them is taken out, so that every
-    step stands in the record once.
+    step stands in the record once. former_recipe: that of the steps so far as a dictionary, where it was another one.
     """
 
-    def __init__(self, run: Path, recipe: Recipe, rank: int, resumed_step: int) -> None:
+    def __init__(
+        self, run: Path, recipe: Recipe, rank: int, resumed_step: int, former_recipe: dict[str, Any] | None = None
+    ) -> None:
         self.active = rank == 0
         self.run = run
         if not self.active:
@@ -43,13 +56,25 @@ class RunRecord:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         run.mkdir(parents=True, exist_ok=True)
-        self._start_log(run / "log.txt")
-        write_atomically(run / RECIPE_NAME, yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False).encode())
-        self._wandb = _start_wandb(recipe, run) if recipe.train.wandb_project else None
-        kept = [line for line in _read_lines(run / METRICS_NAME) if json.loads(line)["step"] <= resumed_step]
-        write_atomically(run / METRICS_NAME, "".join(kept).encode())
-        self._metrics = open(run / METRICS_NAME, "a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+        with ExitStack() as opened:
+            log_file = _start_log(run / "log.txt")
+            opened.callback(log_file.close)
+            opened.callback(log.removeHandler, log_file)
+            lines = _read_metrics(run / METRICS_NAME)
+            self._wandb = _start_wandb(recipe, run, lines) if recipe.train.wandb_project else None
+            if self._wandb is not None:
+                opened.callback(self._wandb.finish)
+            _keep_former_recipe(run, resumed_step, former_recipe)
+            write_atomically(run / RECIPE_NAME, _yaml(asdict(recipe)))
+            _keep_former_summary(run, resumed_step)
+            kept = [entry for entry in lines if entry["step"] <= resumed_step]
+            write_atomically(run / METRICS_NAME, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+            self._evaluated = {(entry["split"], entry["step"]) for entry in kept if "split" in entry}
+            self._metrics = opened.enter_context(open(run / METRICS_NAME, "a", encoding="utf-8"))
+            opened.enter_context(_quiet_board_thread())
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+            opened.callback(self._board.close)
+            self._opened = opened.pop_all()
 
     def step(self, figures: dict[str, Any], total_steps: int, epochs: int) -> None:
         """Record a logged step and print its line."""
@@ -72,10 +97,11 @@ class RunRecord:
         )
 
     def evaluation(self, figures: dict[str, Any]) -> None:
-        """Record an evaluation and print its line."""
+        """Record an evaluation and print its line. One that stands in the record already is not written again."""
         if not self.active:
             return
-        self._write(figures, figures["split"])
+        if (figures["split"], figures["step"]) not in self._evaluated:
+            self._write(figures, figures["split"])
         log.info(
             "%s after step %d: top-1 %.4f  top-5 %.4f  loss %.4f  over %d samples%s",
             figures["split"],
@@ -96,12 +122,7 @@ class RunRecord:
     def close(self) -> None:
         """Flush everything; the record takes nothing more."""
         if self.active:
-            self._metrics.close()
-            self._board.close()
-            if self._wandb is not None:
-                self._wandb.finish()
-            self._log_file.close()
-            log.removeHandler(self._log_file)
+            self._opened.close()
 
     def __enter__(self) -> RunRecord:
         return self
@@ -118,24 +139,133 @@ class RunRecord:
         for name, value in values.items():
             self._board.add_scalar(name, value, figures["step"])
         if self._wandb is not None:
-            self._wandb.log(values, step=figures["step"])
-
-    def _start_log(self, path: Path) -> None:
-        self._log_file = logging.FileHandler(path, encoding="utf-8")
-        self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(self._log_file)
+            self._wandb.log(group, values, figures["step"])
 
 
-def _start_wandb(recipe: Recipe, run: Path) -> Any:
+class _LogFile(logging.FileHandler):
+    """log.txt. Where it cannot be written the run goes on until something else cannot be, and is named there."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Without the traceback that logging prints."""
+
+
+@contextmanager
+def _quiet_board_thread() -> Iterator[None]:
+    """TensorBoard's writing thread ends by the disk's error, which the next call raises: it needs no traceback."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        of_board = type(arguments.thread).__module__.startswith("tensorboard")
+        if not (of_board and issubclass(arguments.exc_type, OSError)):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _start_log(path: Path) -> logging.Handler:
+    handler = _LogFile(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    return handler
+
+
+# ---------------------------------------------------------------------- what earlier starts of the run have left
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of metrics.jsonl. Lines that are none, as the last where the disk was full, are left out; says so."""
+    entries, cut = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+        else:
+            cut += 1
+    if cut:
+        log.warning("%s: %d %s left out, cut when it was written", path, cut, "line is" if cut == 1 else "lines are")
+    return entries
+
+
+def _keep_former_recipe(run: Path, step: int, recipe: dict[str, Any] | None) -> None:
+    for file in run.glob("recipe-until-step-*.yaml"):
+        if int(file.stem.rpartition("-")[2]) > step:  # of a past that was left by resuming before it
+            file.unlink()
+    if recipe is not None:
+        write_atomically(run / f"recipe-until-step-{step:08d}.yaml", _yaml(recipe))
+
+
+def _keep_former_summary(run: Path, step: int) -> None:
+    """A summary is that of a complete run: of one that goes on it gets another name, or goes with the steps that go."""
+    for file in [run / SUMMARY_NAME, *run.glob("summary-step-*.json")]:
+        steps = read_summary(file).get("steps")
+        if file.name == SUMMARY_NAME and isinstance(steps, int) and steps <= step:
+            file.replace(run / f"summary-step-{steps:08d}.json")
+        elif not isinstance(steps, int) or steps > step:
+            file.unlink(missing_ok=True)
+
+
+def read_summary(file: Path) -> dict[str, Any]:
+    """What a summary says; {} where there is none that can be read."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+# ---------------------------------------------------------------------- Weights & Biases
+class _Wandb:
+    """One run there for one run folder, however often it was resumed, offline too.
+
+    RUN/wandb.json holds its id, and the last step of each group (train, val, ...) that earlier processes may have sent:
+    those are not sent again, as nothing that was sent can be taken back.
+    """
+
+    def __init__(self, run: Any, sent: dict[str, int]) -> None:
+        self._run, self._sent = run, sent
+        self.finish = run.finish
+
+    def log(self, group: str, values: dict[str, Any], step: int) -> None:
+        if step > self._sent.get(group, -1):
+            self._run.log(values, step=step)
+
+
+def _start_wandb(recipe: Recipe, run: Path, lines: list[dict[str, Any]]) -> _Wandb:
+    """lines: the record as earlier processes left it."""
     try:
         import wandb
     except ImportError:
         raise UseError("train.wandb_project needs the package: pip install wandb") from None
-    return wandb.init(
-        project=recipe.train.wandb_project, name=run.name, dir=str(run), config=asdict(recipe), resume="allow"
-    )
+    file = run / WANDB_NAME
+    before = read_summary(file)
+    sent: dict[str, int] = before.get("sent", {})
+    if before:
+        for entry in lines:
+            group = entry.get("split", "train")
+            sent[group] = max(sent.get(group, -1), entry["step"])
+    # WANDB_RUN_ID is wandb's own way to say it; a sweep's agent does.
+    name = before.get("id") or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    write_atomically(file, (json.dumps({"id": name, "sent": sent}) + "\n").encode())
+    try:
+        started = wandb.init(
+            project=recipe.train.wandb_project,
+            id=name,
+            name=run.name,
+            dir=str(run),
+            resume="allow",
+        )
+    except wandb.errors.Error as error:
+        raise WorkError(f"train.wandb_project {recipe.train.wandb_project}: {' '.join(str(error).split())}") from None
+    started.config.update(asdict(recipe), allow_val_change=True)  # resumed, it may have other values
+    return _Wandb(started, sent)
 
 
+# ---------------------------------------------------------------------- the rest
 def start_console_log(rank: int) -> None:
     """Send the project's log lines to stderr: rank 0 all of them, other ranks warnings and errors only."""
     console = logging.StreamHandler(sys.stderr)
@@ -172,8 +302,8 @@ def _git_commit() -> str | None:
     return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
-def _read_lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+def _yaml(recipe: dict[str, Any]) -> bytes:
+    return yaml.safe_dump(_plain(recipe), sort_keys=False).encode()
 
 
 def _plain(value: Any) -> Any:

@@ -5,8 +5,8 @@ port of its own, each other rank holds a connection to it, and both sides say so
 A connection that ends without a farewell is a rank that died; one without a word for `timeout_s` a host that is lost or
 a process that is stopped; a rank that takes no part in a collective while the others wait in vain hangs.
 
-The same thread sees to it that no process stays behind: where the launcher or the connection to it is gone, the process
-asks itself to stop as if by SIGTERM.
+The same thread sees to it that no process stays behind: where the launcher (any of its processes) or the connection to
+it is gone, the process asks itself to stop as if by SIGTERM.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 
 from dist_train.data.loader import Place
 from dist_train.errors import WorkError
+from dist_train.launcher import noted_launcher
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Watch:
         self.place, self.timeout = place, timeout_s
         self._interval = min(5.0, timeout_s / 10)
         self._host = socket.gethostname()
-        self._launcher = os.getppid()
+        self._parent, self._launcher = os.getppid(), noted_launcher()
         self._closing = threading.Event()
         self._ending = threading.Lock()
         self._complaint = ""  # what a collective of this rank failed of
@@ -92,6 +93,7 @@ class Watch:
         self._selector = selectors.DefaultSelector()
         if place.world_size > 1:
             self._connect()
+        if place.world_size > 1 or self._launcher is not None:
             threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def __enter__(self) -> Watch:
@@ -167,7 +169,7 @@ class Watch:
                 beat_due = time.monotonic() + self._interval
                 for peer in self._peers:
                     peer.say(_BEAT)
-                self._check_launcher()
+            self._check_launcher()
             for key, _ in self._selector.select(min(self._interval, 1.0)):
                 self._hear(key.data)
             self._check_silence()
@@ -218,7 +220,11 @@ class Watch:
         if self._stop_asked is not None:
             if time.monotonic() - self._stop_asked > self.timeout:
                 os._exit(1)
-        elif os.getppid() != self._launcher or _nobody_reads(sys.__stderr__.fileno()):
+        elif (
+            os.getppid() != self._parent
+            or (self._launcher is not None and self._launcher.is_gone())
+            or _nobody_reads(sys.__stderr__.fileno())
+        ):
             self._stop_asked = time.monotonic()
             log.warning("rank %d on %s: its launcher is gone; stopping", self.place.rank, self._host)
             os.kill(os.getpid(), signal.SIGTERM)

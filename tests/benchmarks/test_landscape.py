@@ -40,7 +40,7 @@ from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.inference import load_trained
 from dist_train.models.build import build_model
-from dist_train.train.checkpoint import newest_checkpoint, read_weights
+from dist_train.models.saved import newest_checkpoint, read_weights
 from tests.conftest import CLASSES, write_shard_set
 
 TEST = [7, 6]
@@ -269,7 +269,7 @@ def test_at_the_centre_of_the_whole_split_is_the_runs_own_evaluation(runs: dict[
 def test_the_initial_weights_are_those_that_the_loop_began_with(shards: Path, tmp_path: Path) -> None:
     run = train(shards, tmp_path / "still", optim__lr=0, model__head="ifa")
     recipe = recipe_from_run(run)
-    trained = load_trained(run, recipe, "auto", False)
+    trained = load_trained(run, recipe, "last", False)
     before = torch.random.get_rng_state()
     initial = landscape.initial_weights(recipe, trained)
     assert (torch.random.get_rng_state() == before).all()
@@ -282,7 +282,7 @@ def test_bad_samples_are_left_out_of_the_subset(
 ) -> None:
     damaged = shard_set({"train": [30, 18], "test": TEST}, baked=40, replace={48 + 5: b"no image"})
     recipe = recipe_from_run(runs["cls"])
-    trained = load_trained(runs["cls"], recipe, "auto", False)
+    trained = load_trained(runs["cls"], recipe, "last", False)
     recipe.data.shards = str(damaged)
     batches = landscape.hold_subset(trained, recipe, read_manifest(damaged), "test", 7)
     assert np.concatenate([batch.samples for batch in batches]).tolist() == [0, 1, 2, 3, 4, 6]
@@ -409,7 +409,7 @@ def test_without_the_starting_weights_there_is_no_line_and_the_row_says_so(
     (row,) = measure([run], "with")["rows"]
     assert row["line"] == 4 and "line_note" not in row
     weights, recipe = read_weights(newest_checkpoint(pretrained)), recipe_from_run(run)
-    initial = landscape.initial_weights(recipe, load_trained(run, recipe, "auto", False))
+    initial = landscape.initial_weights(recipe, load_trained(run, recipe, "last", False))
     assert all((initial[name] == weights[name]).all() for name in weights)
     start.unlink()
     (row,) = measure([run], "without")["rows"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_train.train.checkpoint import newest_checkpoint
+from dist_train.models.saved import newest_checkpoint
 from tests.conftest import REPOSITORY, write_shard_set
 from tests.multinode.two_hosts import Host, two_hosts, wait_for, why_not
 

@@ -20,17 +20,8 @@ from torch import Tensor, nn
 from dist_train.cli import main
 from dist_train.config import Recipe
 from dist_train.errors import WorkError
-from dist_train.train.checkpoint import (
-    CheckpointWriter,
-    RunState,
-    checkpoint_to_resume,
-    find_damage,
-    list_checkpoints,
-    newest_checkpoint,
-    read_extra,
-    read_state,
-    read_weights,
-)
+from dist_train.models.saved import find_damage, list_checkpoints, newest_checkpoint, read_extra, read_weights
+from dist_train.train.checkpoint import CheckpointWriter, RunState, checkpoint_to_resume, read_state
 from dist_train.train.engine import build_engine, init_process_group
 from dist_train.train.engine_state import gather_state, restore_state
 from dist_train.train.record import start_console_log
@@ -239,7 +230,7 @@ def test_no_room_for_a_checkpoint_is_one_line_before_anything_is_written(shards:
 import sys
 from pathlib import Path
 from dist_train.cli import main
-from dist_train.train.checkpoint import find_damage, list_checkpoints
+from dist_train.models.saved import find_damage, list_checkpoints
 code = main({["train", *options(shards, run)]!r})
 print([(path.name, find_damage(path)) for path in list_checkpoints(Path({str(run)!r}))])
 print(list(Path({str(run)!r}).glob("checkpoints/*.tmp")))

@@ -19,7 +19,7 @@ from dist_train.data.draws import random_bits
 from dist_train.data.loader import Batch, Place, TrainLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.models.build import build_model, to_timm_state_dict
-from dist_train.train.checkpoint import list_checkpoints, newest_checkpoint, read_averaged_weights, read_weights
+from dist_train.models.saved import list_checkpoints, newest_checkpoint, read_averaged_weights, read_weights
 from dist_train.train.loop import make_forward
 from tests.conftest import CLASSES, write_shard_set
 
@@ -146,7 +146,7 @@ def test_averaged_weights_follow_their_formula_survive_stops_and_are_evaluated_a
     logged = {entry["split"]: entry for entry in read_metrics(run) if "split" in entry}
     assert logged["val"]["loss"] != logged["val_ema"]["loss"]
     capsys.readouterr()
-    for flags, split in (([], "val"), (["--ema"], "val_ema")):
+    for flags, split in ((["--checkpoint", "last"], "val"), (["--ema"], "val_ema")):
         assert main(["evaluate", str(run), "--split", "val", *flags]) == 0
         assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(logged[split]["loss"], rel=1e-5)
     assert main(["export", str(run), str(tmp_path / "ema.safetensors"), "--ema"]) == 0

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dist_train.cli import main
+from dist_train.models.saved import newest_checkpoint, read_averaged_weights, read_weights
 from dist_train.train import engine as engine_module
 from dist_train.train import graphs
-from dist_train.train.checkpoint import newest_checkpoint, read_averaged_weights, read_weights
 from tests.conftest import jpeg_bytes, write_shard_set
 from tests.train.recording import record
 from tests.train.test_training import arguments

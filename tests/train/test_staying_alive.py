@@ -23,8 +23,9 @@ from dist_train.data.loader import Batch, Place
 from dist_train.data.manifest import read_manifest
 from dist_train.data.plan import EpochPlan
 from dist_train.models.build import build_model
+from dist_train.models.saved import newest_checkpoint
 from dist_train.train.badsteps import BadSteps
-from dist_train.train.checkpoint import newest_checkpoint, read_state
+from dist_train.train.checkpoint import read_state
 from dist_train.train.engine import build_engine, init_process_group
 from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
@@ -77,9 +78,9 @@ def steps_done(run: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def local_launch(options: list[str]) -> list[str]:
+def local_launch(options: list[str], ranks: int = 2) -> list[str]:
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    ports = ["--num_accelerators", "2", "--master_port", free_port()]
+    ports = ["--num_accelerators", str(ranks), "--master_port", free_port()]
     return [deepspeed, *ports, str(REPOSITORY / "launch" / "train.py"), *options]
 
 
@@ -141,6 +142,78 @@ def test_ranks_whose_launcher_is_killed_save_and_end(shards: Path, tmp_path: Pat
     assert read_state(newest_checkpoint(tmp_path / "run")).step == steps_done(tmp_path / "run")
 
 
+@pytest.mark.launch
+@pytest.mark.parametrize(("ranks", "begun"), [(2, True), (1, False)], ids=["training", "importing"])
+def test_sigterm_to_the_deepspeed_command_makes_the_ranks_save_and_end(
+    shards: Path, tmp_path: Path, ranks: int, begun: bool
+) -> None:
+    """The command ends at once and passes nothing on; what it started between itself and the ranks lives. Ranks that
+    still import must not take who adopted that for their launcher.
+    """
+    run, said = tmp_path / "run", tmp_path / "said"
+    command = local_launch(arguments(shards, run, train__epochs=1000), ranks)
+    with open(said, "w") as stderr:
+        launcher = subprocess.Popen(command, env=ENVIRONMENT, stderr=stderr, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (steps_done(run) >= 2) if begun else any(map(imports, ranks_under(launcher.pid))), "the ranks")
+    processes = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(ranks_under(launcher.pid)) == ranks and len(processes) == 1 + ranks
+    launcher.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(processes, 120)
+    launcher.wait()
+    for process in alive:
+        process.kill()
+    assert not alive
+    assert read_state(newest_checkpoint(run)).step == steps_done(run)
+    assert "its launcher is gone; stopping" in said.read_text()
+    assert "--resume auto continues" in said.read_text()
+
+
+def imports(process: psutil.Process) -> bool:
+    """Whether it has begun to read what takes seconds to import."""
+    return any("/torch/" in mapped.path for mapped in process.memory_maps())
+
+
+@pytest.mark.launch
+def test_ctrl_c_saves_and_says_how_to_go_on(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = arguments(shards, run, train__epochs=1000)
+    command = [sys.executable, "-m", "dist_train.cli", "train", *options]
+
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: steps_done(run) >= 2, "step 2")
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, "so that the next command of a script does not begin"
+    assert "interrupted: saving a checkpoint after this step; Ctrl-C again ends without one" in said
+    assert "--resume auto continues" in said and "Traceback" not in said
+    assert read_state(newest_checkpoint(run)).step == steps_done(run)
+
+
+def test_a_second_ctrl_c_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StopSignal(60) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested(Place()) and stop.interrupted
+        assert capfd.readouterr().err.count("interrupted") == 1
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_terminal_that_is_closed_saves_too_unless_nohup_forbids(shards: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with StopSignal(60) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested(Place())
+        assert signal.getsignal(signal.SIGHUP) == before
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopSignal(60) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested(Place())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_that_comes_while_the_ranks_agree_is_heard_after_the_next_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -148,11 +221,11 @@ def test_a_signal_that_comes_while_the_ranks_agree_is_heard_after_the_next_step(
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
     monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
     try:
-        stop = StopSignal(60)
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-        assert not stop.requested(Place(0, 2, 2))
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
-        assert stop.requested(Place(0, 2, 2))
+        with StopSignal(60) as stop:
+            monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+            assert not stop.requested(Place(0, 2, 2))
+            monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+            assert stop.requested(Place(0, 2, 2))
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), before, strict=True):
             signal.signal(number, handler)
