@@ -54,7 +54,7 @@ def describe(root: str | Path, manifest: Manifest) -> str:
     lines.append(f"  images    {facts['transform'] or 'as in the source'}")
     lines.append(f"  text      {'tags' if facts['text'] else 'none'}")
     if facts["left_out"]:
-        lines.append(f"  left out  {sum(facts['left_out'].values()):,} images, see {root}/{LEFT_OUT_NAME}")
+        lines.append(f"  left out  {sum(facts['left_out'].values()):,} files, see {root}/{LEFT_OUT_NAME}")
         lines += [f"  {count:>12,} {reason}" for reason, count in facts["left_out"].items()]
     lines.append(f"  digest    {facts['digest']}")
     return "\n".join(lines)
