@@ -79,7 +79,7 @@ def _write_shards(out: Path, plan: Plan, options: BuildOptions) -> dict[str, Sha
 def _drop_small_classes(
     out: Path, plan: Plan, options: BuildOptions, written: dict[str, ShardStatistics]
 ) -> tuple[int, ...]:
-    """Take classes out of the written shards that have too few usable images, and put the new statistics into `written`.
+    """Take classes with too few usable images out of the written shards; `written` gets the new statistics.
 
     Returns the ids of these classes. Raises WorkError if none is left.
     """

@@ -93,9 +93,7 @@ class Manifest:
         if not ids:
             return None
         names = name_some([self.classes[i].name for i in ids])
-        return (
-            f"{len(ids):,} of {len(self.classes):,} classes have no training image, so they cannot be learnt: {names}"
-        )
+        return f"{len(ids):,} of {len(self.classes):,} classes have no training image and cannot be learnt: {names}"
 
     @property
     def class_names(self) -> list[str]:

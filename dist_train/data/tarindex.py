@@ -113,7 +113,10 @@ def _add_samples(path: Path, file: BinaryIO, start: int, samples: list[TarSample
 
 
 def _next_archive(path: Path, file: BinaryIO, end: int) -> int | None:
-    """Where another archive begins behind the zeros that end one; None if nothing follows. Raises WorkError for junk."""
+    """Where another archive begins behind the zeros that end one, None if nothing follows.
+
+    Raises WorkError if what follows is no tar.
+    """
     file.seek(end)
     while chunk := file.read(128 * _BLOCK):
         rest = chunk.lstrip(b"\0")

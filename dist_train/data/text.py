@@ -1,7 +1,7 @@
 """Tags to token ids and mask, and the order in which they come.
 
-The tags of a sample stand on one line, separated by blanks (`tags.tag_line`). As the line is cut at model.text_tokens, the order decides
-which tags are lost (data.tag_order).
+The tags of a sample stand on one line, separated by blanks (`tags.tag_line`). As the line is cut at model.text_tokens,
+the order decides which tags are lost (data.tag_order).
 """
 
 from __future__ import annotations

@@ -187,8 +187,6 @@ def each_once(found: list[Record | LeftOut], place_of: Callable[[int], str] | No
             mine, its = getattr(record, what), getattr(earlier, what)
             if mine != its:
                 called = what.removesuffix("_name")
-                raise UseError(
-                    f"{same} ({record.name}), but its {called} is {mine or 'none'} here, {its or 'none'} there"
-                )
+                raise UseError(f"{same} ({record.name}), its {called} '{mine or 'none'}' here, '{its or 'none'}' there")
         once.append(LeftOut(record.name, "image listed again", same))
     return [*once, *(item for item in found if isinstance(item, LeftOut))]

@@ -76,14 +76,13 @@ def name_endings(left_out: list[LeftOut]) -> list[LeftOut]:
     """The same, each file of no known format with its ending in the reason; rare endings beyond 20 share one."""
     endings = Counter(_ending(entry.name) for entry in left_out if entry.reason == _NO_FORMAT)
     named = {ending for ending, _ in endings.most_common(_ENDINGS_NAMED)}
-    return [
-        replace(
-            entry, reason=f"{_NO_FORMAT} ({ending if (ending := _ending(entry.name)) in named else 'other endings'})"
-        )
-        if entry.reason == _NO_FORMAT
-        else entry
-        for entry in left_out
-    ]
+    renamed = []
+    for entry in left_out:
+        if entry.reason == _NO_FORMAT:
+            ending = _ending(entry.name)
+            entry = replace(entry, reason=f"{_NO_FORMAT} ({ending if ending in named else 'other endings'})")
+        renamed.append(entry)
+    return renamed
 
 
 def _list(

@@ -93,7 +93,7 @@ def image_extensions(sample: TarSample) -> list[str]:
 
 
 def _images(file: BinaryIO, sample: TarSample, ending: str | None) -> list[str]:
-    """Extensions of the members that may be the sample's image; those of no known ending are judged by their content."""
+    """Extensions of the members that may be the sample's image; where no ending is known, the content says."""
     if ending:
         whole = [extension for extension in sample.members if extension == ending]
         return whole or [extension for extension in sample.members if extension.endswith(f".{ending}")]
@@ -151,8 +151,8 @@ def splits_in_names(tars: list[Path]) -> list[str] | None:
     if unknown:
         known = [tar.name for tar, split in zip(tars, named, strict=True) if split]
         raise UseError(
-            f"{tars[0].parent}: of some tars the names do not say which split they are ({name_some(unknown)}), of others "
-            f"they do ({name_some(known)}); rename them (train-..., val-..., test-...) or move them elsewhere"
+            f"{tars[0].parent}: the names of some tars do not say their split ({name_some(unknown)}), those of others "
+            f"do ({name_some(known)}); rename them (train-..., val-..., test-...) or move them elsewhere"
         )
     return [split for split in named if split]
 
