@@ -105,23 +105,17 @@ def _list(
     except OSError as error:
         raise UseError(f"{place}: cannot be listed ({error.strerror})") from None
 
-    files = []
-    for entry in found:
-        if not entry.is_dir():
-            files.append(entry)
-            continue
-        if unread is not None and _identity(entry.path) == unread:
-            continue
-        why = _why_unread(entry, everything)
-        if why is not None:
-            if count := files_below(entry.path):
-                listing.left_out.append(LeftOut(f"{prefix}{entry.name}/", why, f"{count:,} files, not read", count))
+    folders = [entry for entry in found if entry.is_dir() and (unread is None or _identity(entry.path) != unread)]
+    _sort_files([entry for entry in found if not entry.is_dir()], prefix, listing)
+    for folder in folders:
+        if why := _why_unread(folder, everything):
+            if count := files_below(folder.path):
+                listing.left_out.append(LeftOut(f"{prefix}{folder.name}/", why, f"{count:,} files, not read", count))
             continue
         if path == listing.path:
-            listing.folders.append(entry.name)
-        if path or listing.path:  # of the root itself, the files alone
-            _list(root, prefix + entry.name, listing, [*above, identity], unread, everything)
-    _sort_files(files, prefix, listing)
+            listing.folders.append(folder.name)
+        if listing.path:  # of the root itself, the files alone
+            _list(root, prefix + folder.name, listing, [*above, identity], unread, everything)
 
 
 def _sort_files(files: list[os.DirEntry[str]], prefix: str, listing: Listing) -> None:

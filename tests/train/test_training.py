@@ -409,6 +409,16 @@ def test_a_vilt_of_whole_tags_keeps_its_vocabulary_in_the_run_folder(shards: Pat
         assert main(["predict", str(run), str(tmp_path / "good.jpg"), "--tags", tags]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != answers[2]
+    # Tags are separated as they are beside images: "red hair" is one here, and the model knows no such.
+    for tags, warning in (
+        ([], "the model reads tags and is given none"),
+        (["--tags", "red hair, cat ears"], "the model knows none of the tags 'red_hair cat_ears'"),
+        (["--tags", "red hair, smile"], ""),
+        (["--tags", " smile,,red"], ""),
+    ):
+        assert main(["predict", str(run), str(tmp_path / "good.jpg"), *tags]) == 0
+        error = capsys.readouterr().err
+        assert error.count("warning: ") == bool(warning) and warning in error
     (run / "tags.txt").unlink()
     assert main(["evaluate", str(run), "--split", "test"]) == 1
     assert "tags.txt: cannot be read" in capsys.readouterr().err
