@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dist_train.config import DataConfig
-from dist_train.data.loader import EvalLoader, Place, TrainLoader
 from dist_train.data.fetch import ShardFetcher
+from dist_train.data.loader import EvalLoader, Place, TrainLoader
 from dist_train.data.manifest import ShardInfo, SplitInfo, read_manifest
 from dist_train.data.plan import evaluation_batches
 from dist_train.data.tags import tag_line
@@ -88,7 +88,8 @@ def test_texts_of_which_no_tag_is_known_are_named_once_with_their_number(
     assert len(warnings(TagTokenizer("tags", 1, ["smile"]))) == 1  # what is cut is not known either
     assert warnings(TagTokenizer("tags", 8, ["smile"])) == warnings(TagTokenizer(str(vocabulary), 8)) == []
     unknown = TagTokenizer(str(vocabulary), 8)
-    assert unknown.without_known_tags(lines := ["\u1f600 \U0001f600", "\U0001f600", ""], unknown(lines)[0]) == [1]
+    lines = ["smile \U0001f600", "\U0001f600", ""]
+    assert unknown.without_known_tags(lines, unknown(lines)[0]) == [1]
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def test_what_follows_a_tar_and_is_none_is_named(tmp_path: Path) -> None:
     ):
         index_tar(tmp_path / "0.tar")
     (tmp_path / "0.tar").write_bytes(whole + whole[:700])
-    with pytest.raises(WorkError, match="cut short inside 0.jpg"):
+    with pytest.raises(WorkError, match=r"cut short inside 0\.jpg"):
         index_tar(tmp_path / "0.tar")
 
 
