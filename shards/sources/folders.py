@@ -66,7 +66,7 @@ def read_folders(
         raise UseError(f"{root}: no images found; they must lie in one folder per class, {root}/CLASS/IMAGE.jpg{there}")
     if empty:
         names = name_some(sorted(empty))
-        warn(f"{root}: {len(empty):,} folders hold no image that is read, and give no class: {names}")
+        warn(f"{root}: folders that hold no image that is read give no class: {names}")
     return [*_records(root, top, found, tags), *left_out]
 
 
@@ -128,7 +128,8 @@ def _find_splits(root: Path, listings: dict[str, Listing], split_folders: bool |
     if flat and split_folders is None:
         raise UseError(
             f"{root}: the images of {' and '.join(flat)} lie in no class folders, so they have no classes; list all "
-            f"images in a CSV file with the header path,class,split, or {_SAY}"
+            "images in a CSV file with the header path,class,split, or say --split-folders to leave those out, or "
+            "--no-split-folders where every folder is a class"
         )
     return splits
 
