@@ -47,6 +47,9 @@ def read_folders(
             left_out.append(LeftOut(f"{name}/", "in a folder that is no split", f"{count:,} files, not read", count))
             continue
         left_out += listing.left_out
+        if splits and name not in splits:
+            empty |= {name} if split_named(name) else set()
+            continue
         if not splits:
             found += [(path, name, None, text) for path, text in listing.images]
             empty |= set() if listing.images else {name}
@@ -58,7 +61,6 @@ def read_folders(
             else:
                 left_out.append(_not_in_a_class(path))
         empty.update(f"{name}/{folder}" for folder in set(listing.folders) - listing.folders_with_images())
-        empty |= set() if listing.images else {name}
     left_out = name_endings(left_out)
     if not found:
         reasons = Counter(entry.reason for entry in left_out)

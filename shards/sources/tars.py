@@ -139,6 +139,11 @@ def tar_files(source: Path) -> list[Path]:
     tars = [path for path in files if path.suffix.lower() == ".tar"]
     if not tars:
         raise UseError(f"{source}: no .tar files there")
+    known: dict[tuple[int, int], Path] = {}
+    for path in tars:
+        status = path.stat()
+        if (other := known.setdefault((status.st_dev, status.st_ino), path)) != path:
+            raise UseError(f"{path}: the same file as {other.name}, so its samples would come twice; remove one")
     return tars
 
 

@@ -8,6 +8,7 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -413,7 +414,12 @@ def test_a_class_without_training_images_is_named_and_the_set_remembers(
     (tmp_path / "s/test/emu/2.jpg").write_bytes(jpeg_bytes(9))
     assert main(["build", str(tmp_path / "s"), str(tmp_path / "set"), "--workers", "1"]) == 0
     assert "2 of 3 classes have no training image and cannot be learnt: dog, emu" in capsys.readouterr().err
-    assert read_manifest(tmp_path / "set").untrained == (1, 2)
+    manifest = read_manifest(tmp_path / "set")
+    assert manifest.untrained == (1, 2) and manifest.document()["untrained"] == (1, 2)
+    # Nothing is said, and the digest is that of a manifest without the word, where all classes can be learnt.
+    assert "untrained" not in replace(manifest, untrained=()).document()
+    assert main(["info", str(tmp_path / "set")]) == 0
+    assert "2 classes have no training image" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "set"), "--workers", "1"]) == 0
 
 

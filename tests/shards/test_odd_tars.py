@@ -187,6 +187,14 @@ def test_adopting_tars_sorted_by_class_names_the_classes_without_training_images
     assert main(["verify", str(tmp_path), "--workers", "1"]) == (1 if undecodable else 0)
 
 
+def test_one_tar_under_two_names_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain_tar(tmp_path / "tars/train-0.tar", *sample("0"))
+    (tmp_path / "tars/val-0.tar").symlink_to("train-0.tar")
+    for command in (["build", str(tmp_path / "tars"), str(tmp_path / "set")], ["adopt", str(tmp_path / "tars")]):
+        assert main([*command, "--workers", "1"]) == 2
+        assert "val-0.tar: the same file as train-0.tar" in capsys.readouterr().err
+
+
 def test_many_class_names_are_read_in_one_pass(tmp_path: Path) -> None:
     """Where each name is looked up in the list of all, 60,000 names are nearly 2 billion comparisons."""
     file = tmp_path / "names"
