@@ -12,7 +12,8 @@ from dist_train.data.manifest import LEFT_OUT_NAME, Manifest
 def summarise(manifest: Manifest) -> dict[str, Any]:
     """The set in JSON values: samples, shards and bytes of each split, classes, imbalance, transform, left out.
 
-    `untrained_classes` have no training image; `imbalance` is the largest class's count over the smallest's, None if a class is empty.
+    `untrained_classes` counts those without a training image. `imbalance` is the largest class's count over the
+    smallest's, None if a class is empty.
     """
     counts = {info.name: info.count for info in manifest.classes}
     smallest, largest = min(manifest.classes, key=lambda c: c.count), max(manifest.classes, key=lambda c: c.count)
