@@ -40,7 +40,7 @@ class LeftOut:
 
 
 def check_class_names(names: Iterable[str]) -> None:
-    """Raises UseError for a name that would harm what prints or stores it; warns of names that look alike.
+    """Raises UseError for a name that would harm what prints or stores it; warns of names that look nearly alike.
 
     Harmful are line breaks and other control characters, marks that turn the direction of what follows, and what a name
     in another encoding than UTF-8 becomes. Any other character, of any script, is a name's own matter.
@@ -51,7 +51,7 @@ def check_class_names(names: Iterable[str]) -> None:
         if any(c in _TURNING or unicodedata.category(c) in _HARMFUL for c in name):
             raise UseError(f"class name {name!r} holds control characters or is no UTF-8 text; rename it")
         seen = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
-        seen = " ".join(seen.split())
+        seen = " ".join(seen.casefold().split())
         if not seen:
             raise UseError(f"class name {name!r} is empty; rename it")
         if (other := alike.setdefault(seen, name)) != name:

@@ -126,6 +126,13 @@ def _find_splits(root: Path, listings: dict[str, Listing], split_folders: bool |
         same = [name for name in splits if splits[name] == split]
         if len(same) > 1:
             raise UseError(f"{root}: {' and '.join(same)} are both the {split} split by their names; rename one")
+    for name in splits:
+        within = sorted(filled[name].folders_with_images())
+        if len(within) == 1 and split_in_name(within[0]) and split_folders is None:
+            raise UseError(
+                f"{root / name}: holds one folder, {within[0]}, named as a split and no class; move what it holds up "
+                f"into {name}, or say --split-folders where it is the one class"
+            )
     flat = [name for name in splits if not filled[name].folders_with_images()]
     if flat and split_folders is None:
         raise UseError(

@@ -104,6 +104,7 @@ def test_splits_are_known_by_the_usual_names(tmp_path: Path, train: str, val: st
         ((*SPLITS, "dev/cat/4.jpg", "val/cat/5.jpg"), ("dev", "val")),
         (("flowers/train/rose/1.jpg", "flowers/test/rose/2.jpg"), ("flowers", "train", "as SOURCE")),
         (("bottle/train/good/1.jpg", "bottle/test/bad/2.jpg", "cable/train/good/3.jpg"), ("bottle", "SOURCE")),
+        (("seg_train/seg_train/cat/1.jpg", "seg_test/seg_test/cat/2.jpg"), ("seg_test", "move what it holds up")),
         (("test/1.jpg", "images/cat/2.jpg", "images/dog/3.jpg"), ("test", "images")),
     ],
 )
@@ -440,11 +441,12 @@ def test_class_names_that_would_do_harm_are_refused(tmp_path: Path, name: str) -
 
 
 def test_classes_whose_names_look_alike_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for i, name in enumerate(["caf\u00e9", "cafe\u0301", "tea"]):
+    for i, name in enumerate(["caf\u00e9", "cafe\u0301", "tea", "Tea"]):
         (tmp_path / "s" / name).mkdir(parents=True)
         (tmp_path / "s" / name / "1.jpg").write_bytes(jpeg_bytes(i))
     assert main(["build", str(tmp_path / "s"), str(tmp_path / "set"), "--workers", "1"]) == 0
-    assert "look alike" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "look alike" in error and "'caf\\xe9'" in error and "'tea'" in error
 
 
 def test_the_work_for_class_folders_grows_as_their_number(tmp_path: Path) -> None:
