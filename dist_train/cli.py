@@ -152,7 +152,11 @@ def _command_parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="classes of image files")
     predict.add_argument("run", type=Path, help="run folder")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    predict.add_argument("--tags", default="", help="tags of the images, for a model that reads them")
+    predict.add_argument(
+        "--tags",
+        default="",
+        help="tags of the images, for a model that reads them: separated by commas, else by blanks",
+    )
     predict.add_argument("--top", type=int, default=5, help="classes named for each image")
 
     grid = commands.add_parser("grid", help="a picture of predictions on a split, right and wrong")

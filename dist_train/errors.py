@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class UseError(Exception):
@@ -19,6 +19,12 @@ class UseError(Exception):
 
 class WorkError(Exception):
     """The work itself failed (a damaged file, an unreachable host): exit status 1."""
+
+
+def name_some(names: Sequence[str], most: int = 5) -> str:
+    """The first few names for a message: "a, b, c and 4 more"."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
 
 
 def run_command(command: Callable[[], int | None]) -> int:

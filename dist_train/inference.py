@@ -19,6 +19,7 @@ from dist_train.config import DeepSpeedConfig, Recipe
 from dist_train.data.images import BadImage
 from dist_train.data.loader import Batch, EvalLoader, Place, read_image
 from dist_train.data.manifest import Manifest, read_manifest, write_atomically
+from dist_train.data.tags import tag_line
 from dist_train.data.text import TagTokenizer
 from dist_train.errors import UseError, WorkError
 from dist_train.models.backbones import timm_name, vit_shape
@@ -123,10 +124,11 @@ def run_predict(options: argparse.Namespace, recipe: Recipe) -> int:
     trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
     if options.tags and trained.tokenizer is None:
         raise UseError(f"--tags: the model of {options.run} reads no tags (model.text_tokens is 0)")
+    tags = _known_tags(trained, options.tags)
     bad = 0
     for path in options.images:
         try:
-            probabilities = _predict_file(trained, recipe, path, options.tags)
+            probabilities = _predict_file(trained, recipe, path, tags)
         except WorkError as error:
             print(error, file=sys.stderr)
             bad += 1
@@ -136,6 +138,18 @@ def run_predict(options: argparse.Namespace, recipe: Recipe) -> int:
         for probability, number in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             print(f"  {probability:.4f}  {trained.class_names[number]}")
     return 1 if bad else 0
+
+
+def _known_tags(trained: TrainedModel, text: str) -> str:
+    """--tags as the model reads them; says on stderr where the model is left without any."""
+    tags = tag_line(text)
+    if trained.tokenizer is None:
+        return tags
+    if not tags:
+        print("warning: the model reads tags and is given none; say them with --tags", file=sys.stderr)
+    elif trained.tokenizer.without_known_tags([tags], trained.tokenizer([tags])[0]):
+        print(f"warning: the model knows none of the tags '{tags}'", file=sys.stderr)
+    return tags
 
 
 def run_export(options: argparse.Namespace, recipe: Recipe) -> int:

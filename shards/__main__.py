@@ -23,7 +23,9 @@ _FORMATS = """
 
 Found out: a .csv file; a .json or .jsonl file (danbooru); a .tar file or a folder of nothing but tars (webdataset);
 DAF and DAFull by their lists, if only one of their image folders is there; moeimouto and icartoonface by theirs; any
-other folder is folders, or sidecar if any KEY.txt lies beside a KEY.jpg.
+other folder is folders, or sidecar if any KEY.txt lies beside a KEY.jpg. What is an image, its content says where its
+ending does not. Every file that is not taken is counted by reason and listed in left_out.jsonl; OUT, shard sets, hidden
+folders, __MACOSX and annotations are not read.
 """
 
 
@@ -51,6 +53,9 @@ def _build(arguments: argparse.Namespace) -> int:
         root=arguments.root,
         class_key=arguments.class_key,
         class_names=arguments.classes,
+        out=arguments.out,
+        split_folders=arguments.split_folders,
+        image_ending=arguments.image_ending,
     )
     print(describe(arguments.out, build_shard_set(records, arguments.out, options)))
     return 0
@@ -163,6 +168,17 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--class-column", metavar="NAME", help="csv: the column that holds the class (default: class)")
     build.add_argument(
         "--class-key", metavar="KEY", help="webdataset: the class is KEY in a sample's .json (default: its .cls)"
+    )
+    build.add_argument(
+        "--image-ending",
+        metavar="ENDING",
+        help="webdataset: the image to take of samples that have several, such as jpg beside mask.png",
+    )
+    build.add_argument(
+        "--split-folders",
+        action=argparse.BooleanOptionalAction,
+        help="folders: those named as splits (train, val, test) are splits and the others not read, or every folder is "
+        "a class (default: found out, refused where in doubt)",
     )
     build.add_argument("--size", type=int, metavar="S", help="squash images to S x S pixels (default: keep their size)")
     build.add_argument(

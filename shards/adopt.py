@@ -25,13 +25,13 @@ from dist_train.data.manifest import (
     write_atomically,
     write_manifest,
 )
-from dist_train.data.tarindex import TarSample, index_tar, write_index
+from dist_train.data.tarindex import IMAGE_EXTENSIONS, TarSample, index_tar, write_index
 from dist_train.errors import UseError, WorkError
-from shards.build import BUILD_NAME
+from shards.build import BUILD_NAME, warn_of_classes
 from shards.records import LeftOut
-from shards.sources.tars import read_class_names, split_in_name, tar_files
+from shards.sources.tars import image_extensions, read_class_names, splits_in_names, tar_files
 from shards.splits import SPLITS, check_ratios, split_counts
-from shards.verify import ShardReport, check_samples
+from shards.verify import ShardReport, check_samples, several_images
 from shards.workers import run_jobs
 
 UNDECODABLE = "in the tar but undecodable"
@@ -81,7 +81,10 @@ def adopt_tars(
     reports = dict(run_jobs(inspect_tar, jobs, workers, 0, "adopt"))
     obstacles = [line for tar in tars for line in reports[tar.name].report.differences]
     if obstacles:
-        raise WorkError("\n".join([*obstacles, f"{folder}: not adopted, nothing was written"]))
+        last = f"{folder}: not adopted, nothing was written"
+        if any(" images (" in line for line in obstacles):
+            last += f"; {_REPACK}, and --image-ending says which of a sample's images to take"
+        raise WorkError("\n".join([*obstacles, last]))
 
     counts = sum((reports[tar.name].report.class_counts for tar in tars), Counter())
     samples = counts.total()
@@ -97,6 +100,12 @@ def adopt_tars(
     ]
     write_atomically(folder / LEFT_OUT_NAME, "".join(json.dumps(asdict(entry)) + "\n" for entry in left_out).encode())
     class_names = names or [str(number) for number in range(max(counts) + 1)]
+    trained: Counter[int] = Counter()
+    for tar, its in zip(tars, splits, strict=True):
+        if its == "train":
+            report = reports[tar.name].report
+            trained += report.class_counts - report.undecodable_counts
+    untrained = tuple(number for number in range(len(class_names)) if not trained[number]) if trained else ()
     manifest = Manifest(
         classes=tuple(ClassInfo(name, counts[number]) for number, name in enumerate(class_names)),
         splits={
@@ -107,8 +116,10 @@ def adopt_tars(
         text=texts == samples,
         left_out={UNDECODABLE: len(left_out)} if left_out else {},
         tool=f"dist-train {__version__}",
+        untrained=untrained,
     )
     write_manifest(folder, manifest)
+    warn_of_classes(folder, manifest)
     return manifest
 
 
@@ -128,6 +139,7 @@ def inspect_tar(tar: Path, classes: int, decode: bool) -> TarReport:
             report.differences.append(f"{tar}: {what}; {_REPACK}, with --class-key for a class in the .json")
         else:
             report = check_samples(tar, samples, classes, text=False, decode_images=decode)
+            report.differences += [line for sample in samples if (line := _other_images(tar, sample))]
         report.differences += _unlistable(tar, samples)
     except WorkError as error:
         report.differences.append(str(error))
@@ -159,13 +171,22 @@ def _splits(tars: list[Path], split: str | None, ratios: Sequence[float] | None,
         by_rank = [name for name, number in zip(SPLITS, numbers, strict=True) for _ in range(number)]
         drawn = dict(zip(permutation(len(tars), seed).tolist(), by_rank, strict=True))
         return [drawn[i] for i in range(len(tars))]
-    named = [split_in_name(tar.name) for tar in tars]
-    if None in named:
+    named = splits_in_names(tars)
+    if named is None:
         raise UseError(
-            f"{tars[named.index(None)]}: its name does not say which split it is (train-..., val-..., test-...); "
+            f"{tars[0]}: its name does not say which split it is (train-..., val-..., test-...), nor does another; "
             "say so with --split train for all tars, or have them divided with --ratios 0.7,0.1,0.2"
         )
-    return [name for name in named if name]
+    return named
+
+
+def _other_images(tar: Path, sample: TarSample) -> str | None:
+    """A line for a sample with images that the loader passes over: as in a build, nothing says which is meant."""
+    extensions = image_extensions(sample)
+    readable = [extension for extension in extensions if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
+    if len(readable) != 1 or len(extensions) == 1:
+        return None  # those of other numbers have their line already
+    return several_images(tar, sample, extensions)
 
 
 def _unlistable(tar: Path, samples: list[TarSample]) -> list[str]:

@@ -29,11 +29,11 @@ from dist_train.data.manifest import (
     write_atomically,
     write_manifest,
 )
-from dist_train.errors import UseError, WorkError
-from shards.plan import BuildOptions, Plan, make_plan
-from shards.records import LeftOut, Record
+from dist_train.errors import UseError, WorkError, name_some
+from shards.plan import BuildOptions, Plan, make_plan, too_few
+from shards.records import LeftOut, Record, warn
 from shards.workers import run_jobs
-from shards.writer import ShardStatistics, read_statistics, write_shard
+from shards.writer import ShardStatistics, drop_classes, read_statistics, write_shard
 
 BUILD_NAME = "build.json"
 _LOCK_NAME = ".build.lock"
@@ -54,6 +54,7 @@ def build_shard_set(records: Iterable[Record | LeftOut], out: Path, options: Bui
             manifest = read_manifest(out)
         else:
             manifest = _assemble(out, plan, options, _write_shards(out, plan, options))
+        warn_of_classes(out, manifest)
         for leftover in [*out.glob("*.stats.json"), *out.glob(".*.tmp")]:
             leftover.unlink()
     return manifest
@@ -75,31 +76,94 @@ def _write_shards(out: Path, plan: Plan, options: BuildOptions) -> dict[str, Sha
     return {name: statistics for name, statistics in finished.items() if statistics is not None}
 
 
+def _drop_small_classes(
+    out: Path, plan: Plan, options: BuildOptions, written: dict[str, ShardStatistics]
+) -> tuple[int, ...]:
+    """Take classes with too few usable images out of the written shards; `written` gets the new statistics.
+
+    Returns the ids of these classes. Raises WorkError if none is left.
+    """
+    usable = sum((Counter(statistics.class_counts) for statistics in written.values()), Counter())
+    dropped = tuple(number for number in range(len(plan.class_names)) if usable[number] < options.min_per_class)
+    if len(dropped) == len(plan.class_names):
+        most = max(usable.values(), default=0)
+        few = f"none of the images is usable; {out / LEFT_OUT_NAME} says why"
+        if most:
+            few = f"no class has {options.min_per_class} usable images (the largest has {most}); see --min-per-class"
+        raise WorkError(f"{out}: {few}")
+    shards = {shard.name: shard for shard in plan.shards}
+    jobs = {
+        name: (out, shards[name], plan.text, options, statistics, dropped)
+        for name, statistics in written.items()
+        if statistics.dropped != dropped
+    }
+    for name, statistics in run_jobs(drop_classes, jobs, options.workers, 0, "drop small classes"):
+        written[name] = statistics
+    if dropped:
+        names = name_some([f"{plan.class_names[number]} ({usable[number]})" for number in dropped])
+        warn(f"{out}: classes with fewer usable images than {options.min_per_class} are left out: {names}")
+    return dropped
+
+
 def _assemble(out: Path, plan: Plan, options: BuildOptions, written: dict[str, ShardStatistics]) -> Manifest:
     """Write the list of left-out images and, last, the manifest."""
     left_out = [*plan.left_out, *(entry for shard in plan.shards for entry in written[shard.name].left_out)]
-    lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in left_out)
-    write_atomically(out / LEFT_OUT_NAME, lines.encode())
+    _write_left_out(out, left_out)  # before there is a reason to end: it says why
+    dropped = _drop_small_classes(out, plan, options, written)
+    if dropped:
+        left_out += _of_dropped_classes(plan, options, written, set(dropped))
+        _write_left_out(out, left_out)
 
     class_counts: Counter[int] = Counter()
+    trained: set[int] = set()
     shards: dict[str, list[ShardInfo]] = {}
     for shard in plan.shards:
         statistics = written[shard.name]
         class_counts.update(statistics.class_counts)
+        if shard.split == "train":
+            trained |= statistics.class_counts.keys()
         if statistics.shard.samples:
             shards.setdefault(shard.split, []).append(statistics.shard)
-    if not shards:
-        raise WorkError(f"{out}: none of the images is usable; {out / LEFT_OUT_NAME} says why")
+    kept = [number for number in range(len(plan.class_names)) if number not in set(dropped)]
     manifest = Manifest(
-        classes=tuple(ClassInfo(name, class_counts[number]) for number, name in enumerate(plan.class_names)),
+        classes=tuple(ClassInfo(plan.class_names[number], class_counts[number]) for number in kept),
         splits={split: SplitInfo(sum(s.samples for s in its), tuple(its)) for split, its in shards.items()},
         transform=options.transform,
         text=plan.text,
         left_out=_count_by_reason(left_out),
         tool=f"dist-train {__version__}",
+        untrained=tuple(i for i, number in enumerate(kept) if number not in trained) if "train" in shards else (),
     )
     write_manifest(out, manifest)
     return manifest
+
+
+def _write_left_out(out: Path, left_out: list[LeftOut]) -> None:
+    lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in left_out)
+    write_atomically(out / LEFT_OUT_NAME, lines.encode())
+
+
+def _of_dropped_classes(
+    plan: Plan, options: BuildOptions, written: dict[str, ShardStatistics], dropped: set[int]
+) -> list[LeftOut]:
+    """The usable images of classes that have too few of them."""
+    usable = sum((Counter(statistics.class_counts) for statistics in written.values()), Counter())
+    entries = []
+    for shard in plan.shards:
+        unusable = {entry.name for entry in written[shard.name].left_out}
+        for record, number in shard.samples:
+            if number in dropped and record.name not in unusable:
+                detail = f"class {record.class_name}: {usable[number]} usable"
+                entries.append(LeftOut(record.name, too_few(options), detail))
+    return entries
+
+
+def warn_of_classes(folder: Path, manifest: Manifest) -> None:
+    """Say what a classifier will not learn from a set: classes without training images, or that there is one class."""
+    if untrained := manifest.untrained_classes():
+        warn(f"{folder}: {untrained}")
+    if len(manifest.classes) == 1:
+        warn(f"{folder}: one class alone, '{manifest.classes[0].name}': are its subfolders the classes?")
 
 
 def _count_by_reason(left_out: list[LeftOut]) -> dict[str, int]:

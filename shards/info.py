@@ -12,7 +12,8 @@ from dist_train.data.manifest import LEFT_OUT_NAME, Manifest
 def summarise(manifest: Manifest) -> dict[str, Any]:
     """The set in JSON values: samples, shards and bytes of each split, classes, imbalance, transform, left out.
 
-    `imbalance` is the largest class's count over the smallest's, None if a class is empty.
+    `untrained_classes` counts those without a training image. `imbalance` is the largest class's count over the
+    smallest's, None if a class is empty.
     """
     counts = {info.name: info.count for info in manifest.classes}
     smallest, largest = min(manifest.classes, key=lambda c: c.count), max(manifest.classes, key=lambda c: c.count)
@@ -29,6 +30,7 @@ def summarise(manifest: Manifest) -> dict[str, Any]:
         "classes": len(counts),
         "largest_class": asdict(largest),
         "smallest_class": asdict(smallest),
+        "untrained_classes": len(manifest.untrained),
         "imbalance": largest.count / smallest.count if smallest.count else None,
         "transform": manifest.transform,
         "text": manifest.text,
@@ -51,10 +53,12 @@ def describe(root: str | Path, manifest: Manifest) -> str:
         f"  classes   largest {largest['count']:,} ({largest['name']}), "
         f"smallest {smallest['count']:,} ({smallest['name']}){ratio}"
     )
+    if facts["untrained_classes"]:
+        lines.append(f"  untrained {facts['untrained_classes']:,} classes have no training image")
     lines.append(f"  images    {facts['transform'] or 'as in the source'}")
     lines.append(f"  text      {'tags' if facts['text'] else 'none'}")
     if facts["left_out"]:
-        lines.append(f"  left out  {sum(facts['left_out'].values()):,} images, see {root}/{LEFT_OUT_NAME}")
+        lines.append(f"  left out  {sum(facts['left_out'].values()):,} files, see {root}/{LEFT_OUT_NAME}")
         lines += [f"  {count:>12,} {reason}" for reason, count in facts["left_out"].items()]
     lines.append(f"  digest    {facts['digest']}")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from typing import Any
 
 from dist_train.data.draws import permutation
 from dist_train.errors import UseError
-from shards.records import LeftOut, Record
+from shards.records import LeftOut, Record, check_class_names
 from shards.sources import FileContent, TarContent
 from shards.splits import SPLITS, check_ratios, draw_splits
 from shards.workers import check_workers
@@ -145,9 +145,8 @@ def make_plan(found: Iterable[Record | LeftOut], options: BuildOptions) -> Plan:
             name = f"{split}-{sum(shard.split == split for shard in shards):06d}"
             shards.append(ShardPlan(name, split, tuple((record, class_ids[record.class_name]) for record in samples)))
 
-    reason = f"class has fewer than {options.min_per_class} images"
     left_out += [
-        LeftOut(record.name, reason, f"class {record.class_name}: {class_sizes[record.class_name]}")
+        LeftOut(record.name, too_few(options), f"class {record.class_name}: {class_sizes[record.class_name]}")
         for record in ordered
         if record.class_name not in class_ids
     ]
@@ -156,11 +155,14 @@ def make_plan(found: Iterable[Record | LeftOut], options: BuildOptions) -> Plan:
     )
 
 
+def too_few(options: BuildOptions) -> str:
+    """Reason of the images of classes that have too few."""
+    return f"class has fewer than {options.min_per_class} images"
+
+
 def _in_id_order(names: list[str]) -> list[str]:
     """Class names by id: numerically if all are whole numbers, else by code point."""
-    for name in names:
-        if not name.isprintable() or not name.strip():  # also what a file name in another encoding becomes
-            raise UseError(f"class name {name!r} is empty or no printable UTF-8 text; rename it")
+    check_class_names(names)
     if all(name.isascii() and name.isdigit() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from dist_train.errors import UseError, name_some
+
+_HARMFUL = {"Cc", "Cs", "Zl", "Zp"}  # control characters, surrogates, line and paragraph separators
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclass(frozen=True)
@@ -30,3 +37,29 @@ class LeftOut:
     reason: str
     detail: str
     count: int = 1
+
+
+def check_class_names(names: Iterable[str]) -> None:
+    """Raises UseError for a name that would harm what prints or stores it; warns of names that look nearly alike.
+
+    Harmful are line breaks and other control characters, marks that turn the direction of what follows, and what a name
+    in another encoding than UTF-8 becomes. Any other character, of any script, is a name's own matter.
+    """
+    alike: dict[str, str] = {}
+    twins = []
+    for name in names:
+        if any(c in _TURNING or unicodedata.category(c) in _HARMFUL for c in name):
+            raise UseError(f"class name {name!r} holds control characters or is no UTF-8 text; rename it")
+        seen = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+        seen = " ".join(seen.casefold().split())
+        if not seen:
+            raise UseError(f"class name {name!r} is empty; rename it")
+        if (other := alike.setdefault(seen, name)) != name:
+            twins.append(f"{other!a} and {name!a}")
+    if twins:
+        warn(f"classes whose names look alike are classes of their own: {name_some(twins)}")
+
+
+def warn(line: str) -> None:
+    """Say on stderr what a user would want to know before training, and what is no error."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 from dist_train.data.draws import permutation
 from dist_train.errors import UseError
 
 SPLITS = ("train", "val", "test")
+
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "devel", "development"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""What sources call a split, in lower case, and what a shard set calls it."""
+
+
+def split_named(name: str) -> str | None:
+    """The split that a name means as a whole, in any case: "Training", "val_set", "test images"; None if none."""
+    words = re.sub(r"[\s_.-]*(sets?|splits?|data|images|imgs)$", "", name.strip().lower())
+    return SPLIT_NAMES.get(words)
+
+
+def split_in_name(name: str) -> str | None:
+    """The split that a name holds as one of its parts ("imagenet-train-000000.tar"), None if none or several."""
+    parts = {SPLIT_NAMES[part] for part in re.split(r"[^a-z]+", name.lower()) if part in SPLIT_NAMES}
+    return parts.pop() if len(parts) == 1 else None
 
 
 def check_ratios(ratios: Sequence[float]) -> None:
@@ -23,6 +44,11 @@ def split_counts(samples: int, ratios: Sequence[float]) -> list[int]:
     Largest-remainder method; remainders that tie go to the earlier split. The first split (train) gets at least one
     sample if its ratio is above zero, taken from the split that was rounded up the most.
     """
+    return list(_split_counts(samples, tuple(ratios)))
+
+
+@lru_cache(maxsize=4096)  # many classes have few sizes, and exact fractions take their time
+def _split_counts(samples: int, ratios: tuple[float, ...]) -> tuple[int, ...]:
     exact = [Fraction(str(ratio)) for ratio in ratios]
     quotas = [samples * ratio / sum(exact) for ratio in exact]
     counts = [int(quota) for quota in quotas]
@@ -33,7 +59,7 @@ def split_counts(samples: int, ratios: Sequence[float]) -> list[int]:
         giver = max(range(len(quotas)), key=lambda i: counts[i] - quotas[i])
         counts[giver] -= 1
         counts[0] = 1
-    return counts
+    return tuple(counts)
 
 
 def draw_splits(samples: int, ratios: Sequence[float], *counters: int) -> list[str]:

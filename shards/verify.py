@@ -18,9 +18,10 @@ from shards.workers import count_image, run_jobs
 @dataclass
 class ShardReport:
     """What was found in one shard: its samples by class id, each difference from what it should be as one line that
-    names the file, and (sample, why) of the images that do not decode."""
+    names the file, (sample, why) of the images that do not decode, and those by class id."""
 
     class_counts: Counter[int] = field(default_factory=Counter)
+    undecodable_counts: Counter[int] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
     undecodable: list[tuple[str, str]] = field(default_factory=list)
 
@@ -184,12 +185,23 @@ def check_samples(
                 report.differences.append(f"{place}: has no .txt, but the manifest says that samples have tags")
 
             images = [extension for extension in sample.members if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
-            if len(images) != 1:
-                report.differences.append(f"{place}: has {len(images)} images")
+            if not images:
+                report.differences.append(f"{place}: has 0 images")
+            elif len(images) > 1:
+                report.differences.append(several_images(tar, sample, images))
             for extension in images if decode_images else []:
                 try:
                     decode(content(sample, extension))
                 except BadImage as error:
                     report.undecodable.append((sample.key, str(error)))
+                    if label is not None and label.isdigit():
+                        report.undecodable_counts[int(label)] += 1
             count_image()
     return report
+
+
+def several_images(tar: Path, sample: TarSample, extensions: list[str]) -> str:
+    """The line for a sample with more images than one."""
+    names = ", ".join(f"{sample.key}.{extension}" for extension in extensions)
+    why = ", as a key ends at the first dot" if all("." in extension for extension in extensions) else ""
+    return f"{tar}: sample {sample.key}: has {len(extensions)} images ({names}){why}"

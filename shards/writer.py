@@ -9,13 +9,13 @@ import socket
 import tarfile
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dist_train.data.checksums import checksums_path, write_checksums
 from dist_train.data.images import BadImage
 from dist_train.data.manifest import ShardInfo, write_atomically
-from dist_train.data.tarindex import Member, TarSample, index_path, write_index
+from dist_train.data.tarindex import Member, TarSample, index_path, read_index, write_index
 from dist_train.errors import WorkError
 from shards.images import convert
 from shards.plan import BuildOptions, ShardPlan
@@ -29,12 +29,14 @@ _BLOCK = 512  # a tar is made of blocks of this many bytes
 class ShardStatistics:
     """What came of a planned shard. A shard without any usable image has 0 samples and no tar.
 
-    class_counts: samples by class id. left_out: images of the plan that are not in it.
+    class_counts: usable images by the plan's class ids. left_out: images of the plan that are not usable. dropped: ids
+    of the classes that were taken out again, so that the ids in the tar are those of the classes that remain.
     """
 
     shard: ShardInfo
     class_counts: dict[int, int]
     left_out: tuple[LeftOut, ...]
+    dropped: tuple[int, ...] = ()
 
 
 class _TarStream:
@@ -92,7 +94,7 @@ def write_shard(folder: Path, plan: ShardPlan, text: bool, options: BuildOptions
                 key = f"{plan.name}-{number:06d}"
                 members = {"jpg": image, "cls": str(class_id).encode()}
                 if text:
-                    members["txt"] = " ".join((record.tags or "").split()).encode()
+                    members["txt"] = " ".join((record.tags or "").split()).encode()  # a line, as its source made it
                 index.append(TarSample(key, {ext: stream.add(f"{key}.{ext}", data) for ext, data in members.items()}))
                 checksums.append(zlib.crc32(b"".join(members.values())))  # image, class, tags, as `checksums.py` says
                 class_counts[class_id] += 1
@@ -113,6 +115,52 @@ def write_shard(folder: Path, plan: ShardPlan, text: bool, options: BuildOptions
     return statistics
 
 
+def drop_classes(
+    folder: Path, plan: ShardPlan, text: bool, options: BuildOptions, written: ShardStatistics, dropped: tuple[int, ...]
+) -> ShardStatistics:
+    """Take the samples of some classes out of a written shard; the ids of the classes behind them move up.
+
+    dropped: ids of the plan. Images are copied, not encoded again. Raises WorkError if the folder cannot be written to.
+    """
+    if written.dropped:  # by an earlier, interrupted build that found other classes too small
+        written = write_shard(folder, plan, text, options)
+    tar = folder / f"{plan.name}.tar"
+    temporary = folder / f".{plan.name}.tar.{socket.gethostname()}.{os.getpid()}.tmp"
+    index: list[TarSample] = []
+    try:
+        shard = written.shard
+        if shard.samples:
+            stream = _TarStream(temporary)
+            with open(tar, "rb") as file:
+                for sample in read_index(tar):
+                    content = {}
+                    for extension, member in sample.members.items():
+                        file.seek(member.offset)
+                        content[extension] = file.read(member.size)
+                    class_id = int(content["cls"])
+                    if class_id in dropped:
+                        continue
+                    content["cls"] = str(class_id - sum(lower < class_id for lower in dropped)).encode()
+                    members = {ext: stream.add(f"{sample.key}.{ext}", data) for ext, data in content.items()}
+                    index.append(TarSample(sample.key, members))
+            sha256 = stream.close()
+            shard = ShardInfo(tar.name, len(index), stream.bytes, sha256)
+            # Without statistics a shard counts as not written: an interruption must not leave it with those of before.
+            statistics_path(folder, plan.name).unlink()
+            if index:
+                os.replace(temporary, tar)
+                write_index(tar, index)
+            else:
+                for path in (temporary, tar, index_path(tar)):
+                    path.unlink()
+        statistics = replace(written, shard=shard, dropped=dropped)
+        write_atomically(statistics_path(folder, plan.name), (json.dumps(asdict(statistics)) + "\n").encode())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise WorkError(f"{tar}: cannot be written ({error.strerror}); run the same command again to go on") from None
+    return statistics
+
+
 def statistics_path(folder: Path, name: str) -> Path:
     """Where the statistics of a shard lie until its set is complete."""
     return folder / f"{name}.stats.json"
@@ -126,6 +174,7 @@ def read_statistics(folder: Path, name: str) -> ShardStatistics | None:
             shard=ShardInfo(**document["shard"]),
             class_counts={int(class_id): count for class_id, count in document["class_counts"].items()},
             left_out=tuple(LeftOut(**entry) for entry in document["left_out"]),
+            dropped=tuple(document.get("dropped", ())),
         )
         tar = folder / statistics.shard.file
         beside = index_path(tar).exists() and checksums_path(tar).exists()

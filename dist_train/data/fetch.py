@@ -29,6 +29,7 @@ from dist_train.data.images import BadImage, Header, check_pixels, decode, read_
 from dist_train.data.manifest import ShardInfo, SplitInfo
 from dist_train.data.plan import Need, Positions
 from dist_train.data.readahead import RemoteShards
+from dist_train.data.tags import tag_line
 from dist_train.data.tarindex import Member, TarSample, index_path, index_tar, open_index
 from dist_train.errors import WorkError
 
@@ -69,7 +70,7 @@ class OpenShard:
 
 @dataclass(frozen=True)
 class FetchedBatch:
-    """Samples as they lie in the shards: encoded images (DALI's views into the mapping), class ids, tags.
+    """Samples as they lie in the shards: encoded images (DALI's views into the mapping), class ids, lines of tags.
 
     problems: by place in the batch, why a sample cannot be used; its image is empty and its class 0. odd: the places of
     images that DALI is not to see before they are converted.
@@ -357,4 +358,4 @@ def _content(shard: OpenShard, member: Member) -> NDArray[np.uint8]:
 
 def _text(shard: OpenShard, place: int) -> str:
     text = shard.samples[place].find("txt")
-    return "" if text is None else bytes(_content(shard, text[1])).decode("utf-8", "replace").strip()
+    return "" if text is None else tag_line(bytes(_content(shard, text[1])).decode("utf-8", "replace"))

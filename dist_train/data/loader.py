@@ -78,7 +78,8 @@ class _Loader:
             check_has_tags(config, manifest)
         self.config, self.manifest, self.place = config, manifest, place
         self.batch_size, self.train, self.seed = batch_size, train, seed
-        self.tokenizer = tokenizer
+        self.tokenizer, self.split = tokenizer, split
+        self._texts_read: int | None = 0 if place.rank == 0 else None  # None: no longer looked at
         self.bad = Quarantine(quarantine, split, config.max_bad_samples, place.rank)
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
         self.device_id = open_device(config, place)
@@ -180,7 +181,23 @@ class _Loader:
     def _tokens(self, positions: Positions, texts: list[str]) -> tuple[Tensor, Tensor]:
         if self.train and self.config.tag_order == "shuffle":
             texts = shuffle_tags(texts, self.seed, positions.epoch, positions.sample)
-        return self.tokenizer(texts)
+        ids, mask = self.tokenizer(texts)
+        if self._texts_read is not None:
+            self._look_for_unknown_tags(texts, ids)
+        return ids, mask
+
+    def _look_for_unknown_tags(self, texts: list[str], ids: Tensor) -> None:
+        """Say, once, that there are texts of which the model knows no tag: they tell it nothing."""
+        self._texts_read += len(texts)
+        if unknown := self.tokenizer.without_known_tags(texts, ids):
+            log.warning(
+                "%s: of %d of the first %d texts the model knows no tag, such as '%.80s'; see data.tokenizer",
+                self.split,
+                len(unknown),
+                self._texts_read,
+                texts[unknown[0]],
+            )
+            self._texts_read = None
 
     def _find_undecodable(self, under_way: deque[tuple[Positions, FetchedBatch]], error: UndecodableError) -> None:
         """Decode the batches under way one image at a time: what fails is converted, or left out if it cannot be.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.data.remote import file_url, is_url, read_file
-from dist_train.errors import UseError, WorkError
+from dist_train.errors import UseError, WorkError, name_some
 
 MANIFEST_NAME = "manifest.json"
 LEFT_OUT_NAME = "left_out.jsonl"
@@ -59,7 +59,8 @@ class Manifest:
 
     transform: the fixed transform baked into the images, e.g. "resize 160x160", or None.
     text: whether samples carry tags. left_out: number of input images left out, by reason.
-    tool: version of the software that built the set.
+    tool: version of the software that built the set. untrained: ids of the classes without a usable training image;
+    they are in the file, and in the digest, only if there are any.
     """
 
     classes: tuple[ClassInfo, ...]
@@ -69,12 +70,31 @@ class Manifest:
     left_out: dict[str, int] = field(default_factory=dict)
     tool: str = ""
     version: int = MANIFEST_VERSION
+    untrained: tuple[int, ...] = ()
 
     @property
     def digest(self) -> str:
         """SHA-256 (hex) over everything the manifest says."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        canonical = json.dumps(self.document(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def document(self) -> dict[str, Any]:
+        """All of it but the digest, as it is written."""
+        document = asdict(self)
+        if not self.untrained:
+            del document["untrained"]
+        return document
+
+    def untrained_classes(self) -> str | None:
+        """What to say of classes that nothing can be learnt about, None if each has a training image.
+
+        Sets from before `untrained` was written down tell only of classes without any image.
+        """
+        ids = self.untrained or [i for i, info in enumerate(self.classes) if not info.count]
+        if not ids:
+            return None
+        names = name_some([self.classes[i].name for i in ids])
+        return f"{len(ids):,} of {len(self.classes):,} classes have no training image and cannot be learnt: {names}"
 
     @property
     def class_names(self) -> list[str]:
@@ -124,7 +144,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write `root/manifest.json`; do this after every shard of the set is in place."""
-    document = asdict(manifest) | {"digest": manifest.digest}
+    document = manifest.document() | {"digest": manifest.digest}
     write_atomically(root / MANIFEST_NAME, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -162,6 +182,7 @@ def read_manifest(root: str | Path) -> Manifest:
             text=document["text"],
             left_out=document["left_out"],
             tool=document["tool"],
+            untrained=tuple(document.get("untrained", ())),
         )
         if document["digest"] != manifest.digest:
             raise WorkError(f"{path}: its digest does not match its content; build the set again")

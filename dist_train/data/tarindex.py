@@ -19,13 +19,14 @@ import re
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import BinaryIO, NamedTuple, overload
 
 from dist_train.data.manifest import write_atomically
 from dist_train.errors import WorkError
 
 # In the order of preference. What a file is its content decides; without one of these it counts as no image.
 IMAGE_EXTENSIONS = tuple("jpg jpeg png webp jpe jfif mpo apng gif bmp dib tif tiff ppm pgm pbm pnm jp2 avif".split())
+_BLOCK = 512  # a tar is made of blocks of this many bytes
 _LINES = {
     version: re.compile(f"{member}(?: {member})*")
     for version, member in {"v1.2": r"[^ ]* -?\d+ -?\d+ [^ ]*", "v1.1": r"[^ ]* -?\d+ -?\d+"}.items()
@@ -68,28 +69,17 @@ def split_name(name: str) -> tuple[str, str]:
 def index_tar(path: Path, damaged: bool = False) -> list[TarSample]:
     """Samples of a tar in file order. Raises WorkError if the tar is damaged or cut short.
 
-    Directories, links and names that begin with a dot are not samples. damaged: make do with what can still be found;
-    then nothing is raised, damaged headers are passed over, and what a cut tar no longer holds whole is left out.
+    Directories, links and names that begin with a dot are not samples. Of tars that were joined by `cat` all are read.
+    damaged: make do with what can still be found; then nothing is raised, damaged headers are passed over, and what a
+    cut tar no longer holds whole is left out.
     """
     samples: list[TarSample] = []
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", ignore_zeros=damaged) as tar:
-            size_of_file = os.fstat(file.fileno()).st_size
-            for entry in tar:
-                key, extension = split_name(entry.name)
-                if not entry.isreg() or not extension or key.rpartition("/")[2] == "":
-                    continue
-                if not 0 <= entry.size <= size_of_file - entry.offset_data:
-                    raise WorkError(f"{path}: cut short inside {entry.name}")
-                if not samples or samples[-1].key != key or extension in samples[-1].members:
-                    samples.append(TarSample(key, {}))
-                samples[-1].members[extension] = Member(entry.offset_data, entry.size)
-            file.seek(tar.offset)
-            after_members = file.read(512)  # tarfile ends in silence at a header that is none
-        if len(after_members) < 512:
-            raise WorkError(f"{path}: cut short after {len(samples)} samples (no end-of-archive block)")
-        if any(after_members):
-            raise WorkError(f"{path}: damaged after {len(samples)} samples, at offset {tar.offset}")
+        with open(path, "rb") as file:
+            start: int | None = 0
+            while start is not None:
+                end = _add_samples(path, file, start, samples, damaged)
+                start = None if damaged else _next_archive(path, file, end)
     except WorkError:
         if not damaged:
             raise
@@ -97,6 +87,50 @@ def index_tar(path: Path, damaged: bool = False) -> list[TarSample]:
         if not damaged:
             raise WorkError(f"{path}: not a readable tar ({error})") from None
     return samples
+
+
+def _add_samples(path: Path, file: BinaryIO, start: int, samples: list[TarSample], damaged: bool) -> int:
+    """Add the samples of the archive that begins at `start` to `samples`; returns where its end-of-archive block is."""
+    file.seek(start)
+    first = len(samples)  # what an earlier archive holds under the same key is another sample
+    with tarfile.open(fileobj=file, mode="r:", ignore_zeros=damaged) as tar:
+        size_of_file = os.fstat(file.fileno()).st_size
+        for entry in tar:
+            key, extension = split_name(entry.name)
+            if not entry.isreg() or not extension or key.rpartition("/")[2] == "":
+                continue
+            if not 0 <= entry.size <= size_of_file - entry.offset_data:
+                raise WorkError(f"{path}: cut short inside {entry.name}")
+            if len(samples) == first or samples[-1].key != key or extension in samples[-1].members:
+                samples.append(TarSample(key, {}))
+            samples[-1].members[extension] = Member(entry.offset_data, entry.size)
+        file.seek(tar.offset)
+        after_members = file.read(_BLOCK)  # tarfile ends in silence at a header that is none
+    if len(after_members) < _BLOCK:
+        raise WorkError(f"{path}: cut short after {len(samples)} samples (no end-of-archive block)")
+    if any(after_members):
+        raise WorkError(f"{path}: damaged after {len(samples)} samples, at offset {tar.offset}")
+    return tar.offset
+
+
+def _next_archive(path: Path, file: BinaryIO, end: int) -> int | None:
+    """Where another archive begins behind the zeros that end one, None if nothing follows.
+
+    Raises WorkError if what follows is no tar.
+    """
+    file.seek(end)
+    while chunk := file.read(128 * _BLOCK):
+        rest = chunk.lstrip(b"\0")
+        if rest:
+            start = end + (len(chunk) - len(rest)) // _BLOCK * _BLOCK
+            file.seek(start)
+            if file.read(_BLOCK)[257:262] != b"ustar":
+                raise WorkError(
+                    f"{path}: after its end, at offset {start}, lies something that is no tar; pack it anew"
+                )
+            return start
+        end += len(chunk)
+    return None
 
 
 def index_path(tar: Path) -> Path:

@@ -1,7 +1,7 @@
 """Tags to token ids and mask, and the order in which they come.
 
-The tags of a sample stand on one line, separated by blanks. As the line is cut at model.text_tokens, the order decides
-which tags are lost (data.tag_order).
+The tags of a sample stand on one line, separated by blanks (`tags.tag_line`). As the line is cut at model.text_tokens,
+the order decides which tags are lost (data.tag_order).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dist_train.errors import UseError, WorkError
 TAGS_NAME = "tags.txt"
 WHOLE_TAGS = "tags"  # the value of data.tokenizer
 _TAG_ORDER = 6  # first counter of a draw: what it is for (data has 1 to 3, training 4 and 5)
-_UNKNOWN, _FIRST_TAG = 1, 2  # ids of whole tags; 0 is padding
+_PADDING, _UNKNOWN, _FIRST_TAG = 0, 1, 2  # ids of whole tags
 
 
 class TagTokenizer:
@@ -45,6 +45,7 @@ class TagTokenizer:
         self._by_frequency = by_frequency
         self._whole_tags = name_or_file == WHOLE_TAGS
         self.tokens = tokens
+        self._says_nothing = torch.tensor([_PADDING, _UNKNOWN])
         if self._whole_tags:
             return
 
@@ -68,6 +69,7 @@ class TagTokenizer:
                     f"data.tokenizer {name_or_file}: neither a vocabulary file nor to be had from the hub ({reason}); "
                     "set data.tokenizer to a vocab.txt"
                 ) from None
+        self._says_nothing = torch.tensor(self._tokenizer.all_special_ids)
 
     @property
     def vocab_size(self) -> int:
@@ -85,6 +87,11 @@ class TagTokenizer:
             texts, padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt"
         )
         return encoded["input_ids"], encoded["attention_mask"].bool()
+
+    def without_known_tags(self, texts: list[str], ids: Tensor) -> list[int]:
+        """Places of the lines that have tags, none of which the model knows; ids: what `texts` became, (B, tokens)."""
+        unknown = torch.isin(ids, self._says_nothing).all(dim=1).tolist()
+        return [i for i, nothing in enumerate(unknown) if nothing and texts[i].strip()]
 
     def _ids_of_whole_tags(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         ids = torch.zeros(len(texts), self.tokens, dtype=torch.int64)

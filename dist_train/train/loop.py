@@ -109,6 +109,8 @@ def _train(recipe: Recipe, resume: str, place: Place, stop: StopSignal) -> None:
     # ------------------------------------------------------------------ data
     manifest = read_shard_set(recipe)
     train_samples = manifest.split("train").samples
+    if place.rank == 0 and (untrained := manifest.untrained_classes()):
+        log.warning("%s: %s", recipe.data.shards, untrained)
     share = rank_batch(recipe.train.batch_size, place.world_size)
     micro_batch = recipe.train.micro_batch_size or share
     checkpoint = from_rank_zero(lambda: checkpoint_to_resume(run, resume), place)

@@ -6,14 +6,13 @@ A reader that leaves images out itself adds `LeftOut` entries to its list.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_train.errors import UseError
 from shards.records import LeftOut, Record
-
-# What sources call a split, in lower case, and what a shard set calls it.
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+from shards.sources.listing import is_shard_set
 
 LAYOUTS = {
     "folders": "ROOT/CLASS/*.jpg or ROOT/{train,val,test}/CLASS/*.jpg",
@@ -47,6 +46,14 @@ class FileContent:
         except OSError:
             return None
 
+    def identity(self) -> object:
+        """Equal for two paths of one file, links included."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return os.path.normpath(self.path)
+        return status.st_dev, status.st_ino
+
 
 @dataclass(frozen=True)
 class TarContent:
@@ -74,15 +81,21 @@ def read_source(
     root: Path | None = None,
     class_key: str | None = None,
     class_names: Path | None = None,
+    out: Path | None = None,
+    split_folders: bool | None = None,
+    image_ending: str | None = None,
 ) -> list[Record | LeftOut]:
-    """Records of a source, and what its reader left out.
+    """Records of a source, each image once, and what its reader left out.
 
     layout: one of LAYOUTS; None finds it out. class_column (csv): the column that holds the class. root (csv): the
     folder that its paths start from, its own if None; (danbooru): the folder of buckets of images. class_key
     (webdataset): the key of a sample's .json that holds its class, instead of its .cls. class_names (webdataset): a
-    file with the names of the decimal ids, one a line.
+    file with the names of the decimal ids, one a line. out: a folder inside the source that is not read, the shard set
+    to be. split_folders (folders, sidecar): whether folders named as splits are splits (True) or classes (False); None:
+    found out. image_ending (webdataset): the ending of the image to take where a sample has several.
 
-    Raises UseError if there is no such source, it has no records, or an option does not belong to its layout.
+    Raises UseError if there is no such source, it has no records, an option does not belong to its layout, or one image
+    has two classes, splits or lines of tags.
     """
     from shards.sources.csvfile import read_csv
     from shards.sources.danbooru import read_danbooru
@@ -92,8 +105,10 @@ def read_source(
 
     if not source.exists():
         raise UseError(f"{source}: no such folder or file")
+    if out is not None and out.exists() and out.samefile(source):
+        raise UseError(f"{out}: the shard set would lie among its own source; choose another folder for it")
     found_out = layout is None
-    layout = layout or find_layout(source)
+    layout = layout or find_layout(source, out)
     if layout in ("folders", "sidecar", "daf", "dafull", "moeimouto", "icartoonface") and not source.is_dir():
         raise UseError(f"{source}: --format {layout} needs a folder")
     if layout == "csv" and source.is_dir():
@@ -103,25 +118,27 @@ def read_source(
         ("--root", root, ("csv", "danbooru")),
         ("--class-key", class_key, ("webdataset",)),
         ("--classes", class_names, ("webdataset",)),
+        ("--image-ending", image_ending, ("webdataset",)),
+        ("--split-folders", split_folders, ("folders", "sidecar")),
     ):
         if value is not None and layout not in layouts:
             raise UseError(f"{option} belongs to sources of --format {' or '.join(layouts)}; {source} is {layout}")
 
     match layout:
         case "csv":
-            return [*read_csv(source, class_column or "class", root)]
+            return read_csv(source, class_column or "class", root)
         case "danbooru":
             return read_danbooru(source, root)
         case "webdataset":
-            return read_tars(source, class_key, class_names)
+            return read_tars(source, class_key, class_names, image_ending)
         case "folders" | "sidecar":
-            return [*read_folders(source, tags=None if found_out else layout == "sidecar")]
+            return each_once(read_folders(source, None if found_out else layout == "sidecar", out, split_folders))
         case _:
-            return [*read_lists(source, layout)]
+            return each_once([*read_lists(source, layout)])
 
 
-def find_layout(source: Path) -> str:
-    """The layout of a source, as far as it can be told: "folders" stands for "sidecar" too.
+def find_layout(source: Path, out: Path | None = None) -> str:
+    """The layout of a source, as far as it can be told: "folders" stands for "sidecar" too; `out` is no part of it.
 
     Raises UseError if it can be more than one or is none that is known.
     """
@@ -141,12 +158,35 @@ def find_layout(source: Path) -> str:
         return there[0]
     if (source / "classid_classname.csv").is_file() and (source / "train.csv").is_file():
         return "icartoonface"
-    if any(source.glob("*.tar")) and not any(entry.is_dir() for entry in source.iterdir()):
-        return "webdataset"
+    if any(source.glob("*.tar")):
+        folders = [entry for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+        sets = [folder for folder in folders if out is not None and out.exists() and folder.samefile(out)]
+        sets += [folder for folder in folders if is_shard_set(str(folder))]
+        return "folders" if set(folders) - set(sets) else "webdataset"
     return "folders"
 
 
-def check_any_found(records: list[Record], place: Path | str, cure: str) -> None:
-    """Raises UseError if the images of none of the records are there: then the source is not where it should be."""
-    if not any(record.read.size() is not None for record in records):
-        raise UseError(f"{place}: none of its {len(records):,} images is found {cure}")
+def each_once(found: list[Record | LeftOut], place_of: Callable[[int], str] | None = None) -> list[Record | LeftOut]:
+    """The same with each image file once, whatever it is called (another path, a link); repeats are left out.
+
+    place_of: how messages call the nth record, if not by its name. Raises UseError where one image has two classes,
+    splits or lines of tags: one of them is wrong, and an image must not be in two splits.
+    """
+    first: dict[object, int] = {}
+    records = [item for item in found if isinstance(item, Record)]
+    once: list[Record | LeftOut] = []
+    for number, record in enumerate(records):
+        other = first.setdefault(record.read.identity(), number)
+        if other == number:
+            once.append(record)
+            continue
+        earlier = records[other]
+        place, there = (place_of(number), place_of(other)) if place_of else (record.name, earlier.name)
+        same = f"{place}: the same image as {there}"
+        for what in ("class_name", "split", "tags"):
+            mine, its = getattr(record, what), getattr(earlier, what)
+            if mine != its:
+                called = what.removesuffix("_name")
+                raise UseError(f"{same} ({record.name}), its {called} '{mine or 'none'}' here, '{its or 'none'}' there")
+        once.append(LeftOut(record.name, "image listed again", same))
+    return [*once, *(item for item in found if isinstance(item, LeftOut))]

@@ -6,51 +6,130 @@ import csv
 import os
 from pathlib import Path
 
+from dist_train.data.tags import tag_line
 from dist_train.errors import UseError
-from shards.records import Record
-from shards.sources import SPLIT_NAMES, FileContent, check_any_found
+from shards.records import LeftOut, Record
+from shards.sources import FileContent, each_once
+from shards.splits import SPLIT_NAMES, split_named
 
 
-def read_csv(file: Path, class_column: str = "class", root: Path | None = None) -> list[Record]:
+def read_csv(file: Path, class_column: str = "class", root: Path | None = None) -> list[Record | LeftOut]:
     """One record per line, named by its path as written. Paths start from `root`, or from the CSV's own folder.
 
-    An empty or missing split means that one is to be drawn. Raises UseError naming the line that cannot be used.
+    Fields are separated by commas, or by semicolons or tabs where the header's are. Blanks around the names of columns
+    and around fields do not count, and backslashes in a path are slashes where only that gives a file. An empty or
+    missing split means that one is to be drawn. Lines that repeat an image are left out.
+
+    Raises UseError naming the line that cannot be used, or that contradicts another about its image.
     """
     base = os.path.abspath(root or file.parent)
+    records, lines = [], []
     try:
-        with open(file, newline="", encoding="utf-8-sig") as lines:
-            table = csv.DictReader(lines, strict=True)
-            _check_header(file, table.fieldnames or (), class_column)
-            records = [_record(row, f"{file}, line {table.line_num}", class_column, base) for row in table]
+        with open(file, newline="", encoding="utf-8-sig") as opened:
+            header = opened.readline()
+            delimiter = _delimiter(header)
+            opened.seek(0)
+            blanks = f"{delimiter} " in header  # "path, class": then fields begin with a blank too, before quotes even
+            rows = csv.reader(opened, delimiter=delimiter, skipinitialspace=blanks, strict=True)
+            columns = _columns(file, next(rows, []), class_column)
+            table = csv.DictReader(opened, columns, delimiter=delimiter, skipinitialspace=blanks, strict=True)
+            for row in table:
+                line = 1 + table.line_num
+                records.append(_record(row, f"{file}, line {line}", class_column, base))
+                lines.append(line)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UseError(f"{file}: cannot be read as a CSV file in UTF-8 ({error})") from None
     if not records:
         raise UseError(f"{file}: lists no images")
-    check_any_found(records, file, f"under {base}; name their folder, --root")
-    return records
+    if not any(record.read.size() is not None for record in records):
+        raise UseError(_none_is_there(file, records[0], len(records), base))
+    return each_once([*records], lambda number: f"{file}, line {lines[number]}")
 
 
-def _check_header(file: Path, columns: list[str] | tuple[str, ...], class_column: str) -> None:
-    missing = [column for column in ("path", class_column) if column not in columns]
-    if missing:
-        found = ", ".join(columns) or "nothing"
-        raise UseError(
-            f"{file}: no column '{missing[0]}' in its first line ({found}); expected the header "
-            "path,class[,split][,tags], or name another class column with --class-column"
-        )
+def _delimiter(header: str) -> str:
+    """What separates the fields: a comma, unless the header has none."""
+    return next((mark for mark in ",;\t" if mark in header), ",")
+
+
+def _columns(file: Path, header: list[str], class_column: str) -> list[str]:
+    """The names of the columns without blanks around them, those that are read in lower case if there is no doubt."""
+    columns = [name.strip() for name in header]
+    for known in ("path", class_column, "split", "tags"):
+        alike = [i for i, name in enumerate(columns) if name == known]
+        alike = alike or [i for i, name in enumerate(columns) if name.lower() == known.lower()]
+        if len(alike) > 1:
+            raise UseError(f"{file}: the column '{known}' is there {len(alike)} times; leave one")
+        if alike:
+            columns[alike[0]] = known
+        elif known in ("path", class_column):
+            raise UseError(
+                f"{file}: no column '{known}' in its first line ({', '.join(columns) or 'nothing'}); expected the "
+                "header path,class[,split][,tags], or name another class column with --class-column"
+            )
+    return columns
 
 
 def _record(row: dict[str | None, str | None], place: str, class_column: str, base: str) -> Record:
-    path, class_name = row["path"], row[class_column]
-    if not path or not class_name or None in row:
+    path, class_name = row["path"], (row[class_column] or "").strip()
+    if not path or not path.strip() or not class_name or None in row:
         raise UseError(f"{place}: has an empty path, an empty class, or more fields than the header")
-    split = (row.get("split") or "").strip().lower() or None
-    if split is not None and split not in SPLIT_NAMES:
+    split = (row.get("split") or "").strip() or None
+    if split is not None and split_named(split) is None:
         raise UseError(f"{place}: unknown split '{split}'; known are {', '.join(SPLIT_NAMES)}")
     return Record(
         name=path,
-        read=FileContent(os.path.join(base, path)),
-        class_name=class_name.strip(),
-        split=split and SPLIT_NAMES[split],
-        tags=(row["tags"] or "") if "tags" in row else None,
+        read=FileContent(_locate(base, path)),
+        class_name=class_name,
+        split=split and split_named(split),
+        tags=tag_line(row["tags"] or "") if "tags" in row else None,
     )
+
+
+def _locate(base: str, path: str) -> str:
+    """The file that a path means: as it is written, or without the blanks around it, or with slashes for backslashes.
+
+    Where none of these is there, the first.
+    """
+    spellings = dict.fromkeys((path, path.strip(), path.strip().replace("\\", "/")))
+    places = [os.path.join(base, spelling) for spelling in spellings]
+    if len(places) > 1:
+        return next((place for place in places if os.path.exists(place)), places[0])
+    return places[0]
+
+
+def _none_is_there(file: Path, record: Record, count: int, base: str) -> str:
+    """The message where not one image is found: a path that was tried, and what is likely wrong with it."""
+    path = record.name.strip().replace("\\", "/")
+    tried = record.read.path
+    cure = "name the folder that the paths start from with --root"
+    if "://" in path:
+        cure = "these are URLs: download the images first, and list their paths"
+    elif path[1:3] == ":/" or (path.startswith("/") and "\\" in record.name):
+        cure = "these are paths of another machine: write them from a folder on, and name it with --root"
+    elif path.startswith("/"):
+        cure = (
+            "the paths are absolute, so --root does not change them; write them from a folder on, and name it by --root"
+        )
+    elif os.path.isfile(os.path.join(os.path.dirname(base), path)):
+        cure = f"the paths start a folder higher: --root {os.path.dirname(base)}"
+    elif found := _same_but_for_case_or_ending(base, path):
+        cure = f"there is {found}: write the paths as the files are called, their case and endings too"
+    elif "\\" in record.name:
+        cure += "; its backslashes were read as slashes too"
+    return f"{file}: none of its {count:,} images is found, {tried} for one; {cure}"
+
+
+def _same_but_for_case_or_ending(base: str, path: str) -> str | None:
+    """A file whose path differs from `path` in upper and lower case alone, or by an ending more; None if none does."""
+    place = base
+    for part in os.path.normpath(path).split("/"):
+        try:
+            names = os.listdir(place)
+        except OSError:
+            return None
+        alike = [name for name in names if name.lower() == part.lower()]
+        alike = alike or [name for name in names if os.path.splitext(name)[0].lower() == part.lower()]
+        if not alike:
+            return None
+        place = os.path.join(place, part if part in alike else min(alike))
+    return place if os.path.isfile(place) else None

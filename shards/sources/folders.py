@@ -1,7 +1,7 @@
 """Images in one folder per class: ROOT/CLASS/**/image, or ROOT/{train,val,test}/CLASS/**/image with given splits.
 
-The second layout is recognised by ROOT holding nothing but folders named as splits. Everything is taken in sorted
-order, symbolic links are followed, hidden files and files without an image's extension are ignored.
+The second layout is recognised by the names and the shape of the folders in ROOT: those that hold images are all named
+as splits, and their images lie in folders of their own. Where that is in doubt, the source is refused with the names.
 
 The tags of KEY.jpg may lie beside it in KEY.txt, separated by commas or lines as taggers write them.
 """
@@ -9,95 +9,148 @@ The tags of KEY.jpg may lie beside it in KEY.txt, separated by commas or lines a
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
-from dist_train.errors import UseError
-from shards.records import Record
-from shards.sources import SPLIT_NAMES, FileContent
+from dist_train.data.tags import tag_line
+from dist_train.errors import UseError, name_some
+from shards.records import LeftOut, Record, warn
+from shards.sources import FileContent
+from shards.sources.listing import Listing, files_below, list_folder, name_endings
+from shards.splits import split_in_name, split_named
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split()
-)
+_SAY = "say --split-folders to read the splits alone, or --no-split-folders where every folder is a class"
 
 
-def read_folders(root: Path, tags: bool | None = None) -> list[Record]:
-    """One record per image file below `root`, named by its path from there.
+def read_folders(
+    root: Path, tags: bool | None = None, out: Path | None = None, split_folders: bool | None = None
+) -> list[Record | LeftOut]:
+    """One record per image file below `root`, named by its path from there, and every file that is none.
 
-    tags: whether to read KEY.txt beside KEY.jpg (an image without one has no tags); None: if there are any.
+    tags: whether to read KEY.txt beside KEY.jpg (an image without one has no tags); None: if there are any. out: a
+    folder that is not read, the shard set to be. split_folders: whether the folders named as splits are splits, and
+    the others not read, or every folder is a class; None: as their names and shape say.
 
-    Raises UseError if there is no image, no KEY.txt where they are asked for, or one is no UTF-8 text.
+    Raises UseError if there is no image, the layout is in doubt, there is no KEY.txt where they are asked for, or one
+    is no UTF-8 text.
     """
-    folders = _class_folders(root)
-    given_splits = bool(folders) and all(folder.name.lower() in SPLIT_NAMES for folder in folders)
-    found: list[tuple[str, str, str | None, str | None]] = []
-    for folder in folders:
-        split = SPLIT_NAMES[folder.name.lower()] if given_splits else None
-        for class_folder in _class_folders(folder) if given_splits else [folder]:
-            found += [(path, class_folder.name, split, text) for path, text in _image_files(class_folder)]
+    top = os.path.abspath(root)
+    loose = list_folder(top, "", out, everything=split_folders is False)
+    listings = {name: list_folder(top, name, out, split_folders is False) for name in loose.folders}
+    splits = _find_splits(root, listings, split_folders)
+    found: list[tuple[str, str, str | None, str | None]] = []  # path, class, split, .txt
+    left_out = [*loose.left_out, *(_not_in_a_class(path) for path, _ in loose.images)]
+    empty: set[str] = set()
+    for name, listing in listings.items():
+        if splits and name not in splits and (listing.images or split_folders):
+            count = files_below(os.path.join(top, name))
+            left_out.append(LeftOut(f"{name}/", "in a folder that is no split", f"{count:,} files, not read", count))
+            continue
+        left_out += listing.left_out
+        if splits and name not in splits:
+            empty |= {name} if split_named(name) else set()
+            continue
+        if not splits:
+            found += [(path, name, None, text) for path, text in listing.images]
+            empty |= set() if listing.images else {name}
+            continue
+        for path, text in listing.images:
+            parts = path.split("/")
+            if len(parts) > 2:
+                found.append((path, parts[1], splits[name], text))
+            else:
+                left_out.append(_not_in_a_class(path))
+        empty.update(f"{name}/{folder}" for folder in set(listing.folders) - listing.folders_with_images())
+    left_out = name_endings(left_out)
     if not found:
-        raise UseError(f"{root}: no images found; they must lie in one folder per class, {root}/CLASS/IMAGE.jpg")
+        reasons = Counter(entry.reason for entry in left_out)
+        there = "; there are: " + ", ".join(f"{n:,} {reason}" for reason, n in reasons.items()) if reasons else ""
+        raise UseError(f"{root}: no images found; they must lie in one folder per class, {root}/CLASS/IMAGE.jpg{there}")
+    if empty:
+        names = name_some(sorted(empty))
+        warn(f"{root}: folders that hold no image that is read give no class: {names}")
+    return [*_records(root, top, found, tags), *left_out]
+
+
+def _records(
+    root: Path, top: str, found: list[tuple[str, str, str | None, str | None]], tags: bool | None
+) -> list[Record]:
     some_tags = any(text for *_, text in found)
     if tags and not some_tags:
         raise UseError(f"{root}: no KEY.txt lies beside any KEY.jpg; without tags it is --format folders")
     read_tags = some_tags if tags is None else tags
     return [
         Record(
-            name=os.path.relpath(path, root),
-            read=FileContent(path),
+            name=path,
+            read=FileContent(f"{top}/{path}"),
             class_name=class_name,
             split=split,
-            tags=(tag_line(text) if text else "") if read_tags else None,
+            tags=(_read_tags(f"{top}/{text}") if text else "") if read_tags else None,
         )
         for path, class_name, split, text in found
     ]
 
 
-def tag_line(file: str) -> str:
-    """The tags of a text file on one line, separated by blanks, with "_" for the blanks inside a tag.
+def _find_splits(root: Path, listings: dict[str, Listing], split_folders: bool | None) -> dict[str, str]:
+    """The split that each folder in the root is; empty if the folders are classes. Raises UseError where in doubt."""
+    if split_folders is False:
+        return {}
+    filled = {name: listing for name, listing in listings.items() if listing.images}
+    splits = {name: split for name in filled if (split := split_named(name))}
+    others = [name for name in filled if name not in splits]
+    if not splits and filled:
+        parts = {name: split_in_name(name) for name in filled}  # "seg_train", "train2017": weaker, so all or none
+        if "train" in parts.values() and None not in parts.values() and not any(f.is_flat() for f in filled.values()):
+            splits, others = {name: split for name, split in parts.items() if split}, []
+    if not splits:
+        if split_folders:
+            raise UseError(f"{root}: no folder there is named as a split (train, val, test); leave --split-folders out")
+        for name, listing in filled.items():
+            within = [folder for folder in sorted(listing.folders_with_images()) if split_named(folder)]
+            if len({split_named(folder) for folder in within}) > 1 and not listing.is_flat():
+                raise UseError(
+                    f"{root / name}: holds folders named as splits ({', '.join(within)}), a level lower than they are "
+                    f"read; give {root / name} as SOURCE, or say --no-split-folders where {name} is a class"
+                )
+        return {}
+    if others and split_folders is None:
+        # A class that happens to be called "test" holds images as other classes do; a split holds folders of classes.
+        one_of_many = len(splits) == 1 and all(filled[name].is_flat() for name in splits)
+        if one_of_many and any(filled[name].is_flat() for name in others):
+            return {}
+        raise UseError(
+            f"{root}: beside folders named as splits ({name_some(sorted(splits))}) lie others with images "
+            f"({name_some(others)}), so these may be splits or classes; {_SAY}"
+        )
+    for split in set(splits.values()):
+        same = [name for name in splits if splits[name] == split]
+        if len(same) > 1:
+            raise UseError(f"{root}: {' and '.join(same)} are both the {split} split by their names; rename one")
+    for name in splits:
+        within = sorted(filled[name].folders_with_images())
+        if len(within) == 1 and split_in_name(within[0]) and split_folders is None:
+            raise UseError(
+                f"{root / name}: holds one folder, {within[0]}, named as a split and no class; move what it holds up "
+                f"into {name}, or say --split-folders where it is the one class"
+            )
+    flat = [name for name in splits if not filled[name].folders_with_images()]
+    if flat and split_folders is None:
+        raise UseError(
+            f"{root}: the images of {' and '.join(flat)} lie in no class folders, so they have no classes; list all "
+            "images in a CSV file with the header path,class,split, or say --split-folders to leave those out, or "
+            "--no-split-folders where every folder is a class"
+        )
+    return splits
 
-    Tags are separated by commas or ends of lines; a file with neither holds such a line already. A tagger's backslash
-    before a bracket is dropped. Raises UseError if the file cannot be read as UTF-8 text.
-    """
+
+def _not_in_a_class(path: str) -> LeftOut:
+    return LeftOut(path, "image outside of the class folders", "its folder says no class")
+
+
+def _read_tags(file: str) -> str:
+    """The tags of a text file, on one line. Raises UseError if the file cannot be read as UTF-8 text."""
     try:
         with open(file, encoding="utf-8-sig") as opened:
-            text = re.sub(r"\\([()])", r"\1", opened.read().strip())
+            return tag_line(opened.read())
     except (OSError, UnicodeDecodeError) as error:
         raise UseError(f"{file}: cannot be read as UTF-8 text ({error})") from None
-    if "," not in text and "\n" not in text:
-        return " ".join(text.split())
-    tags = ("_".join(tag.split()) for tag in re.split(r"[,\n]", text))
-    return " ".join(tag for tag in tags if tag)
-
-
-def _class_folders(root: Path) -> list[Path]:
-    try:
-        return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise UseError(f"{root}: cannot be listed ({error.strerror})") from None
-
-
-def _image_files(folder: Path) -> Iterator[tuple[str, str | None]]:
-    """Absolute paths of the image files below `folder`, and of the .txt beside each where there is one.
-
-    Each real folder is entered once (links may form circles).
-    """
-    entered = set()
-
-    def refuse(error: OSError) -> None:
-        raise UseError(f"{error.filename}: cannot be listed ({error.strerror})")
-
-    for place, subfolders, files in os.walk(os.path.abspath(folder), followlinks=True, onerror=refuse):
-        identity = os.stat(place)
-        if (identity.st_dev, identity.st_ino) in entered:
-            subfolders.clear()
-            continue
-        entered.add((identity.st_dev, identity.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        texts = {name for name in files if name.endswith(".txt")}
-        for name in sorted(files):
-            stem, suffix = os.path.splitext(name)
-            if not name.startswith(".") and suffix.lower() in IMAGE_SUFFIXES:
-                text = os.path.join(place, f"{stem}.txt") if f"{stem}.txt" in texts else None
-                yield os.path.join(place, name), text

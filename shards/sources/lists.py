@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dist_train.errors import UseError
 from shards.records import Record
-from shards.sources import FileContent, check_any_found
+from shards.sources import FileContent
 from shards.splits import SPLITS
 
 _IMAGE_FOLDERS = {"daf": "faces", "dafull": "fullMin256", "moeimouto": "data", "icartoonface": "data"}
@@ -57,17 +57,20 @@ def read_lists(root: Path, layout: str) -> list[Record]:
             )
     if not records:
         raise UseError(f"{lists / 'train.csv'}: lists no images")
-    check_any_found(records, lists, f"in {images}")
+    if not any(record.read.size() is not None for record in records):
+        raise UseError(f"{lists}: none of its {len(records):,} images is found in {images} ({records[0].name} for one)")
     return records
 
 
 def _class_names(file: Path) -> dict[str, str]:
     """Name by id (as written). Raises UseError if two ids share a name: they would become one class."""
     names: dict[str, str] = {}
+    taken: set[str] = set()
     for place, fields in _rows(file):
-        if len(fields) != 2 or fields[0] in names or fields[1] in names.values():
+        if len(fields) != 2 or fields[0] in names or fields[1] in taken:
             raise UseError(f"{place}: expected class_id,class_name, each id and each name once")
         names[fields[0]] = sys.intern(fields[1])
+        taken.add(fields[1])
     return names
 
 

@@ -6,51 +6,122 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from dist_train.data.tarindex import TarSample, index_tar
-from dist_train.errors import UseError, WorkError
-from shards.records import LeftOut, Record
-from shards.sources import SPLIT_NAMES, TarContent
-from shards.sources.folders import IMAGE_SUFFIXES
+from dist_train.data.images import SIGNATURE_BYTES, format_by_content
+from dist_train.data.tags import tag_line
+from dist_train.data.tarindex import Member, TarSample, index_tar
+from dist_train.errors import UseError, WorkError, name_some
+from shards.records import LeftOut, Record, check_class_names
+from shards.sources import TarContent
+from shards.sources.listing import IMAGE_SUFFIXES
+from shards.splits import split_in_name
 
 _TAR_NAME = re.compile(r"[^.].*(\.tar(\.\w+)?|\.t[bgx]z2?)", re.IGNORECASE)
 _PACKERS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 
-def read_tars(source: Path, class_key: str | None, class_names: Path | None) -> list[Record | LeftOut]:
+def read_tars(
+    source: Path, class_key: str | None, class_names: Path | None, image_ending: str | None = None
+) -> list[Record | LeftOut]:
     """One record per sample, named TAR:KEY; samples without an image or a class are left out.
 
     The class is the .cls, decimal or a name, or the value of `class_key` in the .json; class_names: a file with the
-    names of decimal ids. The tags are the .txt. The split is in the tars' names, or drawn.
+    names of decimal ids. The tags are the .txt. The split is in the tars' names, or drawn. image_ending: of the image
+    where a sample has several.
 
-    Raises UseError if there are no usable samples, WorkError naming a damaged tar.
+    Raises UseError if there are no usable samples, one has several images and nothing says which, or only some of the
+    names hold a split; WorkError naming a damaged tar.
     """
     names = read_class_names(class_names) if class_names else None
+    ending = image_ending.lower().removeprefix(".") if image_ending else None
     tars = tar_files(source)
-    splits = [split_in_name(tar.name) for tar in tars]
-    if None in splits:
-        splits = [None] * len(tars)
+    splits = splits_in_names(tars)
     found: list[Record | LeftOut] = []
-    for tar, split in zip(tars, splits, strict=True):
-        for sample, texts in _samples(tar, ("json",) if class_key else ("cls",)):
-            name = f"{tar.name}:{sample.key}"
-            images = [member for extension, member in sample.members.items() if f".{extension}" in IMAGE_SUFFIXES]
-            try:
-                class_name = _class_of(texts, class_key, names)
-            except ValueError as error:
-                found.append(LeftOut(name, "no class", str(error)))
-                continue
-            if not images:
-                found.append(LeftOut(name, "no image", f"only {', '.join(sample.members)}"))
-                continue
-            read = TarContent(os.path.abspath(tar), images[0].offset, images[0].size)
-            found.append(Record(name, read, sys.intern(class_name), split, texts.get("txt")))
+    for i, tar in enumerate(tars):
+        with open(tar, "rb") as file:
+            for sample in [part for whole in index_tar(tar) for part in taken_apart(whole)]:
+                found.append(_read_sample(tar, file, sample, splits and splits[i], class_key, names, ending))
     if not any(isinstance(item, Record) for item in found):
         why = f"{found[0].reason}: {found[0].detail}" if isinstance(next(iter(found), None), LeftOut) else "no samples"
-        raise UseError(f"{source}: no sample can be used ({why}); the key of its .json is said with --class-key")
+        raise UseError(
+            f"{source}: no sample can be used ({why}, in {len(found):,} samples); "
+            "the key of its .json is said with --class-key"
+        )
     return found
+
+
+def _read_sample(
+    tar: Path,
+    file: BinaryIO,
+    sample: TarSample,
+    split: str | None,
+    class_key: str | None,
+    names: list[str] | None,
+    ending: str | None,
+) -> Record | LeftOut:
+    name = f"{tar.name}:{sample.key}"
+    texts = {}
+    for kind in ("json" if class_key else "cls", "txt"):
+        if member := sample.find(kind):
+            try:
+                texts[kind] = _content(file, member[1]).decode("utf-8-sig").strip()
+            except UnicodeDecodeError:
+                raise WorkError(f"{tar}: {sample.key}.{member[0]} is not UTF-8 text") from None
+    try:
+        class_name = _class_of(texts, class_key, names)
+    except ValueError as error:
+        return LeftOut(name, "no class", str(error))
+    images = _images(file, sample, ending)
+    if not images:
+        return LeftOut(name, "no image", f"only {', '.join(sample.members)}")
+    if len(images) > 1:
+        several = ", ".join(f"{sample.key}.{extension}" for extension in images)
+        raise UseError(
+            f"{tar}: sample {sample.key} has several images ({several}); say the ending of the one to take, "
+            f"such as --image-ending {images[0]}"
+        )
+    member = sample.members[images[0]]
+    tags = tag_line(texts["txt"]) if "txt" in texts else None
+    return Record(name, TarContent(os.path.abspath(tar), *member), sys.intern(class_name), split, tags)
+
+
+def image_extensions(sample: TarSample) -> list[str]:
+    """Extensions of the members that are images by the last part of it: "jpg", "mask.png"."""
+    return [extension for extension in sample.members if f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES]
+
+
+def _images(file: BinaryIO, sample: TarSample, ending: str | None) -> list[str]:
+    """Extensions of the members that may be the sample's image; where no ending is known, the content says."""
+    if ending:
+        whole = [extension for extension in sample.members if extension == ending]
+        return whole or [extension for extension in sample.members if extension.endswith(f".{ending}")]
+    return image_extensions(sample) or [
+        extension
+        for extension, member in sample.members.items()
+        if format_by_content(_content(file, Member(member.offset, min(member.size, SIGNATURE_BYTES))))
+    ]
+
+
+def _content(file: BinaryIO, member: Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)
+
+
+def taken_apart(sample: TarSample) -> list[TarSample]:
+    """The samples that one is, where its key was cut at a dot that is part of the key.
+
+    `a.1.jpg, a.1.cls, a.2.jpg, a.2.cls` is one sample by the convention, but two were meant: so where there are several
+    images and every extension has a dot, each name up to its last dot is a key.
+    """
+    if len(image_extensions(sample)) < 2 or not all("." in extension for extension in sample.members):
+        return [sample]
+    parts: dict[str, dict[str, Member]] = {}
+    for extension, member in sample.members.items():
+        stem, _, last = extension.rpartition(".")
+        parts.setdefault(stem, {})[last] = member
+    return [TarSample(f"{sample.key}.{stem}", members) for stem, members in parts.items()]
 
 
 def tar_files(source: Path) -> list[Path]:
@@ -65,44 +136,46 @@ def tar_files(source: Path) -> list[Path]:
         for magic, tool in _PACKERS.items():
             if start.startswith(magic):
                 raise UseError(f"{path}: compressed, but samples are read at any place of a tar; unpack it with {tool}")
-    tars = [path for path in files if path.suffix == ".tar"]
+    tars = [path for path in files if path.suffix.lower() == ".tar"]
     if not tars:
         raise UseError(f"{source}: no .tar files there")
+    known: dict[tuple[int, int], Path] = {}
+    for path in tars:
+        status = path.stat()
+        if (other := known.setdefault((status.st_dev, status.st_ino), path)) != path:
+            raise UseError(f"{path}: the same file as {other.name}, so its samples would come twice; remove one")
     return tars
 
 
-def split_in_name(name: str) -> str | None:
-    """The split that a tar's name holds as one of its parts ("imagenet-train-000000.tar"), None if none or several."""
-    parts = {SPLIT_NAMES[part] for part in re.split(r"[^a-z]+", name.lower()) if part in SPLIT_NAMES}
-    return parts.pop() if len(parts) == 1 else None
+def splits_in_names(tars: list[Path]) -> list[str] | None:
+    """The split that each tar's name holds; None if none of them holds one. Raises UseError if only some do."""
+    named = [split_in_name(tar.name) for tar in tars]
+    unknown = [tar.name for tar, split in zip(tars, named, strict=True) if split is None]
+    if len(unknown) == len(tars):
+        return None
+    if unknown:
+        known = [tar.name for tar, split in zip(tars, named, strict=True) if split]
+        raise UseError(
+            f"{tars[0].parent}: the names of some tars do not say their split ({name_some(unknown)}), those of others "
+            f"do ({name_some(known)}); rename them (train-..., val-..., test-...) or move them elsewhere"
+        )
+    return [split for split in named if split]
 
 
 def read_class_names(file: Path) -> list[str]:
     """Class names by id: the lines of a text file. Raises UseError unless they are all there and differ."""
     try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UseError(f"{file}: cannot be read as UTF-8 text ({error})") from None
-    for number, name in enumerate(names):
-        if not name or names.index(name) != number:
+    names: dict[str, None] = {}
+    for number, line in enumerate(lines):
+        name = line.strip()
+        if not name or name in names:
             raise UseError(f"{file}, line {number + 1}: empty or there twice; expected the name of class {number}")
-    return names
-
-
-def _samples(tar: Path, kinds: tuple[str, ...]) -> Iterator[tuple[TarSample, dict[str, str]]]:
-    """The samples of a tar, each with the text of those of its members that say the class and the tags."""
-    with open(tar, "rb") as file:
-        for sample in index_tar(tar):
-            texts = {}
-            for extension in (*kinds, "txt"):
-                if extension in sample.members:
-                    file.seek(sample.members[extension].offset)
-                    content = file.read(sample.members[extension].size)
-                    try:
-                        texts[extension] = content.decode("utf-8-sig").strip()
-                    except UnicodeDecodeError:
-                        raise WorkError(f"{tar}: {sample.key}.{extension} is not UTF-8 text") from None
-            yield sample, texts
+        names[name] = None
+    check_class_names(names)
+    return list(names)
 
 
 def _class_of(texts: dict[str, str], class_key: str | None, names: list[str] | None) -> str:

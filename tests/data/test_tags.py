@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from dataclasses import replace
@@ -13,11 +14,16 @@ import pytest
 import torch
 
 from dist_train.config import DataConfig
+from dist_train.data.fetch import ShardFetcher
 from dist_train.data.loader import EvalLoader, Place, TrainLoader
-from dist_train.data.manifest import read_manifest
+from dist_train.data.manifest import ShardInfo, SplitInfo, read_manifest
+from dist_train.data.plan import evaluation_batches
+from dist_train.data.tags import tag_line
+from dist_train.data.tarindex import index_tar, write_index
 from dist_train.data.text import TagTokenizer, find_frequent_tags, shuffle_tags
 from dist_train.errors import UseError
-from tests.conftest import write_shard_set
+from shards.sources import read_source
+from tests.conftest import jpeg_bytes, write_shard_set, write_tar
 
 LINES = [
     "1girl red_hair cat_ears smile",
@@ -27,6 +33,63 @@ LINES = [
     " ".join(f"tag_{n}_unpronounceable{n}" for n in range(40)),
     "[SEP] [MASK] [CLS]",
 ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("red hair smile", "red hair smile"),
+        ("red hair, smile", "red_hair smile"),
+        (" red  hair ,smile,, ", "red_hair smile"),
+        ("red hair\r\nsmile\n", "red_hair smile"),
+        ("red hair\rsmile", "red_hair smile"),
+        ("red hair,", "red_hair"),
+        ("\ufeffred_hair\tsmile\u3000hat", "red_hair smile hat"),
+        (r"hat \(red\), \\(o\\)", "hat_(red) (o)"),
+        (" ", ""),
+    ],
+)
+def test_a_text_is_one_line_of_tags_wherever_it_comes_from(tmp_path: Path, text: str, line: str) -> None:
+    """Beside an image, in a CSV file, in a tar that is built or adopted, and from there to training and predict."""
+    assert tag_line(text) == tag_line(line) == line
+    image = jpeg_bytes(0)
+    for name in ("folder/c/1", "folder/c/2"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.jpg").write_bytes(image)
+        (tmp_path / f"{name}.txt").write_bytes((text if name[-1] == "1" else "other").encode())
+    with open(tmp_path / "list.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["path", "class", "tags"], ["folder/c/1.jpg", "c", text]])
+    (tmp_path / "tars").mkdir()
+    tar = tmp_path / "tars/train-0.tar"
+    write_tar(tar, [{"jpg": image, "cls": b"0", "txt": text.encode()}])
+    for source in (tmp_path / "folder", tmp_path / "list.csv", tmp_path / "tars"):
+        assert read_source(source)[0].tags == line
+    write_index(tar, index_tar(tar))
+    shard = ShardInfo(tar.name, 1, tar.stat().st_size, "")
+    fetcher = ShardFetcher(tmp_path / "tars", SplitInfo(1, (shard,)), 1)
+    assert fetcher.fetch(evaluation_batches([1], 1, 0, 1)[0], with_text=True).texts == [line]
+
+
+def test_texts_of_which_no_tag_is_known_are_named_once_with_their_number(
+    tmp_path: Path, vocabulary: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_shard_set(tmp_path / "set", {"train": [6]}, text=True)  # "red hair [cat ears] * (n mod 3) smile"
+    config = DataConfig(shards=str(root), image_size=16, crop_margin=4, threads=1)
+
+    def warnings(tokenizer: TagTokenizer) -> list[str]:
+        caplog.clear()
+        loader = EvalLoader(config, read_manifest(root), "train", Place(), batch_size=4, tokenizer=tokenizer)
+        for _ in range(2):
+            assert len(list(loader)) == 2
+        return [record.getMessage() for record in caplog.records if "no tag" in record.getMessage()]
+
+    (line,) = warnings(TagTokenizer("tags", 8, ["cat"]))
+    assert line.startswith("train: of 2 of the first 4 texts the model knows no tag, such as 'red hair smile'")
+    assert len(warnings(TagTokenizer("tags", 1, ["smile"]))) == 1  # what is cut is not known either
+    assert warnings(TagTokenizer("tags", 8, ["smile"])) == warnings(TagTokenizer(str(vocabulary), 8)) == []
+    unknown = TagTokenizer(str(vocabulary), 8)
+    lines = ["smile \U0001f600", "\U0001f600", ""]
+    assert unknown.without_known_tags(lines, unknown(lines)[0]) == [1]
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,8 @@ def test_tags_beside_the_images_become_one_line_each(tmp_path: Path) -> None:
     (tmp_path / "a/3.txt").write_text("already one_line  of_tags\n")
     (tmp_path / "b/4.txt").write_text("")
     write(tmp_path / "b/readme.txt", "no image has this name")
-    found = read_source(tmp_path)
+    found_all = read_source(tmp_path)
+    found = [item for item in found_all if isinstance(item, Record)]
     assert [record.tags for record in found] == [
         "1girl long_hair (o)_(o) école",
         "red_eyes smile",
@@ -237,7 +238,9 @@ def test_tags_beside_the_images_become_one_line_each(tmp_path: Path) -> None:
         "",  # no file
     ]
     assert rows(found) == rows(read_source(tmp_path, "sidecar"))
-    assert {record.tags for record in read_source(tmp_path, "folders")} == {None}
+    plain = read_source(tmp_path, "folders")
+    assert {tags for *_, tags in rows(plain)} == {None}
+    assert reasons(plain) == reasons(found_all) == {"text without an image": 1}
 
 
 def test_sidecars_that_are_asked_for_must_be_there_and_readable(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from dist_train.cli import main, parse_recipe
 from dist_train.data.draws import random_bits
 from dist_train.data.images import FORMATS
 from dist_train.data.loader import EvalLoader, Place, TrainLoader
-from dist_train.data.manifest import read_manifest
+from dist_train.data.manifest import read_manifest, write_manifest
 from dist_train.models.build import build_model
 from dist_train.models.saved import list_checkpoints, newest_checkpoint, read_weights
 from dist_train.train.checkpoint import read_state
@@ -391,6 +392,19 @@ def test_a_vilt_trains_evaluates_and_predicts_with_tags(
     assert answers[0] != answers[1]
 
 
+def test_classes_that_cannot_be_learnt_are_named_before_training(tmp_path: Path, capsys: Any) -> None:
+    """The digest of a set from before that was written down is as it was, and its classes of no image are named."""
+    root = write_shard_set(tmp_path / "set", {"train": [4], "val": [2]}, baked=20, classes=9)
+    assert train(root, tmp_path / "run", optim__warmup_steps=10**6) == 2
+    assert (
+        "3 of 9 classes have no training image and cannot be learnt: class 6, class 7, class 8"
+        in capsys.readouterr().err
+    )
+    write_manifest(root, replace(read_manifest(root), untrained=(4, 5, 6, 7, 8)))
+    assert train(root, tmp_path / "run", optim__warmup_steps=10**6) == 2
+    assert "5 of 9 classes have no training image" in capsys.readouterr().err
+
+
 def test_a_vilt_of_whole_tags_keeps_its_vocabulary_in_the_run_folder(shards: Path, tmp_path: Path, capsys: Any) -> None:
     run = tmp_path / "run"
     options = {"model__text_tokens": 4, "data__tokenizer": "tags", "data__tag_order": "frequency"}
@@ -411,6 +425,16 @@ def test_a_vilt_of_whole_tags_keeps_its_vocabulary_in_the_run_folder(shards: Pat
         assert main(["predict", str(run), str(tmp_path / "good.jpg"), "--tags", tags]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != answers[2]
+    # Tags are separated as they are beside images: "red hair" is one here, and the model knows no such.
+    for tags, warning in (
+        ([], "the model reads tags and is given none"),
+        (["--tags", "red hair, cat ears"], "the model knows none of the tags 'red_hair cat_ears'"),
+        (["--tags", "red hair, smile"], ""),
+        (["--tags", " smile,,red"], ""),
+    ):
+        assert main(["predict", str(run), str(tmp_path / "good.jpg"), *tags]) == 0
+        error = capsys.readouterr().err
+        assert error.count("warning: ") == bool(warning) and warning in error
     (run / "tags.txt").unlink()
     assert main(["evaluate", str(run), "--split", "test"]) == 1
     assert "tags.txt: cannot be read" in capsys.readouterr().err
