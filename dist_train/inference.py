@@ -22,8 +22,9 @@ from dist_train.data.loader import Batch, EvalLoader, Place
 from dist_train.data.manifest import read_manifest, write_atomically
 from dist_train.data.pipeline import ImagePipeline
 from dist_train.data.text import TagTokenizer
-from dist_train.errors import UseError, WorkError
+from dist_train.errors import UseError, WorkError, written
 from dist_train.models.build import build_model, to_timm_state_dict
+from dist_train.output import say
 from dist_train.train.checkpoint import checkpoint_to_resume, read_averaged_weights, read_class_names, read_weights
 from dist_train.train.engine import torch_device
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
@@ -69,7 +70,10 @@ def load_trained(run: Path, recipe: Recipe, which: str, averaged: bool) -> Train
 
 
 def run_evaluate(options: argparse.Namespace, recipe: Recipe) -> int:
-    """`dist-train evaluate`: top-1, top-5, class means, the most and least frequent classes, a per-class CSV."""
+    """`dist-train evaluate`: top-1, top-5, class means, the most and least frequent classes, a per-class CSV.
+
+    The result is said also where the CSV cannot be written: that is a warning, an error (exit 1) if --csv asks for it.
+    """
     trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
     shards = options.shards or recipe.data.shards
     manifest = read_manifest(shards)
@@ -89,13 +93,20 @@ def run_evaluate(options: argparse.Namespace, recipe: Recipe) -> int:
     )
     result = evaluate(trained.forward, loader, manifest.split(options.split).samples)
     table = options.csv or options.run / f"evaluation_{options.split}.csv"
-    _write_class_table(table, result, trained.class_names, [info.count for info in manifest.classes])
-    figures = _describe(result, torch.tensor([info.count for info in manifest.classes]))
-    print(
-        json.dumps(
-            {"split": options.split, "checkpoint": str(trained.checkpoint), **figures, "csv": str(table)}, indent=1
-        )
-    )
+    counts = [info.count for info in manifest.classes]
+    unwritten = None
+    try:
+        with written(table, "--csv FILE puts it elsewhere"):
+            _write_class_table(table, result, trained.class_names, counts)
+    except WorkError as error:
+        unwritten = error
+    csv_path = None if unwritten else str(table)
+    figures = {"split": options.split, "checkpoint": str(trained.checkpoint)} | _describe(result, torch.tensor(counts))
+    say(json.dumps(figures | {"csv": csv_path}, indent=1))
+    if unwritten and options.csv:  # it was asked for
+        raise unwritten
+    if unwritten:
+        print(f"warning: {unwritten}", file=sys.stderr)
     return 0
 
 
@@ -113,9 +124,9 @@ def run_predict(options: argparse.Namespace, recipe: Recipe) -> int:
             bad += 1
             continue
         best = probabilities.topk(min(options.top, len(trained.class_names)))
-        print(path)
+        say(path)
         for probability, number in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            print(f"  {probability:.4f}  {trained.class_names[number]}")
+            say(f"  {probability:.4f}  {trained.class_names[number]}")
     return 1 if bad else 0
 
 
@@ -131,11 +142,13 @@ def run_export(options: argparse.Namespace, recipe: Recipe) -> int:
         "image_size": str(recipe.data.image_size),
         "classes": json.dumps(trained.class_names),
     }
-    options.file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.file.with_name(f".{options.file.name}.tmp")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in {**weights, **extra}.items()}, temporary, metadata)
-    temporary.replace(options.file)
-    print(f"{options.file}: {len(weights)} tensors of timm's model, {len(extra)} beside them")
+    with written(options.file, "choose another"):
+        options.file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = options.file.with_name(f".{options.file.name}.tmp")
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in {**weights, **extra}.items()}
+        save_file(tensors, temporary, metadata)
+        temporary.replace(options.file)
+    say(f"{options.file}: {len(weights)} tensors of timm's model, {len(extra)} beside them")
     return 0
 
 
@@ -164,8 +177,9 @@ def run_grid(options: argparse.Namespace, recipe: Recipe) -> int:
     file = io.BytesIO()
     grid.save(file, "PNG")
     output = options.output or options.run / "predictions.png"
-    write_atomically(output, file.getvalue())
-    print(output)
+    with written(output, "--output FILE puts it elsewhere"):
+        write_atomically(output, file.getvalue())
+    say(output)
     return 0
 
 

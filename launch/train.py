@@ -7,6 +7,7 @@ import sys
 
 from dist_train.cli import run_training
 from dist_train.errors import run_command
+from dist_train.output import keep_stdout
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: run_training(sys.argv[1:])))
+    sys.exit(run_command(lambda: run_training(sys.argv[1:], keep_stdout)))

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_train.errors import UseError, WorkError
+from dist_train.models.names import FILE_TYPES
 
-FILE_TYPES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 HUB_TAGS = ("orig_in21k", "augreg_in21k", "tv_in1k", "ra_in1k")
 """What plain `hub` takes, the first that timm has: the paper's ViTs, the smaller ViTs, the ResNets, EfficientNet."""
 
