@@ -59,14 +59,15 @@ def problems(
             lambda: _check_tokenizer(recipe),
             lambda: _check_batch(recipe, world_size),
             lambda: choose_streams(recipe.train.batch_size, recipe.data.streams),
-            lambda: read_deepspeed_config(recipe.deepspeed),
         ]
     )
+    unreadable = list(_refusals([lambda: read_deepspeed_config(recipe.deepspeed)]))
+    yield from unreadable
     if manifest is None and not is_url(recipe.data.shards):
         try:
             manifest = read_manifest(recipe.data.shards)
-        except (UseError, WorkError) as unreadable:
-            yield unreadable
+        except (UseError, WorkError) as no_set:
+            yield no_set
     if manifest is not None:
         yield from _refusals([lambda: check_digest(recipe.data, manifest), lambda: _check_samples(recipe, manifest)])
     # From here on torch may have to be imported, to ask for a GPU.
@@ -75,7 +76,7 @@ def problems(
         [
             lambda: _check_data_device(recipe, device),
             lambda: check_combination(recipe, device, world_size),
-            lambda: _check_deepspeed_settings(recipe, device, world_size),
+            lambda: unreadable or _check_deepspeed_settings(recipe, device, world_size),
             lambda: _check_hub_weights(recipe),
         ]
     )

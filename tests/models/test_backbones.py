@@ -7,8 +7,9 @@ from torch import nn
 
 from dist_train.config import ModelConfig
 from dist_train.errors import UseError
-from dist_train.models.backbones import timm_name, vit_shape
+from dist_train.models.backbones import timm_name
 from dist_train.models.build import build_model, plain_weights, to_timm_state_dict
+from dist_train.models.names import vit_shape
 
 
 def count_parameters(backbone: str, head: str) -> int:

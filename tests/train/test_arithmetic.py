@@ -18,8 +18,8 @@ from dist_train.cli import main, recipe_from_run
 from dist_train.config import DeepSpeedConfig, Recipe
 from dist_train.data.loader import Batch
 from dist_train.errors import UseError, WorkError
-from dist_train.models.backbones import VIT_SIZES
 from dist_train.models.build import build_model
+from dist_train.models.names import VIT_SIZES
 from dist_train.recipe import check_combination
 from dist_train.train.engine import build_engine, init_process_group
 from dist_train.train.losses import Objective

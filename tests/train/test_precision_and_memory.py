@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.step import synthetic_batch
 from dist_train.config import Recipe
 from dist_train.errors import UseError
-from dist_train.models.backbones import VIT_SIZES
 from dist_train.models.build import build_model
+from dist_train.models.names import VIT_SIZES
 from dist_train.recipe import check_combination
 from dist_train.train import settings as settings_module
 from dist_train.train.engine import build_engine, init_process_group
