@@ -26,6 +26,7 @@ from dist_train.data.manifest import (
 )
 from dist_train.data.tarindex import TarSample, index_tar, write_index
 from dist_train.errors import UseError, WorkError
+from dist_train.output import say
 from shards.build import BUILD_NAME
 from shards.records import LeftOut
 from shards.sources.tars import read_class_names, split_in_name, tar_files
@@ -86,7 +87,7 @@ def adopt_tars(
     samples = counts.total()
     texts = sum(reports[tar.name].texts for tar in tars)
     if 0 < texts < samples:
-        print(f"{folder}: {samples - texts:,} of {samples:,} samples have no .txt, so the set counts as without text")
+        say(f"{folder}: {samples - texts:,} of {samples:,} samples have no .txt, so the set counts as without text")
     for _ in run_jobs(index_in_place, {tar.name: (tar,) for tar in tars}, workers, 0, "index"):
         pass
     left_out = [
