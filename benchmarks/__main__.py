@@ -7,12 +7,26 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks.report_headlines import tell
 from benchmarks.sweeps import add_sweeps, numbers
 from dist_train.errors import UseError, run_command
+from dist_train.output import keep_stdout, say
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark; returns the exit status."""
+
+    def command() -> int:
+        options = parse(arguments)  # --help goes to standard output: before that is kept for results
+        if arguments is None:
+            keep_stdout()
+        return options.command(options)
+
+    return run_command(command)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of one benchmark, with the words that are a recipe's in `recipe_arguments`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What things cost and gain.")
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     _add_histogram(commands)
@@ -33,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     if recipe_arguments and not getattr(options, "takes_recipe", False):
         parser.error(f"unrecognized arguments: {' '.join(recipe_arguments)}")
     options.recipe_arguments = recipe_arguments
-    return run_command(lambda: options.command(options))
+    return options
 
 
 def _add_histogram(commands: argparse._SubParsersAction) -> None:
@@ -46,7 +60,7 @@ def _histogram(options: argparse.Namespace) -> int:
     from benchmarks.colour_histogram import colour_histogram_accuracy
 
     accuracy, samples = colour_histogram_accuracy(options.set)
-    print(f"{options.set}: logistic regression on colour histograms: test top-1 {accuracy:.4f} over {samples} samples")
+    say(f"{options.set}: logistic regression on colour histograms: test top-1 {accuracy:.4f} over {samples} samples")
     return 0
 
 
@@ -109,7 +123,7 @@ def _loader(options: argparse.Namespace) -> int:
     elif options.bake or options.max_side:
         raise UseError(f"{options.images} is a shard set; --bake and --max-side are for images that are not one yet")
     task = Task(str(shards), options.size, options.margin, options.batch, options.threads, str(options.scratch))
-    print(measure_loaders(task, names, options.rounds, options.seconds, options.name, options.check))
+    tell(measure_loaders(task, names, options.rounds, options.seconds, options.name, options.check))
     return 0
 
 
@@ -131,7 +145,7 @@ def _add_scale(commands: argparse._SubParsersAction) -> None:
 def _scale(options: argparse.Namespace) -> int:
     from benchmarks.scale import measure_scale
 
-    print(measure_scale(options.samples, options.shards, options.nodes, options.ranks, options.batch, options.name))
+    tell(measure_scale(options.samples, options.shards, options.nodes, options.ranks, options.batch, options.name))
     return 0
 
 
@@ -165,7 +179,7 @@ def _engine(options: argparse.Namespace) -> int:
 
     stages = numbers("--stages", options.stages)
     micro_batches = numbers("--micro-batches", options.micro_batches)
-    print(
+    tell(
         measure_engine(
             options.backbone,
             options.size,
@@ -206,7 +220,7 @@ def _add_exchange(commands: argparse._SubParsersAction) -> None:
 def _exchange(options: argparse.Namespace) -> int:
     from benchmarks.exchange import measure_exchange
 
-    print(
+    tell(
         measure_exchange(
             options.backbone,
             options.size,
@@ -244,7 +258,7 @@ def _step(options: argparse.Namespace) -> int:
     if unknown := set(arms) - set(ARMS):
         raise UseError(f"--arms: no arm '{min(unknown)}'; there are {', '.join(ARMS)}")
     recipe, _ = parse_recipe(options.recipe_arguments)
-    print(measure_steps(recipe, arms, options.warmup, options.steps, options.name))
+    tell(measure_steps(recipe, arms, options.warmup, options.steps, options.name))
     return 0
 
 
@@ -267,7 +281,7 @@ def _precision(options: argparse.Namespace) -> int:
     from dist_train.cli import parse_recipe
 
     recipe, _ = parse_recipe(options.recipe_arguments)
-    print(measure_precisions(recipe, options.precisions.split(","), options.seeds, options.jobs, options.name))
+    tell(measure_precisions(recipe, options.precisions.split(","), options.seeds, options.jobs, options.name))
     return 0
 
 
@@ -293,7 +307,7 @@ def _ifa(options: argparse.Namespace) -> int:
     from benchmarks.ifa import measure_ifa
 
     tokens = numbers("--text-tokens", options.text_tokens)
-    print(
+    tell(
         measure_ifa(
             options.backbones.split(","),
             tokens,
@@ -329,7 +343,7 @@ def _add_kill(commands: argparse._SubParsersAction) -> None:
 def _kill(options: argparse.Namespace) -> int:
     from benchmarks.kill import measure_kills
 
-    print(
+    tell(
         measure_kills(
             options.shards,
             options.ranks,
@@ -346,7 +360,7 @@ def _kill(options: argparse.Namespace) -> int:
 def _report(_: argparse.Namespace) -> int:
     from benchmarks.report import write_report
 
-    print(write_report())
+    say(write_report())
     return 0
 
 

@@ -26,6 +26,7 @@ from benchmarks.step import recipe_from_dict
 from dist_train.cli import recipe_from_run
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError, run_command
+from dist_train.output import say
 from dist_train.train.precision import precision_of
 
 SUMMARY_NAME = "summary.json"
@@ -61,7 +62,7 @@ def finish_runs(recipes: Sequence[Recipe], jobs: int, what: str) -> Iterator[Rec
             recipe, failure = futures[future], future.result()
             bar.update()
             if failure is None:
-                print(f"{recipe.train.run}: test top-1 {test_evaluation(recipe)['top1']:.4f}")
+                say(f"{recipe.train.run}: test top-1 {test_evaluation(recipe)['top1']:.4f}")
                 yield recipe
             else:
                 failures.append(f"{recipe.train.run}: {failure}")

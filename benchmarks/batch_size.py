@@ -27,6 +27,7 @@ from dist_train.config import Recipe
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError
 from dist_train.models.build import build_model
+from dist_train.output import say
 from dist_train.train.inputs import one_sample
 from dist_train.train.meters import matmul_rate, training_flops_per_sample
 from dist_train.train.precision import compute_dtype
@@ -79,7 +80,7 @@ def measure_batch_sizes(base: Recipe, sweep: Sweep, jobs: int, name: str) -> Pat
     parameters = {"recipe": asdict(base), "sweep": asdict(sweep), "samples_per_epoch": samples}
     there = {key_of(row): row for row in finished_rows("batch_size", name, parameters)}
     left = [recipe for recipe in recipes if key_of(describe(recipe)) not in there]
-    print(describe_plan(left, len(recipes), sweep, samples))
+    say(describe_plan(left, len(recipes), sweep, samples))
     rows = list(there.values())
     path = write_result("batch_size", name, parameters, rows)
 
@@ -98,7 +99,7 @@ def measure_batch_sizes(base: Recipe, sweep: Sweep, jobs: int, name: str) -> Pat
         for row in pool.map(measure, left):
             rows.append(row)
             path = write_result("batch_size", name, parameters, rows)
-            print(describe_row(row, f"{row['backbone']} {row['head']} batch {row['batch_size']}"), flush=True)
+            say(describe_row(row, f"{row['backbone']} {row['head']} batch {row['batch_size']}"))
     for _ in search_micro_batches(rows, recipes, sweep) if sweep.search else ():
         path = write_result("batch_size", name, parameters, rows)
     if sweep.accuracy:

@@ -36,6 +36,7 @@ from dist_train.errors import WorkError
 from dist_train.models.backbones import TokenTransformer, ViTShape
 from dist_train.models.build import Classifier, build_model
 from dist_train.models.heads import CLSHead
+from dist_train.output import say
 from dist_train.train.engine import build_engine, build_optimizer, deepspeed_settings, init_process_group, torch_device
 from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
@@ -95,7 +96,7 @@ def measure_engine(
             raise WorkError(f"ZeRO {stage}, micro-batch {micro_batch}: {done.stderr.strip().splitlines()[-1]}")
         found = json.loads(done.stdout.splitlines()[-1])
         for row in found:
-            print(describe_row(row, f"{backbone}, ZeRO {stage}, micro-batch {micro_batch}"), flush=True)
+            say(describe_row(row, f"{backbone}, ZeRO {stage}, micro-batch {micro_batch}"))
         rows += found
     parameters = {
         "backbone": backbone,

@@ -29,6 +29,7 @@ from dist_train.config import DeepSpeedConfig, ModelConfig
 from dist_train.errors import WorkError
 from dist_train.models.build import Classifier, build_model
 from dist_train.models.vilt import keep_padding_out
+from dist_train.output import say
 from dist_train.train.meters import synchronize, training_flops_per_sample
 from dist_train.train.precision import set_arithmetic
 
@@ -99,7 +100,7 @@ def measure_ifa(
             turns = _in_process(point | {"pairs": pairs})
             found = [row(point, which, memory, turns) for which in CONTESTANTS]
             for one in found:
-                print(describe_row(one, f"{backbone} {one['head']}, {tokens} text tokens, batch {batch}"), flush=True)
+                say(describe_row(one, f"{backbone} {one['head']}, {tokens} text tokens, batch {batch}"))
             rows += found
     parameters = {"batch_size": batch, "image_size": size, "classes": classes, "pairs": pairs, "precision": precision}
     return write_result("ifa", name, parameters | {"epoch_samples": PAPER_SAMPLES, "paper": PAPER}, rows)

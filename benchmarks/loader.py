@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from benchmarks.peers import Task
 from benchmarks.result import write_result
-from dist_train.errors import WorkError
+from dist_train.data.manifest import read_manifest
+from dist_train.errors import UseError, WorkError
 
 # In the order of the table. The ceilings come last.
 CONTESTANTS = {
@@ -70,8 +71,14 @@ class Contestant:
 def measure_loaders(task: Task, names: list[str], rounds: int, seconds: float, name: str, check: bool = False) -> Path:
     """Measure the named contestants and write the result; returns its path. What cannot run is reported in its row.
 
-    check: raise WorkError afterwards if this project's loader is above its LIMITS.
+    check: raise WorkError afterwards if this project's loader is above its LIMITS. Raises UseError for a set of which
+    no batch can be made.
     """
+    images = read_manifest(task.shards).split("train").samples
+    if task.batch_size > images:
+        raise UseError(
+            f"--batch {task.batch_size} is more than the {images} training images of {task.shards}; lower it"
+        )
     Path(task.scratch).mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict[str, Any]] = {contestant: {"loader": CONTESTANTS[contestant]} for contestant in names}
     with contextlib.ExitStack() as stack:
@@ -82,15 +89,18 @@ def measure_loaders(task: Task, names: list[str], rounds: int, seconds: float, n
                 started.note = started.ask("prepare")["note"]
                 started.first_batch_s = started.ask("start")["first_batch_s"]
             except WorkError as error:
-                rows[contestant]["absent"] = str(error)
-                print(f"left out {error}", file=sys.stderr)
+                _leave_out(rows[contestant], error)
             else:
                 running.append(started)
             _wait_for_idle(started)
         with tqdm(total=rounds * len(running), desc="loaders", disable=not sys.stderr.isatty()) as bar:
             for _ in range(rounds):
-                for contestant in running:
-                    contestant.rounds.append(contestant.ask(f"run {seconds}"))
+                for contestant in list(running):
+                    try:
+                        contestant.rounds.append(contestant.ask(f"run {seconds}"))
+                    except WorkError as error:
+                        _leave_out(rows[contestant.name], error)
+                        running.remove(contestant)
                     _wait_for_idle(contestant)
                     bar.update()
         for contestant in running:
@@ -104,6 +114,11 @@ def measure_loaders(task: Task, names: list[str], rounds: int, seconds: float, n
     if check:
         check_limits(rows["ours"])
     return path
+
+
+def _leave_out(row: dict[str, Any], error: WorkError) -> None:
+    row["absent"] = str(error)
+    print(f"left out {error}", file=sys.stderr)
 
 
 def _row(contestant: Contestant, ours: Contestant | None) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.charts import Document, Row, having
 from benchmarks.report_study import short_backbone
 from benchmarks.report_tables import text_of
+from dist_train.output import say
 
 # In the order of the report; a bench that is not here comes after these.
 BENCHES = {
@@ -33,6 +36,11 @@ def headline(bench: str, document: Document) -> str:
     rows = document.get("rows") or []
     make = _HEADLINES.get(bench)
     return (make(document, rows) if make else "") or f"{len(rows)} row{'s' * (len(rows) != 1)}"
+
+
+def tell(path: Path) -> None:
+    """Say a result file in the report's sentence, and where it is."""
+    say(headline(path.parent.name, json.loads(path.read_bytes())), path)
 
 
 def span(values: Sequence[float], form: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.result import write_result
 from benchmarks.timing import describe_row
 from dist_train.data.plan import EpochPlan
+from dist_train.output import say
 from dist_train.train.meters import peak_resident_mb
 
 _STEPS_TIMED = 200
@@ -33,7 +34,7 @@ def measure_scale(samples: int, shards: int, nodes: int, ranks: int, batch: int,
     rows = [start(parameters, step) for step in (0, 10**6)]
     rows += [follow_node(parameters, node) for node in np.linspace(0, nodes - 1, _NODES_FOLLOWED).astype(int).tolist()]
     for row in rows:
-        print(describe_row(row, row["what"]))
+        say(describe_row(row, row["what"]))
     return write_result("scale", name, parameters, rows)
 
 

@@ -25,12 +25,13 @@ from benchmarks.memory import free_memory
 from benchmarks.own_step import OwnStep, saved_activations_mb, synthetic_batch
 from benchmarks.result import environment_of_one_process, write_result
 from benchmarks.timing import EnergyMeter, describe_row, step_figures, timed
-from dist_train.cli import SECTIONS
 from dist_train.config import Recipe
 from dist_train.data.loader import Batch, Place, TrainLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.data.text import TagTokenizer
 from dist_train.errors import UseError, WorkError
+from dist_train.output import say
+from dist_train.parse import SECTIONS
 from dist_train.train.engine import init_process_group, torch_device
 from dist_train.train.inputs import build_tokenizer
 from dist_train.train.meters import (
@@ -55,7 +56,7 @@ def measure_steps(recipe: Recipe, arms: list[Arm], warmup: int, steps: int, name
     for arm in arms:
         rows.append(run_point(recipe, arm, warmup, steps))
         named = f"{arm}, {recipe.model.backbone} {recipe.model.head} batch {recipe.train.batch_size}"
-        print(describe_row(rows[-1], named), flush=True)
+        say(describe_row(rows[-1], named))
     return write_result("step", name, {"recipe": asdict(recipe), "warmup": warmup, "steps": steps}, rows)
 
 

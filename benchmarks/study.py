@@ -19,6 +19,7 @@ from benchmarks.result import read_rows, write_result
 from dist_train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from dist_train.data.manifest import MANIFEST_NAME, read_manifest
 from dist_train.errors import UseError
+from dist_train.output import say
 from dist_train.train.schedule import count_steps
 
 T = TypeVar("T")
@@ -87,7 +88,7 @@ def run_study(study: Study, jobs: int, name: str) -> Path:
     jobs: runs at a time. Returns the path of the result.
     """
     runs = plan(study)
-    print(f"{len(runs)} runs in {study.scratch}, {jobs} at a time")
+    say(f"{len(runs)} runs in {study.scratch}, {jobs} at a time")
     make_data(study)
     pretrain(study, sorted({run.backbone for run in runs}), jobs)
     by_folder = {recipe_of(run, study).train.run: run for run in runs}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.report_headlines import tell
 from dist_train.errors import UseError
 
 COMPILE = ("none", "kernels", "graphs")  # values of model.compile that a sweep can compare
@@ -79,7 +80,7 @@ def _study(options: argparse.Namespace) -> int:
         pretraining_pictures=options.pretraining_pictures,
         pretraining_epochs=options.pretraining_epochs,
     )
-    print(run_study(study, options.jobs, options.name))
+    tell(run_study(study, options.jobs, options.name))
     return 0
 
 
@@ -153,7 +154,7 @@ def _batch_size(options: argparse.Namespace) -> int:
         warmup=options.warmup,
         steps=options.steps,
     )
-    print(measure_batch_sizes(recipe, sweep, options.jobs, options.name))
+    tell(measure_batch_sizes(recipe, sweep, options.jobs, options.name))
     return 0
 
 
@@ -186,7 +187,7 @@ def _paper(options: argparse.Namespace) -> int:
 
     cells = options.cells.split(",") if options.cells else None
     name = options.name or f"{'' if options.table == 'fig3' else 'table'}{options.table}-{options.scale}"
-    print(run_table(options.table, options.scale, cells, options.render, options.vocabulary, options.jobs, name))
+    tell(run_table(options.table, options.scale, cells, options.render, options.vocabulary, options.jobs, name))
     return 0
 
 
@@ -211,7 +212,7 @@ def _add_landscape(commands: argparse._SubParsersAction) -> None:
 def _landscape(options: argparse.Namespace) -> int:
     from benchmarks.landscape import measure_landscape
 
-    print(
+    tell(
         measure_landscape(
             options.runs,
             options.split,

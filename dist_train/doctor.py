@@ -19,12 +19,16 @@ from typing import Any
 import torch
 
 from dist_train.config import Recipe
-from dist_train.data.plan import rank_batch
-from dist_train.errors import UseError
+from dist_train.data.manifest import Manifest, read_manifest
+from dist_train.data.plan import micro_batch_of
+from dist_train.data.remote import is_url
+from dist_train.errors import UseError, WorkError
 from dist_train.hosts import read_hostfile
 from dist_train.models.build import build_model
+from dist_train.output import say
 from dist_train.probe import existing_folder
-from dist_train.train.precision import precision_of
+from dist_train.recipe import problems
+from dist_train.train.settings import precision_of
 
 _SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15"]
 _PROBE_S = 120  # seconds for a host to import torch from a cold disk
@@ -45,8 +49,8 @@ class Finding:
         return f"{self.level:4} {self.what}: {self.finding}" + (f"; {self.cure}" if self.cure else "")
 
 
-def examine(recipe: Recipe, hostfile: Path | None) -> int:
-    """Print the findings on a recipe and its hosts. hostfile: None for this machine alone.
+def examine(recipe: Recipe, resume: str, hostfile: Path | None) -> int:
+    """Print the findings on a recipe and its hosts. resume: as for `train`. hostfile: None for this machine alone.
 
     Returns 1 if a run would fail, else 0. Raises UseError for a hostfile that is none.
     """
@@ -66,10 +70,13 @@ def examine(recipe: Recipe, hostfile: Path | None) -> int:
         findings += host_findings(host, answer, recipe)
     findings += differences(answers)
     ranks = sum(slots.values()) or max([len(answer["devices"]) for answer in answers.values()] or [1]) or 1
-    findings += batch_findings(recipe, ranks)
-    findings += memory_findings(recipe, ranks, answers, slots)
-    for finding in findings:
-        print(finding, flush=True)
+    device = "cuda" if any(answer["devices"] for answer in answers.values()) else "cpu"
+    refused = [str(problem) for problem in problems(recipe, ranks, device, _manifest_at_url(recipe), resume)]
+    said = {finding.finding for finding in findings}  # of the shard set, by this host
+    findings += [Finding("fail", "recipe", problem) for problem in refused if problem not in said]
+    if not refused:
+        findings += [batch_finding(recipe, ranks), *memory_findings(recipe, ranks, answers, slots)]
+    say(*findings)
     return int(any(finding.level == "fail" for finding in findings))
 
 
@@ -117,11 +124,6 @@ def host_findings(host: str, answer: dict[str, Any], recipe: Recipe) -> list[Fin
         findings.append(Finding("fail", host, f"not installed: {', '.join(missing)}", "run `pip install -e .` there"))
     if answer["digest"].startswith("error: "):
         findings.append(Finding("fail", f"{host}, data.shards", answer["digest"].removeprefix("error: ")))
-    elif recipe.data.digest not in (None, answer["digest"]):
-        text = f"digest {answer['digest']}, not {recipe.data.digest}"
-        findings.append(
-            Finding("fail", f"{host}, data.shards", text, "it is another set; mend data.digest or the path")
-        )
     if not answer["shared"] or not answer["writable"]:
         text = "is not the same folder there" if not answer["shared"] else "cannot be written there"
         findings.append(Finding("fail", f"{host}, train.run", text, "put it on a file system that all hosts share"))
@@ -159,19 +161,18 @@ def differences(answers: dict[str, dict[str, Any]]) -> list[Finding]:
     return findings
 
 
-def batch_findings(recipe: Recipe, ranks: int) -> list[Finding]:
-    """Whether the global batch divides over the ranks, and a rank's share into micro-batches."""
+def _manifest_at_url(recipe: Recipe) -> Manifest | None:
     try:
-        share = rank_batch(recipe.train.batch_size, ranks)
-    except UseError as error:
-        return [Finding("fail", "train.batch_size", str(error))]
-    micro = recipe.train.micro_batch_size or share
-    if share % micro:
-        text = f"{micro} does not divide the {share} samples of a rank"
-        return [Finding("fail", "train.micro_batch_size", text, f"choose a divisor of {share}")]
-    return [
-        Finding("ok", "train.batch_size", f"{recipe.train.batch_size} = {ranks} ranks x {share // micro} x {micro}")
-    ]
+        return read_manifest(recipe.data.shards) if is_url(recipe.data.shards) else None
+    except (UseError, WorkError):  # as the hosts say
+        return None
+
+
+def batch_finding(recipe: Recipe, ranks: int) -> Finding:
+    """How the global batch is divided over the ranks, and a rank's share into micro-batches."""
+    batch = recipe.train.batch_size
+    micro = micro_batch_of(batch, ranks, recipe.train.micro_batch_size)
+    return Finding("ok", "train.batch_size", f"{batch} = {ranks} ranks x {batch // ranks // micro} x {micro}")
 
 
 def memory_findings(

@@ -6,11 +6,17 @@ entry points print that line without a traceback. Every other exception is a bug
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+CLOSED_PIPE = 128 + 13
+"""Exit status of a command whose output nobody reads any more, as of one that SIGPIPE ended."""
 
 
 class UseError(Exception):
@@ -27,10 +33,49 @@ def name_some(names: Sequence[str], most: int = 5) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
 
 
+class OutputClosed(Exception):
+    """Nobody reads standard output any more (`| head -1`): the command ends without a word."""
+
+
+@contextlib.contextmanager
+def written(path: Path, cure: str) -> Iterator[None]:
+    """Make an OSError from within a WorkError that names the file that cannot be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkError(f"{path}: cannot be written ({error.strerror}); {cure}") from None
+
+
+def print_to(stream: TextIO | None, *lines: object) -> None:
+    """Write lines, and what is still in the stream's buffer, now: at the interpreter's exit nobody could answer.
+
+    Raises OutputClosed where nobody reads the stream any more, WorkError where it cannot be written.
+    """
+    if stream is None:  # >&-
+        return
+    try:
+        stream.writelines(f"{line}\n" for line in lines)
+        stream.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # the exit would try again to write what is in the buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise OutputClosed from None
+        raise WorkError(f"standard output cannot be written ({error.strerror})") from None
+
+
 def run_command(command: Callable[[], int | None]) -> int:
     """Run `command`; turn the two errors into one line on stderr. Returns the process's exit status."""
     try:
-        return command() or 0
+        try:
+            status = command() or 0
+        except SystemExit:  # of argparse, after --help
+            print_to(sys.stdout)
+            raise
+        print_to(sys.stdout)
+        return status
+    except OutputClosed:
+        return CLOSED_PIPE
     except (UseError, WorkError) as error:
         rank = int(os.environ.get("RANK", "0"))
         if (

@@ -21,10 +21,11 @@ from dist_train.data.loader import Batch, EvalLoader, Place, read_image
 from dist_train.data.manifest import Manifest, read_manifest, write_atomically
 from dist_train.data.tags import tag_line
 from dist_train.data.text import TagTokenizer
-from dist_train.errors import UseError, WorkError
+from dist_train.errors import UseError, WorkError, written
 from dist_train.models.backbones import timm_name, vit_shape
 from dist_train.models.build import build_model, to_timm_state_dict
 from dist_train.models.saved import choose_checkpoint, read_averaged_weights, read_class_names, read_weights
+from dist_train.output import say
 from dist_train.train.checkpoint import read_state
 from dist_train.train.engine import torch_device
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
@@ -70,7 +71,10 @@ def load_trained(run: Path, recipe: Recipe, which: str, averaged: bool) -> Train
 
 
 def run_evaluate(options: argparse.Namespace, recipe: Recipe) -> int:
-    """`dist-train evaluate`: top-1, top-5, class means, the most and least frequent classes, a per-class CSV."""
+    """`dist-train evaluate`: top-1, top-5, class means, the most and least frequent classes, a per-class CSV.
+
+    The result is said also where the CSV cannot be written: that is a warning, an error (exit 1) if --csv asks for it.
+    """
     trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
     shards = options.shards or recipe.data.shards
     manifest = _read_set(trained, shards, asked_for=options.shards is not None)
@@ -86,10 +90,21 @@ def run_evaluate(options: argparse.Namespace, recipe: Recipe) -> int:
     )
     result = evaluate(trained.forward, loader, manifest.split(options.split).samples)
     table = options.csv or options.run / f"evaluation_{options.split}.csv"
-    _write_class_table(table, result, trained.class_names, [info.count for info in manifest.classes])
-    figures = _describe(result, torch.tensor([info.count for info in manifest.classes]))
+    counts = [info.count for info in manifest.classes]
+    unwritten = None
+    try:
+        with written(table, "--csv FILE puts it elsewhere"):
+            _write_class_table(table, result, trained.class_names, counts)
+    except WorkError as error:
+        unwritten = error
+    csv_path = None if unwritten else str(table)
     chosen = {"checkpoint": str(trained.checkpoint), "step": read_state(trained.checkpoint).step}
-    print(json.dumps({"split": options.split, **chosen, **figures, "csv": str(table)}, indent=1))
+    figures = {"split": options.split, **chosen, **_describe(result, torch.tensor(counts))}
+    say(json.dumps(figures | {"csv": csv_path}, indent=1))
+    if unwritten and options.csv:  # it was asked for
+        raise unwritten
+    if unwritten:
+        print(f"warning: {unwritten}", file=sys.stderr)
     return 0
 
 
@@ -134,9 +149,9 @@ def run_predict(options: argparse.Namespace, recipe: Recipe) -> int:
             bad += 1
             continue
         best = probabilities.topk(min(options.top, len(trained.class_names)))
-        print(path)
+        say(path)
         for probability, number in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            print(f"  {probability:.4f}  {trained.class_names[number]}")
+            say(f"  {probability:.4f}  {trained.class_names[number]}")
     return 1 if bad else 0
 
 
@@ -179,14 +194,15 @@ def run_export(options: argparse.Namespace, recipe: Recipe) -> int:
         "step": read_state(trained.checkpoint).step,
     }
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    options.file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.file, save(tensors, texts))
+    with written(options.file, "choose another"):
+        options.file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.file, save(tensors, texts))
     call = f"timm.create_model({', '.join([repr(name), *(f'{key}={value}' for key, value in arguments.items())])})"
     if not extra:
-        print(f"{options.file}: {len(weights)} tensors that load into {call}")
+        say(f"{options.file}: {len(weights)} tensors that load into {call}")
         return 0
     missing = "" if recipe.model.head != "ifa" else "; timm's own final norm stays untrained, as IFA does without it"
-    print(
+    say(
         f"{options.file}: the {len(weights)} tensors of the backbone load into {call} with strict=False{missing}. "
         f"timm has no place for the other {len(extra)} ({', '.join(sorted(extra))}): for the classes take "
         "dist-train predict, or this file as model.weights"
@@ -221,8 +237,9 @@ def run_grid(options: argparse.Namespace, recipe: Recipe) -> int:
     file = io.BytesIO()
     grid.save(file, "PNG")
     output = options.output or options.run / "predictions.png"
-    write_atomically(output, file.getvalue())
-    print(output)
+    with written(output, "--output FILE puts it elsewhere"):
+        write_atomically(output, file.getvalue())
+    say(output)
     return 0
 
 

@@ -12,5 +12,6 @@ if __name__ == "__main__":
 
     from dist_train.cli import run_training
     from dist_train.errors import run_command
+    from dist_train.output import keep_stdout
 
-    sys.exit(run_command(lambda: run_training(sys.argv[1:])))
+    sys.exit(run_command(lambda: run_training(sys.argv[1:], keep_stdout)))

@@ -11,6 +11,7 @@ from pathlib import Path
 from dist_train.data.manifest import read_manifest
 from dist_train.data.remote import is_url
 from dist_train.errors import UseError, run_command
+from dist_train.output import keep_stdout, say
 from shards.adopt import UNDECODABLE, adopt_tars
 from shards.build import build_shard_set
 from shards.info import describe, summarise
@@ -31,8 +32,14 @@ folders, __MACOSX and annotations are not read.
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 (the work failed, the set is damaged) or 2 (wrong use)."""
-    parsed = _parser().parse_args(arguments)
-    return run_command(lambda: parsed.command(parsed))
+
+    def command() -> int:
+        parsed = _parser().parse_args(arguments)  # --help goes to standard output: before that is kept for results
+        if arguments is None:
+            keep_stdout()
+        return parsed.command(parsed)
+
+    return run_command(command)
 
 
 def _build(arguments: argparse.Namespace) -> int:
@@ -57,7 +64,7 @@ def _build(arguments: argparse.Namespace) -> int:
         split_folders=arguments.split_folders,
         image_ending=arguments.image_ending,
     )
-    print(describe(arguments.out, build_shard_set(records, arguments.out, options)))
+    say(describe(arguments.out, build_shard_set(records, arguments.out, options)))
     return 0
 
 
@@ -71,9 +78,9 @@ def _adopt(arguments: argparse.Namespace) -> int:
         decode=not arguments.no_decode,
         workers=arguments.workers,
     )
-    print(describe(arguments.folder, manifest))
+    say(describe(arguments.folder, manifest))
     if manifest.left_out:
-        print(
+        say(
             f"  training will set the {manifest.left_out[UNDECODABLE]:,} undecodable images aside "
             "(data.max_bad_samples must allow for as many)"
         )
@@ -87,7 +94,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         size=arguments.size, shard_mb=arguments.shard_mb, seed=arguments.seed, workers=arguments.workers
     )
     records = demo_records(arguments.characters, arguments.pictures, arguments.size, arguments.seed)
-    print(describe(arguments.out, build_shard_set(records, arguments.out, options)))
+    say(describe(arguments.out, build_shard_set(records, arguments.out, options)))
     return 0
 
 
@@ -97,15 +104,15 @@ def _verify(arguments: argparse.Namespace) -> int:
     root = Path(arguments.set)
     if arguments.fix_index:
         for path in fix_indexes(root):
-            print(f"{path}: written again")
+            say(f"{path}: written again")
     differences = verify_shard_set(root, arguments.workers)
     if differences:
-        print("\n".join(differences))
+        say("\n".join(differences))
         return 1
     manifest = read_manifest(arguments.set)
     shards = sum(len(split.shards) for split in manifest.splits.values())
     samples = sum(split.samples for split in manifest.splits.values())
-    print(
+    say(
         f"{arguments.set}: {shards:,} shards, {samples:,} samples, {len(manifest.classes):,} classes, "
         "all as the manifest says"
     )
@@ -114,7 +121,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _info(arguments: argparse.Namespace) -> int:
     manifest = read_manifest(arguments.set)
-    print(json.dumps(summarise(manifest), indent=1) if arguments.json else describe(arguments.set, manifest))
+    say(json.dumps(summarise(manifest), indent=1) if arguments.json else describe(arguments.set, manifest))
     return 0
 
 

@@ -27,6 +27,7 @@ from dist_train.data.manifest import (
 )
 from dist_train.data.tarindex import IMAGE_EXTENSIONS, TarSample, index_tar, write_index
 from dist_train.errors import UseError, WorkError
+from dist_train.output import say
 from shards.build import BUILD_NAME, warn_of_classes
 from shards.records import LeftOut
 from shards.sources.tars import image_extensions, read_class_names, splits_in_names, tar_files
@@ -90,7 +91,7 @@ def adopt_tars(
     samples = counts.total()
     texts = sum(reports[tar.name].texts for tar in tars)
     if 0 < texts < samples:
-        print(f"{folder}: {samples - texts:,} of {samples:,} samples have no .txt, so the set counts as without text")
+        say(f"{folder}: {samples - texts:,} of {samples:,} samples have no .txt, so the set counts as without text")
     for _ in run_jobs(index_in_place, {tar.name: (tar,) for tar in tars}, workers, 0, "index"):
         pass
     left_out = [

@@ -30,6 +30,7 @@ from dist_train.data.manifest import (
     write_manifest,
 )
 from dist_train.errors import UseError, WorkError, name_some
+from dist_train.output import say
 from shards.plan import BuildOptions, Plan, make_plan, too_few
 from shards.records import LeftOut, Record, warn
 from shards.workers import run_jobs
@@ -50,7 +51,7 @@ def build_shard_set(records: Iterable[Record | LeftOut], out: Path, options: Bui
     plan = make_plan(records, options)
     with _locked(out):
         if _claim(out, plan, options):
-            print(f"{out}: already complete")
+            say(f"{out}: already complete")
             manifest = read_manifest(out)
         else:
             manifest = _assemble(out, plan, options, _write_shards(out, plan, options))
@@ -65,14 +66,14 @@ def _write_shards(out: Path, plan: Plan, options: BuildOptions) -> dict[str, Sha
     finished = {shard.name: read_statistics(out, shard.name) for shard in plan.shards}
     missing = [shard for shard in plan.shards if finished[shard.name] is None]
     if len(missing) < len(plan.shards):
-        print(f"{out}: {len(plan.shards) - len(missing)} of {len(plan.shards)} shards are there already")
+        say(f"{out}: {len(plan.shards) - len(missing)} of {len(plan.shards)} shards are there already")
     start = time.monotonic()
     images = sum(len(shard.samples) for shard in missing)
     jobs = {shard.name: (out, shard, plan.text, options) for shard in missing}
     for name, statistics in run_jobs(write_shard, jobs, options.workers, images, "build"):
         finished[name] = statistics
     seconds = time.monotonic() - start
-    print(f"{out}: {images:,} images in {seconds:.1f} s, {images / max(seconds, 1e-9):,.0f} images/s")
+    say(f"{out}: {images:,} images in {seconds:.1f} s, {images / max(seconds, 1e-9):,.0f} images/s")
     return {name: statistics for name, statistics in finished.items() if statistics is not None}
 
 

@@ -71,5 +71,5 @@ def batches(task: Task) -> Iterator[Any]:
 
 def data_loader(dataset: Dataset[Any], task: Task, **options: Any) -> DataLoader[Any]:
     """PyTorch's loader with a worker process per core."""
-    options = {"batch_size": task.batch_size, "shuffle": True, "drop_last": True} | options
-    return DataLoader(dataset, num_workers=task.threads, persistent_workers=True, prefetch_factor=4, **options)
+    usual = {"batch_size": task.batch_size, "shuffle": True, "drop_last": True, "num_workers": task.threads}
+    return DataLoader(dataset, persistent_workers=True, prefetch_factor=4, **usual | options)

@@ -9,8 +9,12 @@ import webdataset
 
 from benchmarks.peers import Task
 from benchmarks.peers.torchvision_v2 import data_loader, decode, endless, transforms
+from dist_train.data.manifest import read_manifest
 
-NOTE = "transforms as torchvision v2 on tensors; shards are shared out among the workers"
+NOTE = (
+    "transforms as torchvision v2 on tensors; shards are shared out among the workers, of which there are no more than "
+    "have shards with a batch of images"
+)
 
 
 def batches(task: Task) -> Iterator[Any]:
@@ -29,5 +33,15 @@ def batches(task: Task) -> Iterator[Any]:
         .batched(task.batch_size, partial=False)
         .repeat()
     )
-    options = {"batch_size": None, "shuffle": False, "drop_last": False}
+    options = {"batch_size": None, "shuffle": False, "drop_last": False, "num_workers": workers(task)}
     return endless(data_loader(dataset, task, **options))
+
+
+def workers(task: Task) -> int:
+    """The largest number, up to the task's, of which each has shards with a batch of images: one that has none would
+    raise an error or look for them without end."""
+    counts = read_manifest(task.shards).split("train").shard_samples
+    for number in range(task.threads, 1, -1):
+        if all(sum(counts[worker::number]) >= task.batch_size for worker in range(number)):
+            return number
+    return 1

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from dist_train.config import DataConfig
 from dist_train.data.draws import uniform
-from dist_train.errors import UseError
 
 _AUGMENT = 3  # first counter of a draw: what it is for (the plan has 1 and 2)
 _DRAWS = 7
@@ -43,19 +42,6 @@ class Augmentation:
     contrast: NDArray[np.float64]
     saturation: NDArray[np.float64]
     hue: NDArray[np.float64]
-
-
-def check_augmentation(config: DataConfig) -> None:
-    """Raise UseError for settings that make no transform."""
-    for name in ("brightness", "contrast", "saturation"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UseError(f"data.{name} must lie in [0, 1], not {getattr(config, name)}")
-    if not 0 <= config.hue <= 0.5:
-        raise UseError(f"data.hue must lie in [0, 0.5] turns, not {config.hue}")
-    if config.crop_margin < 0 or config.image_size < 1:
-        raise UseError("data.image_size must be positive and data.crop_margin not negative")
-    if min(config.std) <= 0:
-        raise UseError(f"data.std must be positive, not {list(config.std)}")
 
 
 def draw_augmentation(

@@ -21,17 +21,18 @@ from nvidia.dali.tensors import TensorCPU
 from torch import Tensor
 
 from dist_train.config import DataConfig
-from dist_train.data.augment import check_augmentation, draw_augmentation, no_augmentation
+from dist_train.data.augment import draw_augmentation, no_augmentation
 from dist_train.data.background import Batch, IsStopped, made_ahead
 from dist_train.data.fetch import FetchedBatch, ShardFetcher, plain_size
 from dist_train.data.images import BadImage, decode, to_ppm
-from dist_train.data.manifest import Manifest
+from dist_train.data.manifest import Manifest, check_has_tags
 from dist_train.data.pipeline import ImagePipeline, UndecodableError, load_compiled_passes
-from dist_train.data.plan import EpochPlan, Need, Positions, evaluation_batches, needs_of, rank_batch
+from dist_train.data.plan import EpochPlan, Need, Positions, evaluation_batches, micro_batch_of, needs_of
 from dist_train.data.quarantine import Quarantine
 from dist_train.data.readahead import open_remote
-from dist_train.data.text import TagTokenizer, check_has_tags, shuffle_tags
+from dist_train.data.text import TagTokenizer, shuffle_tags
 from dist_train.errors import UseError
+from dist_train.ranges import check_section
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class _Loader:
         tokenizer: TagTokenizer | None,
         quarantine: Path | None,
     ) -> None:
-        check_augmentation(config)
+        check_section("data", config)
         if tokenizer is not None:
             check_has_tags(config, manifest)
         self.config, self.manifest, self.place = config, manifest, place
@@ -301,13 +302,8 @@ class TrainLoader(_Loader):
             quarantine=quarantine,
         )
         self.plan = EpochPlan(self.fetcher.split.shard_samples, batch_size, seed, config.streams, config.shuffle_window)
-        self.share = rank_batch(batch_size, place.world_size)
-        if self.share % micro_batch:
-            raise UseError(
-                f"train.micro_batch_size {micro_batch} does not divide the {self.share} samples that each of "
-                f"{place.world_size} ranks takes of train.batch_size {batch_size}; "
-                f"these do: {', '.join(str(d) for d in range(1, self.share + 1) if self.share % d == 0)}"
-            )
+        micro_batch_of(batch_size, place.world_size, micro_batch)
+        self.share = batch_size // place.world_size
         self.start = samples_consumed
         if self.fetcher.remote:
             ranks = place.local_world_size

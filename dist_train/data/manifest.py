@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dist_train.config import DataConfig
 from dist_train.data.remote import file_url, is_url, read_file
 from dist_train.errors import UseError, WorkError, name_some
 
@@ -125,6 +126,15 @@ class Manifest:
         if name not in self.splits:
             raise UseError(f"the shard set has no split '{name}', only {', '.join(sorted(self.splits))}")
         return self.splits[name]
+
+
+def check_has_tags(config: DataConfig, manifest: Manifest) -> None:
+    """Raise UseError if the shard set has no tags."""
+    if not manifest.text:
+        raise UseError(
+            f"model.text_tokens asks for tags, but the shard set {config.shards} has none; "
+            "build it with tags or set model.text_tokens to 0"
+        )
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -90,6 +90,21 @@ def rank_batch(global_batch: int, world_size: int) -> int:
     return global_batch // world_size
 
 
+def micro_batch_of(global_batch: int, world_size: int, micro_batch: int = 0) -> int:
+    """Samples of one forward pass of a rank; micro_batch 0 is the rank's whole share of the global batch.
+
+    Raises UseError, naming the numbers that would do, where the batch does not divide.
+    """
+    share = rank_batch(global_batch, world_size)
+    if micro_batch and share % micro_batch:
+        raise UseError(
+            f"train.micro_batch_size {micro_batch} does not divide the {share} samples that each of {world_size} ranks "
+            f"takes of train.batch_size {global_batch}; "
+            f"these do: {', '.join(str(d) for d in range(1, share + 1) if share % d == 0)}"
+        )
+    return micro_batch or share
+
+
 class EpochPlan:
     """The order of one split, epoch after epoch.
 

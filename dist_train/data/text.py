@@ -6,7 +6,6 @@ the order decides which tags are lost (data.tag_order).
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +18,13 @@ from torch import Tensor
 from dist_train.config import DataConfig
 from dist_train.data.draws import random_bits
 from dist_train.data.fetch import ShardFetcher
-from dist_train.data.manifest import Manifest
+from dist_train.data.manifest import Manifest, check_has_tags
 from dist_train.data.plan import evaluation_batches, needs_of
 from dist_train.data.readahead import open_remote
-from dist_train.errors import UseError, WorkError
+from dist_train.data.vocabulary import WHOLE_TAGS, read_vocabulary
+from dist_train.errors import WorkError
 
 TAGS_NAME = "tags.txt"
-WHOLE_TAGS = "tags"  # the value of data.tokenizer
 _TAG_ORDER = 6  # first counter of a draw: what it is for (data has 1 to 3, training 4 and 5)
 _PADDING, _UNKNOWN, _FIRST_TAG = 0, 1, 2  # ids of whole tags
 
@@ -51,15 +50,9 @@ class TagTokenizer:
 
         from transformers import AutoTokenizer, BertTokenizerFast
 
-        path = Path(name_or_file)
-        if path.is_file():
-            vocabulary = {token: i for i, token in enumerate(path.read_text(encoding="utf-8").splitlines())}
-            missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in vocabulary]
-            if missing:
-                raise UseError(f"{path}: not a WordPiece vocabulary, it lacks {', '.join(missing)}")
+        vocabulary = read_vocabulary(name_or_file)
+        if vocabulary is not None:
             self._tokenizer = BertTokenizerFast(vocab=vocabulary, do_lower_case=True)
-        elif name_or_file.endswith(".txt") or (os.sep in name_or_file and path.parent.exists()):
-            raise UseError(f"data.tokenizer {name_or_file}: no such file")
         else:
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(name_or_file, use_fast=True)
@@ -111,15 +104,6 @@ def shuffle_tags(texts: list[str], seed: int, epochs: NDArray[np.int64], samples
     order = np.lexsort((random_bits(seed, _TAG_ORDER, epochs[row], samples[row], place), row))
     tags = [tag for line in lines for tag in line]
     return [" ".join(tags[i] for i in order[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
-
-
-def check_has_tags(config: DataConfig, manifest: Manifest) -> None:
-    """Raise UseError if the shard set has no tags."""
-    if not manifest.text:
-        raise UseError(
-            f"model.text_tokens asks for tags, but the shard set {config.shards} has none; "
-            "build it with tags or set model.text_tokens to 0"
-        )
 
 
 def find_frequent_tags(config: DataConfig, manifest: Manifest) -> list[str]:

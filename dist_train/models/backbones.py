@@ -1,15 +1,7 @@
-"""Backbones under the paper's names: timm's ResNets, EfficientNet and vision transformers.
-
-A name says what timm calls the architecture without the training resolution: `vit_base_patch16` is timm's
-`vit_base_patch16_224` at whatever image size the recipe has. The patch size is free, so that small images can be
-cut into small patches (`vit_tiny_patch8`).
-"""
+"""Backbones under the paper's names (`names.py`): timm's ResNets, EfficientNet and vision transformers."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,60 +11,7 @@ from timm.models import VisionTransformer, checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.errors import UseError
-
-CNNS = ("resnet18", "resnet50", "efficientnet_b0")
-"""Backbones without a [CLS] token: they take neither text nor the IFA head."""
-
-
-@dataclass(frozen=True)
-class ViTShape:
-    """Size of a vision transformer."""
-
-    size: str
-    """tiny, small, base or large."""
-    patch: int
-    """Side of a patch, pixels."""
-    dim: int
-    """Channels of a token."""
-    depth: int
-    """Number of blocks."""
-    heads: int
-    """Attention heads of a block."""
-
-
-VIT_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
-"""Channels, blocks and attention heads, as in timm."""
-
-
-def vit_shape(backbone: str) -> ViTShape | None:
-    """Shape of the vision transformer `backbone`, or None for a CNN. Raises UseError for an unknown name."""
-    if backbone in CNNS:
-        return None
-    match = re.fullmatch(rf"vit_({'|'.join(VIT_SIZES)})_patch([1-9][0-9]*)", backbone)
-    if match is None:
-        known = [*CNNS, *(f"vit_{size}_patch{patch}" for size in VIT_SIZES for patch in (4, 8, 16, 32))]
-        nearest = difflib.get_close_matches(backbone, known, n=1, cutoff=0.0)[0]
-        raise UseError(
-            f"model.backbone: {backbone!r} is unknown; the nearest is {nearest!r} "
-            f"(known: {', '.join(CNNS)}, vit_{{{','.join(VIT_SIZES)}}}_patch{{N}})"
-        )
-    size, patch = match[1], int(match[2])
-    return ViTShape(size, patch, *VIT_SIZES[size])
-
-
-def check_image_size(backbone: str, image_size: int) -> None:
-    """Raise UseError if the patches of `backbone` do not fill an image of `image_size` pixels a side exactly."""
-    shape = vit_shape(backbone)
-    if shape is None or image_size % shape.patch == 0:
-        return
-    below = image_size // shape.patch * shape.patch
-    sizes = " or ".join(str(size) for size in (below, below + shape.patch) if size > 0)
-    patches = ", ".join(str(patch) for patch in range(2, image_size + 1) if image_size % patch == 0)
-    raise UseError(
-        f"model.backbone: {backbone} has patches of {shape.patch} pixels, which do not divide data.image_size "
-        f"{image_size}; an image size of {sizes} would do, or one of the patch sizes {patches}"
-    )
+from dist_train.models.names import ViTShape, vit_shape
 
 
 def timm_name(backbone: str, image_size: int) -> tuple[str, dict[str, int]]:

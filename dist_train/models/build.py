@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config import ModelConfig
-from dist_train.errors import UseError
-from dist_train.models.backbones import TokenTransformer, check_image_size, create_cnn, vit_shape
+from dist_train.models.backbones import TokenTransformer, create_cnn
 from dist_train.models.heads import CLSHead, IFAHead, initialise_head
 from dist_train.models.layers import freeze
+from dist_train.models.names import check_model, vit_shape
 from dist_train.models.vilt import TextEmbeddings, keep_padding_out
 from dist_train.models.weights import LoadReport, load_weights
 
@@ -73,25 +73,8 @@ def build_model(
     values come from torch's global generator. Raises UseError for a combination that cannot be and, as `load_weights`,
     for weights that do not fit.
     """
+    check_model(config, image_size)
     shape = vit_shape(config.backbone)
-    check_image_size(config.backbone, image_size)
-    if shape is None and config.head == "ifa":
-        raise UseError(f"model.head: ifa needs the [CLS] tokens of a ViT, {config.backbone} has none; use cls")
-    if shape is None and config.text_tokens > 0:
-        raise UseError(f"model.text_tokens: text needs a ViT, not {config.backbone}; use 0, or a vit_ backbone")
-    if config.text_tokens < 0:
-        raise UseError(f"model.text_tokens: {config.text_tokens} is negative; use 0 for no text")
-    if not 0 <= config.dropout < 1:
-        raise UseError(f"model.dropout: {config.dropout} is not in [0, 1)")
-    if not 0 <= config.drop_path < 1:
-        raise UseError(f"model.drop_path: {config.drop_path} is not in [0, 1)")
-    if shape is None and config.checkpoint_blocks:
-        raise UseError(
-            f"model.checkpoint_blocks: {config.backbone} would count each batch twice in its running statistics; "
-            "use false, or a vit_ backbone"
-        )
-    if not config.norm_eps > 0:
-        raise UseError(f"model.norm_eps: {config.norm_eps} is not above 0")
     if config.text_tokens > 0 and vocab_size <= 0:
         raise ValueError("a model with text needs vocab_size")
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from dist_train.errors import UseError
-from dist_train.models.backbones import TokenTransformer
-
 _EMBEDDING = ("backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed.")
 _NOT_DECAYED = ("backbone.cls_token", "backbone.pos_embed", "text.position.weight", "text.token_type.weight")
 
@@ -22,11 +19,7 @@ def layer_of(model: nn.Module, name: str) -> int:
 
 
 def head_layer(model: nn.Module) -> int:
-    """The highest layer, that of the head. Raises UseError for a CNN, which has no such layers."""
-    if not isinstance(model.backbone, TokenTransformer):
-        raise UseError(
-            "optim.layer_decay and a number for model.freeze need a ViT; with a CNN use 1, and none or backbone"
-        )
+    """The highest layer of a ViT, that of the head."""
     return len(model.backbone.blocks) + 1
 
 
@@ -37,14 +30,11 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 def freeze(model: nn.Module, which: str) -> list[nn.Module]:
     """Take gradients from what `which` names (see ModelConfig.freeze). Returns its modules, which are to stay in
-    evaluation mode. Raises UseError for a value that cannot be."""
+    evaluation mode."""
     if which == "none":
         return []
     if which == "backbone":
         return [model.backbone.requires_grad_(False)]
-    blocks = head_layer(model) - 1
-    if not which.isdecimal() or int(which) > blocks:
-        raise UseError(f"model.freeze is {which!r}; use none, backbone or a number of blocks from 0 to {blocks}")
     for name, parameter in model.named_parameters():
         if layer_of(model, name) <= int(which):
             parameter.requires_grad_(False)

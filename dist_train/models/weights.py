@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_train.errors import UseError, WorkError
+from dist_train.models.names import FILE_TYPES
 from dist_train.models.saved import (
     EXTRA_NAME,
     STATE_NAME,
@@ -38,7 +39,6 @@ from dist_train.models.saved import (
     read_weights,
 )
 
-FILE_TYPES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 HUB_TAGS = ("orig_in21k", "augreg_in21k", "tv_in1k", "ra_in1k")
 """What plain `hub` takes, the first that timm has: the paper's ViTs, the smaller ViTs, the ResNets, EfficientNet."""
 

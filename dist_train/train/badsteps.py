@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_train.data.loader import Place
 from dist_train.data.manifest import write_atomically
-from dist_train.errors import UseError, WorkError
+from dist_train.errors import WorkError
 from dist_train.train.ranks import gather
 
 log = logging.getLogger(__name__)
@@ -23,15 +23,10 @@ BAD_BATCH_NAME = "bad_batch.json"
 class BadSteps:
     """Counts them. All ranks call each method together.
 
-    allowed: how many to skip. sample_names: the names of this rank's samples of a step. Raises UseError where steps
-    shall be skipped that have more than one micro-batch: gradients of the first could not be taken back.
+    allowed: how many to skip. sample_names: the names of this rank's samples of a step.
     """
 
-    def __init__(
-        self, allowed: int, accumulation: int, run: Path, place: Place, sample_names: Callable[[int], list[str]]
-    ) -> None:
-        if allowed and accumulation > 1:
-            raise UseError("train.skip_bad_steps needs one micro-batch a step; set train.micro_batch_size to 0")
+    def __init__(self, allowed: int, run: Path, place: Place, sample_names: Callable[[int], list[str]]) -> None:
         self.allowed, self.place = allowed, place
         self.skipped = self.skipped_since_log = 0
         self._file, self._sample_names = run / BAD_BATCH_NAME, sample_names

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import socket
 import warnings
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
 
-from dist_train.config import DeepSpeedConfig, OptimConfig, Recipe
+from dist_train.config import OptimConfig, Recipe
 from dist_train.data.loader import Place
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import Classifier, compile_blocks, compile_parts
 from dist_train.models.layers import head_layer, is_decayed, layer_of
-from dist_train.train.precision import check_precision, precision_of, uses_autocast
+from dist_train.recipe import check_combination
 from dist_train.train.replica import Replica
+from dist_train.train.settings import deepspeed_settings, uses_deepspeed, why_no_graphs
 
 Engine = deepspeed.DeepSpeedEngine | Replica
 
 log = logging.getLogger(__name__)
 
-_SILENT_STEPS = 1 << 30
-# A bucket of gradients or parameters holds a tenth of the model, within these bounds. DeepSpeed's 5e8 numbers are more
-# than a ViT-L has: nothing would be sent while the backward pass still runs, and a buffer of that size is allocated at
-# every step. (`python -m benchmarks exchange --set settings`)
-_SMALLEST_BUCKET, _LARGEST_BUCKET = 2_000_000, 50_000_000
 # Seconds for all ranks to come to the meeting point, where train.timeout_s is shorter.
 _START_S = 300.0
 
@@ -127,81 +120,6 @@ def torch_device(place: Place) -> torch.device:
     return torch.device("cpu") if place.device_id is None else torch.device("cuda", place.device_id)
 
 
-def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int, parameters: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a recipe, with every default that changes results written out. parameters: numbers
-    that the model has.
-
-    What changes no result (bucket sizes) is ours unless deepspeed.config has its own. Raises UseError where that file
-    contradicts the recipe.
-    """
-    config, precision = recipe.deepspeed, precision_of(recipe.deepspeed)
-    settings: dict[str, Any] = {
-        "train_batch_size": recipe.train.batch_size,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": recipe.train.batch_size // (world_size * micro_batch),
-        # DeepSpeed clips to 1.0 when this key is missing, silently.
-        "gradient_clipping": recipe.optim.clip_norm,
-        "zero_optimization": {"stage": config.zero_stage, **_offload(config)},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        # Overflows are fp16's; looking for them in every gradient makes the host wait for the GPU at each step. A loss
-        # that is not finite ends a run at any stage (`badsteps.py`).
-        "bf16": {"enabled": precision == "bf16" and not uses_autocast(config), "check_grad_overflow": False},
-        # The loss scale starts at 2**16 and follows overflows.
-        "fp16": {"enabled": precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
-        "steps_per_print": _SILENT_STEPS,
-    }
-    extra: dict[str, Any] = {}
-    path = Path(config.config or "")
-    if config.config is not None:
-        try:
-            extra = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UseError(f"deepspeed.config {path}: cannot be read as JSON ({error})") from None
-    ours = _buckets(config.zero_stage, world_size, parameters)
-    if config.zero_stage in (1, 2) and recipe.optim.clip_norm == 0 and config.offload == "none":
-        ours["compute_grad_norm"] = False  # a norm for each parameter, which only clipping reads
-    extra["zero_optimization"] = ours | extra.get("zero_optimization", {})
-    return _merge(extra, settings, path, "")
-
-
-def _buckets(zero_stage: int, world_size: int, parameters: int) -> dict[str, Any]:
-    """How ZeRO collects gradients; `python -m benchmarks engine` measures what it saves."""
-    bucket = min(max(parameters // 10, _SMALLEST_BUCKET), _LARGEST_BUCKET)
-    bucket -= bucket % 2  # DeepSpeed refuses odd ones
-    return {
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-        # One buffer for the gradients of a bucket spares the allocator of many ranks; one process has nothing to send
-        # and would only copy. Not for ZeRO 3, which needs it, nor with offload, which sets it by itself.
-        "contiguous_gradients": world_size > 1 or zero_stage == 3,
-    }
-
-
-def _offload(config: DeepSpeedConfig) -> dict[str, Any]:
-    in_main_memory = {"device": "cpu"}
-    return {
-        "none": {},
-        "optimizer": {"offload_optimizer": in_main_memory},
-        "parameters": {"offload_optimizer": in_main_memory, "offload_param": in_main_memory},
-    }[config.offload]
-
-
-def _merge(extra: dict[str, Any], settings: dict[str, Any], path: Path, prefix: str) -> dict[str, Any]:
-    merged = dict(extra)
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            merged[key] = _merge(extra.get(key, {}), value, path, f"{prefix}{key}.")
-        elif extra.get(key, value) not in (value, "auto"):
-            raise UseError(
-                f"{path}: {prefix}{key} is {extra[key]!r}, but the recipe makes it {value!r}; "
-                "remove it there or change the recipe"
-            )
-        else:
-            merged[key] = value
-    return merged
-
-
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """SGD with momentum or AdamW over the trainable parameters of a `Classifier`.
 
@@ -222,50 +140,6 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     return torch.optim.AdamW(described, config.lr, config.betas, fused=True)
 
 
-def check_combination(recipe: Recipe, device: torch.device, world_size: int = 1) -> None:
-    """Raise UseError for settings that do not go together, or not on this device."""
-    config, stage = recipe.deepspeed, recipe.deepspeed.zero_stage
-    check_precision(config, device)
-    precision = precision_of(config)
-    if not recipe.model.backbone.startswith("vit_") and precision in ("bf16", "fp16") and not uses_autocast(config):
-        raise UseError(
-            f"{recipe.model.backbone} has batch norms, whose float32 statistics DeepSpeed's {precision} cannot "
-            "take; use deepspeed.precision bf16 with deepspeed.zero_stage 0, or float32"
-        )
-    if config.offload == "optimizer" and stage == 0:
-        raise UseError("deepspeed.offload optimizer needs deepspeed.zero_stage 1, 2 or 3")
-    if config.offload == "parameters" and stage != 3:
-        raise UseError(f"deepspeed.offload parameters needs deepspeed.zero_stage 3, not {stage}")
-    if recipe.train.ema and stage == 3:
-        raise UseError(
-            "train.ema needs whole parameters on every rank, which deepspeed.zero_stage 3 has not; use 0 to 2"
-        )
-    if recipe.model.compile in ("kernels", "graphs") and stage == 3:
-        raise UseError("model.compile cannot see parameters that deepspeed.zero_stage 3 gathers; use 0 to 2, or none")
-    if recipe.model.compile == "graphs" and (problem := _no_graphs(recipe, device, world_size)):
-        raise UseError(f"model.compile graphs {problem}; use kernels, or auto")
-    if recipe.train.channels_last and recipe.model.backbone.startswith("vit_"):
-        raise UseError(f"train.channels_last is for CNNs; with {recipe.model.backbone} use false")
-    for key, value in (("train.ema", recipe.train.ema), ("optim.class_weights_beta", recipe.optim.class_weights_beta)):
-        if not 0 <= value < 1:
-            raise UseError(f"{key} is {value}; it must be at least 0 and below 1")
-    if not 0 < recipe.optim.layer_decay <= 1:
-        raise UseError(f"optim.layer_decay is {recipe.optim.layer_decay}; it must be above 0 and at most 1")
-
-
-def _no_graphs(recipe: Recipe, device: torch.device, world_size: int) -> str:
-    """Why forward and backward pass cannot be one CUDA graph; empty where they can."""
-    if device.type != "cuda":
-        return "needs a GPU"
-    if uses_deepspeed(recipe.deepspeed):
-        return "does not go with DeepSpeed's engine (deepspeed.zero_stage above 0, precision fp16, deepspeed.config)"
-    if world_size > 1:
-        return f"is for one GPU, not {world_size}: the exchange of gradients is not recorded"
-    if recipe.model.checkpoint_blocks:
-        return "does not go with model.checkpoint_blocks, whose random numbers cannot be recorded"
-    return ""
-
-
 def compile_mode(recipe: Recipe, device: torch.device, world_size: int) -> str:
     """What model.compile is for this recipe and place: none, kernels or graphs."""
     if recipe.model.compile != "auto":
@@ -275,18 +149,13 @@ def compile_mode(recipe: Recipe, device: torch.device, world_size: int) -> str:
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         log.warning("model.compile auto: none, as torch.compile needs a C compiler and there is none here; install gcc")
         return "none"
-    return "kernels" if _no_graphs(recipe, device, world_size) else "graphs"
-
-
-def uses_deepspeed(config: DeepSpeedConfig) -> bool:
-    """Whether DeepSpeed's engine makes the steps: to shard, to scale fp16's loss, or to heed settings of its own."""
-    return config.zero_stage > 0 or precision_of(config) == "fp16" or config.config is not None
+    return "kernels" if why_no_graphs(recipe, device.type, world_size) else "graphs"
 
 
 def build_engine(model: Classifier, recipe: Recipe, place: Place, micro_batch: int) -> Engine:
     """The model on its device, ready for steps. Raises UseError for settings that do not go together."""
     device = torch_device(place)
-    check_combination(recipe, device, place.world_size)
+    check_combination(recipe, device.type, place.world_size)
     model.to(device)
     if compile_mode(recipe, device, place.world_size) != "none":
         # Compiled as a whole a model yields all gradients at the end of its backward pass; several ranks exchange them

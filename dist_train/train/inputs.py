@@ -9,18 +9,15 @@ from torch import Tensor
 
 from dist_train.config import Recipe
 from dist_train.data.manifest import Manifest, read_manifest
-from dist_train.data.text import WHOLE_TAGS, TagTokenizer, read_frequent_tags
-from dist_train.errors import UseError
+from dist_train.data.text import TagTokenizer, read_frequent_tags
+from dist_train.data.vocabulary import WHOLE_TAGS
+from dist_train.recipe import check_digest
 
 
 def read_shard_set(recipe: Recipe) -> Manifest:
     """The manifest of the recipe's shard set, checked against the digest that the recipe may name."""
     manifest = read_manifest(recipe.data.shards)
-    if recipe.data.digest not in (None, manifest.digest):
-        raise UseError(
-            f"data.digest is {recipe.data.digest}, but {recipe.data.shards} has digest {manifest.digest}; "
-            "it is another shard set"
-        )
+    check_digest(recipe.data, manifest)
     return manifest
 
 

@@ -17,12 +17,12 @@ from dist_train.config import Recipe
 from dist_train.data.draws import random_bits
 from dist_train.data.loader import EvalLoader, Place, TrainLoader
 from dist_train.data.manifest import Manifest, write_atomically
-from dist_train.data.plan import rank_batch
 from dist_train.data.quarantine import QUARANTINE_NAME
 from dist_train.data.text import TAGS_NAME, TagTokenizer, find_frequent_tags
 from dist_train.errors import UseError
 from dist_train.models.build import build_model
 from dist_train.models.saved import read_averaged_weights
+from dist_train.recipe import check
 from dist_train.train.badsteps import BadSteps
 from dist_train.train.checkpoint import (
     CheckpointWriter,
@@ -44,7 +44,6 @@ from dist_train.train.meters import (
     device_peak,
     training_flops_per_sample,
 )
-from dist_train.train.mixing import check_mixing
 from dist_train.train.precision import compute_dtype, precision_of
 from dist_train.train.ranks import (
     StopSignal,
@@ -56,7 +55,7 @@ from dist_train.train.ranks import (
 )
 from dist_train.train.record import SUMMARY_NAME, RunRecord, read_summary, start_console_log
 from dist_train.train.runfolder import held_run_folder
-from dist_train.train.schedule import check_schedule, count_steps, learning_rate
+from dist_train.train.schedule import count_steps, learning_rate
 from dist_train.train.step import TrainStep, make_forward
 from dist_train.train.watch import Watch
 
@@ -75,12 +74,11 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     start_console_log(place.rank)
     done = False
     try:
-        with (
-            StopSignal(recipe.train.timeout_s) as stop,
-            Watch(place, recipe.train.timeout_s),
-            held_run_folder(Path(recipe.train.run), place, resume),
-        ):
-            _train(recipe, resume, place, stop)
+        with StopSignal(recipe.train.timeout_s) as stop, Watch(place, recipe.train.timeout_s):
+            manifest = read_shard_set(recipe)
+            check(recipe, place.world_size, torch_device(place).type, manifest, resume)
+            with held_run_folder(Path(recipe.train.run), place, resume):
+                _train(recipe, resume, place, manifest, stop)
         done = True
     finally:
         # NCCL has warnings for a group that is left behind. A rank that fails alone does not wait there for the others.
@@ -91,7 +89,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
         raise KeyboardInterrupt
 
 
-def _train(recipe: Recipe, resume: str, place: Place, stop: StopSignal) -> None:
+def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: StopSignal) -> None:
     # ------------------------------------------------------------------ where this process stands
     started = time.perf_counter()
     run = Path(recipe.train.run)
@@ -102,16 +100,12 @@ def _train(recipe: Recipe, resume: str, place: Place, stop: StopSignal) -> None:
         model=replace(recipe.model, compile=compile_mode(recipe, device, place.world_size)),
         deepspeed=replace(recipe.deepspeed, precision=precision_of(recipe.deepspeed)),
     )
-    for key in ("epochs", "batch_size", "eval_batch_size", "eval_every", "log_every", "keep_checkpoints"):
-        if getattr(recipe.train, key) < 1:
-            raise UseError(f"train.{key} must be at least 1, not {getattr(recipe.train, key)}")
 
     # ------------------------------------------------------------------ data
-    manifest = read_shard_set(recipe)
     train_samples = manifest.split("train").samples
     if place.rank == 0 and (untrained := manifest.untrained_classes()):
         log.warning("%s: %s", recipe.data.shards, untrained)
-    share = rank_batch(recipe.train.batch_size, place.world_size)
+    share = recipe.train.batch_size // place.world_size
     micro_batch = recipe.train.micro_batch_size or share
     checkpoint = from_rank_zero(lambda: checkpoint_to_resume(run, resume), place)
     if needs_frequent_tags(recipe) and checkpoint is None:
@@ -122,8 +116,6 @@ def _train(recipe: Recipe, resume: str, place: Place, stop: StopSignal) -> None:
         torch.distributed.barrier()
     tokenizer = build_tokenizer(recipe, run)
     total_steps = count_steps(recipe.train.epochs, train_samples, recipe.train.batch_size)
-    check_schedule(recipe.optim, total_steps)
-    check_mixing(recipe, micro_batch)
 
     def train_loader(samples_consumed: int) -> TrainLoader:
         return TrainLoader(
@@ -140,12 +132,11 @@ def _train(recipe: Recipe, resume: str, place: Place, stop: StopSignal) -> None:
 
     bad_steps = BadSteps(
         recipe.train.skip_bad_steps,
-        share // micro_batch,
         run,
         place,
         lambda step: train_loader(step * recipe.train.batch_size).names_of_first_batch(),
     )
-    train_loader(0)  # says what is wrong with the recipe before the model is built
+    train_loader(0)  # says whether the cache has room before the model is built
 
     # ------------------------------------------------------------------ model and engine
     torch.manual_seed(int(random_bits(recipe.train.seed, WEIGHTS_DRAW) >> 1))

@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_train.config import DataConfig, Recipe
+from dist_train.config import DataConfig
 from dist_train.data.draws import Counter, uniform
 from dist_train.data.loader import Batch
-from dist_train.errors import UseError
 
 _MIXING = 7  # what a draw is for
 _RATIO, _ANGLE, _CHOICE, _ROW, _COLUMN = range(5)
@@ -30,23 +29,6 @@ class Mix:
 
     partner_labels: Tensor
     share: Tensor
-
-
-def check_mixing(recipe: Recipe, micro_batch: int) -> None:
-    """Raise UseError where samples cannot be mixed in pairs."""
-    config = recipe.data
-    for key in ("mixup", "cutmix"):
-        if getattr(config, key) < 0:
-            raise UseError(f"data.{key} is {getattr(config, key)}; it must be at least 0, which is off")
-    if not (config.mixup or config.cutmix):
-        return
-    if recipe.model.text_tokens:
-        raise UseError("data.mixup and data.cutmix mix images, and tags cannot be mixed: use 0 with model.text_tokens")
-    if micro_batch % 2:
-        raise UseError(
-            f"data.mixup and data.cutmix pair the samples of a micro-batch, which has an odd {micro_batch}; "
-            "choose train.batch_size or train.micro_batch_size so that it is even"
-        )
 
 
 def symmetric_beta(alpha: float, *counters: Counter) -> NDArray[np.float64]:

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dist_train.config import DeepSpeedConfig
-from dist_train.errors import UseError, WorkError
+from dist_train.errors import WorkError
 from dist_train.models.backbones import TokenTransformer
 from dist_train.models.build import Classifier
+from dist_train.train.settings import precision_of, uses_autocast
 
 _DTYPES = {
     "float32": torch.float32,
@@ -28,38 +29,9 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16
 _LEAST_SHARE = 0.99  # of the matrix products' FLOPs in the recipe's precision
 
 
-def precision_of(config: DeepSpeedConfig) -> str:
-    """The recipe's precision on this machine: `auto` is bf16 on a GPU that has it, by autocast's rules at ZeRO 0, else
-    float32."""
-    if config.precision != "auto":
-        return config.precision
-    if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)):
-        return "float32"
-    return "bf16_autocast" if config.zero_stage == 0 else "bf16"
-
-
 def compute_dtype(config: DeepSpeedConfig) -> torch.dtype:
     """The type of what matrix products read."""
     return _DTYPES[precision_of(config)]
-
-
-def check_precision(config: DeepSpeedConfig, device: torch.device) -> None:
-    """Raise UseError for a precision that this device or ZeRO stage has not."""
-    precision = precision_of(config)
-    if precision in ("fp16", "tf32") and device.type == "cpu":
-        raise UseError(f"deepspeed.precision {precision} needs a GPU; on the CPU use bf16 or float32")
-    if precision == "tf32" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
-        raise UseError(f"deepspeed.precision tf32: {torch.cuda.get_device_name(device)} has no such arithmetic")
-    if precision == "bf16_autocast" and config.zero_stage > 0:
-        raise UseError(
-            f"deepspeed.precision bf16_autocast needs deepspeed.zero_stage 0; ZeRO {config.zero_stage} has bf16"
-        )
-
-
-def uses_autocast(config: DeepSpeedConfig) -> bool:
-    """At ZeRO 0 bf16 is torch's autocast on float32 weights; from ZeRO 1 on DeepSpeed's, on bf16 weights with float32
-    masters. (DeepSpeed's bf16 without ZeRO takes an unfused optimizer, ten times as slow on a CPU.)"""
-    return precision_of(config) in ("bf16", "bf16_autocast") and config.zero_stage == 0
 
 
 def set_arithmetic(model: Classifier, config: DeepSpeedConfig) -> None:

@@ -30,9 +30,9 @@ import yaml
 from dist_train.config import Recipe
 from dist_train.data.manifest import write_atomically
 from dist_train.errors import UseError, WorkError
+from dist_train.recipe import METRICS_NAME
 from dist_train.train.meters import device_name
 
-METRICS_NAME = "metrics.jsonl"
 RECIPE_NAME = "recipe.yaml"
 SUMMARY_NAME = "summary.json"
 WANDB_NAME = "wandb.json"

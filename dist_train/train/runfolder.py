@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from dist_train.data.loader import Place
-from dist_train.errors import UseError, WorkError
-from dist_train.train.record import METRICS_NAME
+from dist_train.errors import WorkError
+from dist_train.recipe import check_run_folder
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,11 @@ _CURES = {
 def held_run_folder(run: Path, place: Place, resume: str) -> Iterator[None]:
     """The run folder, for this job alone while the block runs. All ranks call this together.
 
-    Raises UseError where a new run would write over an old one, WorkError where another job holds the folder or where
-    it cannot be written, now or later.
+    Raises UseError as `check_run_folder`, WorkError where another job holds the folder or where it cannot be written,
+    now or later.
     """
     with _named_disk_errors(run), ExitStack() as held:
-        if resume == "none" and (run / METRICS_NAME).exists():
-            raise UseError(f"{run} already holds a run; add --resume auto to continue it, or choose another train.run")
+        check_run_folder(run, resume)
         torch.distributed.barrier()  # all ranks have looked before rank 0 begins to write
         refusal = [None]
         if place.rank == 0:

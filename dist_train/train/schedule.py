@@ -26,8 +26,6 @@ def check_schedule(config: OptimConfig, total_steps: int) -> None:
             f"optim.warmup_steps {config.warmup_steps} leaves nothing of the run's {total_steps} steps; "
             "lower it or train longer"
         )
-    if config.decay_epochs < 1 or config.decay_factor <= 0 or config.lr_reference_batch < 1:
-        raise UseError("optim.decay_epochs, optim.decay_factor and optim.lr_reference_batch must be positive")
 
 
 def learning_rate(config: OptimConfig, batch_size: int, step: int, total_steps: int, samples_per_epoch: int) -> float:

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import report, result
 from benchmarks.__main__ import main
 from benchmarks.loader import CONTESTANTS, LIMITS, check_limits
+from benchmarks.report_headlines import headline
 from benchmarks.scale import most_at_once
 from dist_train.errors import WorkError
 from tests.conftest import REPOSITORY
@@ -54,6 +55,21 @@ def test_the_loader_benchmark_fails_by_name_where_host_work_or_the_first_batch_i
             check_limits(within | {name: limit * 1.01})
 
 
+def test_a_set_of_one_shard_is_measured_and_one_without_a_batch_refused(
+    shard_set: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
+    shards = shard_set({"train": [40]}, baked=40)
+    arguments = f"--images {shards} --scratch {tmp_path} --name one --size 32 --margin 8 --threads 2 --rounds 1"
+    arguments += " --seconds 0.1 --only bytes_only,webdataset_library"
+    assert main(["loader", *arguments.split(), "--batch", "8"]) == 0
+    path = tmp_path / "results/loader/one.json"
+    assert all(row["images_per_s"] > 0 for row in json.loads(path.read_bytes())["rows"])
+    assert capsys.readouterr().out.splitlines()[-1] == str(path)
+    assert main(["loader", *arguments.split(), "--batch", "64"]) == 2
+    assert "--batch 64 is more than the 40 training images" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ffcv") is not None, reason="FFCV is installed")
 def test_a_loader_that_is_not_installed_is_reported_not_an_error(
     shard_set: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -61,7 +77,21 @@ def test_a_loader_that_is_not_installed_is_reported_not_an_error(
     monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
     shards = shard_set({"train": [40]}, baked=40)
     assert (
-        main(["loader", "--images", str(shards), "--scratch", str(tmp_path), "--name", "a", "--only", "ffcv_loader"])
+        main(
+            [
+                "loader",
+                "--images",
+                str(shards),
+                "--scratch",
+                str(tmp_path),
+                "--name",
+                "a",
+                "--batch",
+                "8",
+                "--only",
+                "ffcv_loader",
+            ]
+        )
         == 0
     )
     assert (
@@ -69,10 +99,14 @@ def test_a_loader_that_is_not_installed_is_reported_not_an_error(
     )
 
 
-def test_the_scale_benchmark_finds_that_a_node_reads_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scale_benchmark_finds_that_a_node_reads_its_share_and_says_what_the_report_will(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(result, "RESULTS", tmp_path)
     arguments = "--samples 1000000 --shards 10000 --nodes 16 --ranks 2 --batch 1024 --name small"
     assert main(["scale", *arguments.split()]) == 0
+    sentence, path = capsys.readouterr().out.splitlines()[-2:]
+    assert sentence == headline("scale", json.loads(Path(path).read_bytes())) and "1,000,000 samples: first" in sentence
     rows = json.loads((tmp_path / "scale/small.json").read_bytes())["rows"]
     assert [row["what"] for row in rows[:2]] == ["start at step 0", "start at step 1,000,000"]
     assert all(row["read_over_share"] < 1.05 for row in rows[2:])

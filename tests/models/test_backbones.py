@@ -7,8 +7,9 @@ from torch import nn
 
 from dist_train.config import ModelConfig
 from dist_train.errors import UseError
-from dist_train.models.backbones import timm_name, vit_shape
+from dist_train.models.backbones import timm_name
 from dist_train.models.build import build_model, plain_weights, to_timm_state_dict
+from dist_train.models.names import vit_shape
 
 
 def count_parameters(backbone: str, head: str) -> int:
@@ -80,13 +81,20 @@ def test_timm_name_uses_timms_own_name_where_there_is_one() -> None:
         ("vit_base_patch16_224", "vit_base_patch16"),
         ("resnet-18", "resnet18"),
         ("vit_tiny_patch0", "vit_tiny_patch"),
-        ("convnext", ""),
+        ("google/vit-base-patch16-224", "vit_base_patch16"),
+        ("vit_small_patch32_224.augreg_in21k", "vit_small_patch32"),
     ],
 )
-def test_an_unknown_backbone_is_refused_with_the_nearest_name(wrong: str, nearest: str) -> None:
-    with pytest.raises(UseError, match=f"model.backbone.*nearest is '{nearest}") as caught:
+def test_an_unknown_backbone_is_refused_with_what_was_probably_meant(wrong: str, nearest: str) -> None:
+    with pytest.raises(UseError, match=rf"model.backbone.*did you mean {nearest}.*\? There are resnet18, ") as caught:
         build_model(ModelConfig(backbone=wrong), image_size=64, num_classes=2)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("foreign", ["convnext_tiny", "swin_t", "yolo", "", "vit"])
+def test_a_backbone_like_none_here_is_refused_with_those_there_are_and_no_guess(foreign: str) -> None:
+    with pytest.raises(UseError, match="is unknown; there are resnet18, resnet50, "):
+        build_model(ModelConfig(backbone=foreign), image_size=64, num_classes=2)
 
 
 def test_a_patch_that_does_not_divide_the_image_is_refused_with_sizes_that_would_do() -> None:

@@ -127,5 +127,5 @@ def test_text_is_given_exactly_to_the_models_that_read_it() -> None:
     ("key", "value"), [("text_tokens", -1), ("dropout", 1.0), ("dropout", -0.1), ("norm_eps", 0.0)]
 )
 def test_a_number_out_of_range_is_refused_by_key(key: str, value: float) -> None:
-    with pytest.raises(UseError, match=f"model.{key}: {value}"):
+    with pytest.raises(UseError, match=f"model.{key} is {value}; it must be "):
         build_model(ModelConfig(backbone="vit_tiny_patch16", **{key: value}), image_size=32, num_classes=2)  # type: ignore[arg-type]

@@ -208,4 +208,4 @@ def test_the_doctor_finds_both_hosts_well_and_names_what_ails_them(
     assert status == 1
     assert "fail node3: ssh: Could not resolve hostname node3" in failed
     assert "fail node2, data.shards: " in failed and "node1, data.shards" not in failed
-    assert "fail train.batch_size: " in failed
+    assert "fail recipe: train.batch_size 13 does not divide over 6 ranks" in failed

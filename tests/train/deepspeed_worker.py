@@ -19,8 +19,8 @@ from dist_train.config import Recipe
 from dist_train.data.loader import Place, TrainLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.data.text import TagTokenizer
-from dist_train.models.backbones import VIT_SIZES
 from dist_train.models.build import Classifier, build_model
+from dist_train.models.names import VIT_SIZES
 from dist_train.train.engine import build_engine, init_process_group, torch_device
 from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter

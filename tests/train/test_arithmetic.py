@@ -18,12 +18,13 @@ from dist_train.cli import main, recipe_from_run
 from dist_train.config import DeepSpeedConfig, Recipe
 from dist_train.data.loader import Batch
 from dist_train.errors import UseError, WorkError
-from dist_train.models.backbones import VIT_SIZES
 from dist_train.models.build import build_model
+from dist_train.models.names import VIT_SIZES
+from dist_train.recipe import check_combination
 from dist_train.train.engine import build_engine, init_process_group
 from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
-from dist_train.train.precision import MatrixProducts, check_precision, check_products, compute_dtype, precision_of
+from dist_train.train.precision import MatrixProducts, check_products, compute_dtype, precision_of
 from dist_train.train.step import TrainStep, make_forward
 from tests.conftest import CLASSES, write_shard_set
 from tests.train.deepspeed_worker import NARROW, recipe_of
@@ -196,7 +197,7 @@ def test_only_tf32_lets_a_gpu_round_the_products_of_float32(precision: str) -> N
 )
 def test_a_precision_that_cannot_be_is_refused_in_one_line(options: dict[str, Any], line: str) -> None:
     with pytest.raises(UseError, match=line):
-        check_precision(DeepSpeedConfig(**options), CPU)
+        check_combination(Recipe(deepspeed=DeepSpeedConfig(**options)), "cpu")
 
 
 def test_a_layer_norm_gives_the_type_it_gets_and_the_same_numbers() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from dist_train import recipe as recipe_module
 from dist_train.cli import main
 from dist_train.models.saved import newest_checkpoint, read_averaged_weights, read_weights
 from dist_train.train import engine as engine_module
@@ -42,7 +43,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         recordings.append(1)
         return record(run, device)
 
-    monkeypatch.setattr(engine_module, "_no_graphs", lambda *_: "")
+    for module in (engine_module, recipe_module):
+        monkeypatch.setattr(module, "why_no_graphs", lambda *_: "")
     monkeypatch.setattr(engine_module, "compile_parts", lambda model: None)
     monkeypatch.setattr(graphs, "record", counted)
     return recordings
@@ -153,14 +155,15 @@ def test_where_there_can_be_no_graph_it_is_refused_in_one_line_and_auto_takes_le
     options: list[str], line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dist_train.errors import UseError
-    from dist_train.train.engine import check_combination, compile_mode
+    from dist_train.recipe import check_combination
+    from dist_train.train.engine import compile_mode
     from tests.train.deepspeed_worker import recipe_of
 
     ranks = 2 if options == ["ranks"] else 1
     options = [option for option in options if option != "ranks"]
     device = torch.device("cuda" if line != "model.compile graphs needs a GPU" else "cpu")
     with pytest.raises(UseError) as error:
-        check_combination(recipe_of(Path(), [*options, "--model.compile=graphs"]), device, ranks)
+        check_combination(recipe_of(Path(), [*options, "--model.compile=graphs"]), device.type, ranks)
     assert line in str(error.value) and "\n" not in str(error.value)
     mode = compile_mode(recipe_of(Path(), options), device, ranks)
     assert mode == ("none" if device.type == "cpu" else "kernels")

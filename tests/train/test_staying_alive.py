@@ -334,7 +334,7 @@ def test_a_skipped_step_changes_neither_weights_nor_batch_statistics(shards: Pat
     images, labels = torch.randn(12, 3, 32, 32), torch.arange(12) % 4
     good = Batch(images, labels, torch.ones(12), None, None, np.arange(12))
     poisoned = replace(good, images=good.images * float("inf"))
-    bad_steps = BadSteps(1, 1, tmp_path, Place(rank=0, world_size=1), lambda step: [f"sample of {step}"])
+    bad_steps = BadSteps(1, tmp_path, Place(rank=0, world_size=1), lambda step: [f"sample of {step}"])
 
     cpu = torch.device("cpu")
 

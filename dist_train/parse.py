@@ -1,0 +1,263 @@
+"""How a recipe is read: YAML files and the command line in, a `Recipe` out, each mistake answered in one line.
+
+Nothing here imports torch: a misspelt key is told at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from dist_train.config import Recipe
+from dist_train.errors import UseError
+from dist_train.ranges import check_ranges
+from dist_train.synonyms import advice_for_key, advice_for_section
+
+SECTIONS: dict[str, type] = {section.name: section.default_factory for section in fields(Recipe)}
+_FIELDS = {f"{section}.{field.name}": field for section, kind in SECTIONS.items() for field in fields(kind)}
+KNOWN_KEYS = list(_FIELDS)
+PATH_KEYS = ("data.shards", "data.cache", "data.tokenizer", "model.weights", "train.run", "deepspeed.config")
+"""Keys whose value may be a path or a URL: `~` and `$NAME` in it are expanded."""
+
+_TEXT_KEYS = [key for key, field in _FIELDS.items() if field.type in ("str", "str | None")]
+_OPTIONAL_KEYS = [key for key, field in _FIELDS.items() if field.type == "str | None"]
+_VARIABLE = re.compile(r"\$(\$|[A-Za-z_]\w*|\{[^}]*\}?)")
+_ALONE = ("-h", "--help")
+_WITH_VALUE = ("--resume", "--local_rank")
+
+
+def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
+    """Read `--config FILE [--section.key value ...] [--resume auto|none|FOLDER]`; later ones win.
+
+    Raises UseError for an unknown key, naming what was probably meant, a repeated one, and a value of the wrong kind
+    or outside of its range. Paths come back with `~` and variables expanded.
+    """
+    parser = recipe_parser()
+    arguments = list(_read(arguments, parser))
+    try:
+        parsed = parser.parse_args(arguments)
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UseError(f"the command line: {_line(error)}") from None
+    recipe = _recipe(parsed.as_dict())
+    check_ranges(recipe)
+    return recipe, parsed.resume
+
+
+def recipe_from_run(run: Path) -> Recipe:
+    """The resolved recipe of a run folder. Raises UseError where there is none."""
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise UseError(f"{run}: no run here (no recipe.yaml)")
+    document = _read_recipe_file(path)
+    if isinstance(document.get("model", {}).get("compile"), bool):  # of runs before there was more than on and off
+        document["model"]["compile"] = "kernels" if document["model"]["compile"] else "none"
+    return _recipe(_typed(document, path, recipe_parser()))
+
+
+def recipe_parser() -> jsonargparse.ArgumentParser:
+    """The parser of a recipe's arguments; what it says of a key is the text below the key in its section."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog="dist-train train", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a recipe; may be given several times")
+    parser.add_argument(
+        "--resume", default="none", help="auto (the newest checkpoint of the run), none, a step, or a folder"
+    )
+    # The deepspeed launcher hands every rank its number this way; the environment says the same.
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    for section, kind in SECTIONS.items():
+        parser.add_class_arguments(kind, section)
+    return parser
+
+
+# ---------------------------------------------------------------- the command line
+def _read(arguments: list[str], parser: jsonargparse.ArgumentParser) -> Iterator[str]:
+    """The arguments with each file as its document's text, and paths expanded. Raises UseError for unknown ones."""
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word in _ALONE:
+            yield word
+            continue
+        if not name.startswith("--"):
+            hint = f"; a recipe is given as --config {word}" if word.endswith((".yaml", ".yml")) else ""
+            raise UseError(f"the command line: {word!r} belongs to no option{hint}")
+        key = name[2:]
+        if "." in key:
+            _check_key(key, "the command line")
+        elif key in SECTIONS:
+            raise UseError(
+                f"the command line: {name} is a section; give its keys, as --{key}.KEY VALUE, or --config FILE"
+            )
+        elif name != "--config" and name not in _WITH_VALUE:
+            advice = advice_for_key(key, KNOWN_KEYS)
+            raise UseError(f"the command line: unknown option '{name}'{f'; {advice}' if advice else ''}")
+        if not equals and (value := next(words, None)) is None:
+            raise UseError(f"the command line: {name} needs a value")
+        if name == "--config":
+            path = Path(expanded("--config", value))
+            document = _expanded_document(_read_recipe_file(path), path)
+            _typed(document, path, parser)  # here, where a value of the wrong kind can be told with its file
+            value = json.dumps(document)
+        elif key in PATH_KEYS or name == "--resume":
+            value = expanded(f"--{key}", value)
+        if key in _OPTIONAL_KEYS and value.lower() in ("none", "null"):
+            value = "null"
+        yield f"{name}={value}"
+
+
+def expanded(what: str, text: str) -> str:
+    """A path or URL with `~`, `~USER`, `$NAME` and `${NAME}` replaced; `$$` is a dollar.
+
+    Raises UseError, naming `what` and the variable, where one is not set or is empty.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1].strip("{}")
+        if name == "$":
+            return "$"
+        if not re.fullmatch(r"[A-Za-z_]\w*", name) or (match[1][0] == "{") != (match[1][-1] == "}"):
+            raise UseError(
+                f"{what} {text}: {match[0]} cannot be expanded; write $NAME or ${{NAME}}, or $$ for a dollar"
+            )
+        if not os.environ.get(name):
+            raise UseError(f"{what} {text}: the variable {name} is not set, or empty; set it, or write $$ for a dollar")
+        return os.environ[name]
+
+    path = os.path.expanduser(_VARIABLE.sub(value, text))
+    if re.match(r"~\w*(/|$)", path):
+        raise UseError(f"{what} {text}: no home folder is known for {path.partition('/')[0]}; write the whole path")
+    return path
+
+
+def _check_key(key: str, where: str) -> None:
+    if key not in KNOWN_KEYS:
+        advice = advice_for_key(key, KNOWN_KEYS)
+        raise UseError(f"{where}: unknown recipe key '{key}'{f'; {advice}' if advice else ''}")
+
+
+# ---------------------------------------------------------------- files
+class _Repeated(yaml.YAMLError):
+    """A key that stands twice in one mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without repeated keys, in which 1e-3 is a number."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        # Before `<<` is resolved: what a mapping takes from another it may well have itself.
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise _Repeated(f"line {line}: '{key.value}' is there already, in line {lines[key.value]}; keep one")
+            if isinstance(key, yaml.ScalarNode):
+                # PyYAML 6.0.4 takes the last of two merged mappings with a key, not the first, unless it is one object.
+                key.value = sys.intern(key.value)
+                lines[key.value] = line
+        return node
+
+
+# YAML 1.1 wants a point in it.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_recipe_file(path: Path) -> dict[str, dict[str, Any]]:
+    """The document in a recipe file. Raises UseError where it is none, repeats a key or has one that no recipe has."""
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if isinstance(root, yaml.MappingNode):
+            _keep_text(loader, root)
+        document = {} if root is None else loader.construct_document(root)
+    except OSError as error:
+        raise UseError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except _Repeated as error:
+        raise UseError(f"{path}, {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UseError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    document = {} if document is None else document
+    if not isinstance(document, dict):
+        raise UseError(f"{path}: not a recipe, which has the sections {', '.join(SECTIONS)}")
+    for section, entries in document.items():
+        if section not in SECTIONS:
+            advice = advice_for_section(str(section), SECTIONS, KNOWN_KEYS)
+            raise UseError(f"{path}: unknown section '{section}'; {advice or 'there are ' + ', '.join(SECTIONS)}")
+        if not isinstance(entries, dict | None):
+            raise UseError(f"{path}: '{section}' is a section, whose keys stand below it, and not {entries!r}")
+        for key, value in (entries or {}).items():
+            _check_key(f"{section}.{key}", str(path))
+            _check_plain(f"{section}.{key}", value, path)
+    return {section: entries for section, entries in document.items() if entries}
+
+
+def _keep_text(loader: _Loader, root: yaml.MappingNode) -> None:
+    """Keep what is written for keys of text as it is: a digest of digits is no number, nor is `freeze: 3`."""
+    loader.flatten_mapping(root)
+    for section, entries in root.value:
+        if not isinstance(entries, yaml.MappingNode):
+            continue
+        loader.flatten_mapping(entries)
+        for i, (key, value) in enumerate(entries.value):
+            if f"{section.value}.{key.value}" in _TEXT_KEYS and isinstance(value, yaml.ScalarNode):
+                if value.tag.rpartition(":")[2] in ("int", "float", "bool", "timestamp"):
+                    text = yaml.ScalarNode("tag:yaml.org,2002:str", value.value, value.start_mark, value.end_mark)
+                    entries.value[i] = (key, text)
+
+
+def _check_plain(key: str, value: Any, path: Path) -> None:
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, float) and not math.isfinite(entry):
+            raise UseError(f"{path}: {key} is {entry}; it must be a finite number")
+        if not isinstance(entry, str | int | float | None):
+            raise UseError(f"{path}: {key} is {type(entry).__name__} {entry}; it must be a text, a number or a list")
+
+
+def _expanded_document(document: dict[str, dict[str, Any]], path: Path) -> dict[str, dict[str, Any]]:
+    def value(key: str, written: Any) -> Any:
+        if key in _OPTIONAL_KEYS and isinstance(written, str) and written.lower() in ("none", "null"):
+            return None
+        return expanded(f"{path}: {key}", written) if key in PATH_KEYS and isinstance(written, str) else written
+
+    return {
+        section: {key: value(f"{section}.{key}", written) for key, written in entries.items()}
+        for section, entries in document.items()
+    }
+
+
+# ---------------------------------------------------------------- values
+def _typed(document: dict[str, Any], path: Path, parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
+    """The values of all keys, by default where the document lacks them. Raises UseError for one of a wrong kind."""
+    try:
+        return parser.parse_object(document).as_dict()
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UseError(f"{path}: {_line(error)}") from None
+
+
+def _recipe(values: dict[str, Any]) -> Recipe:
+    return Recipe(**{section: _build(kind, values[section]) for section, kind in SECTIONS.items()})
+
+
+def _build(kind: type, values: dict[str, Any]) -> Any:
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _line(error: Exception) -> str:
+    """What jsonargparse says of a value, in the words of a recipe."""
+    text = " ".join(str(error).split())
+    text = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", text)
+    text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", text)
+    return re.sub(r"a <class '(\w+)'>", r"\1", text)

@@ -1,0 +1,232 @@
+"""What a recipe asks for that cannot be, told before a model is built and anything is fetched or imported in vain.
+
+`dist-train train` refuses the first of these problems, before its slow imports and again on every rank; `dist-train
+doctor` names all of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from dist_train.config import DataConfig, Recipe
+from dist_train.data.manifest import Manifest, check_has_tags, read_manifest
+from dist_train.data.plan import choose_streams, micro_batch_of
+from dist_train.data.remote import is_url
+from dist_train.data.vocabulary import WHOLE_TAGS, read_vocabulary
+from dist_train.errors import UseError, WorkError
+from dist_train.models.names import CNNS, NEEDS_VIT, check_model, check_weights
+from dist_train.ranges import check_ranges
+from dist_train.train.schedule import check_schedule, count_steps
+from dist_train.train.settings import deepspeed_settings, precision_of, read_deepspeed_config, why_no_graphs
+
+METRICS_NAME = "metrics.jsonl"
+"""The file of a run folder that says that a run has begun in it."""
+
+
+def check(
+    recipe: Recipe, world_size: int, device: str | None = None, manifest: Manifest | None = None, resume: str = "none"
+) -> None:
+    """Raise the first of `problems`."""
+    for problem in problems(recipe, world_size, device, manifest, resume):
+        raise problem
+
+
+def problems(
+    recipe: Recipe, world_size: int, device: str | None = None, manifest: Manifest | None = None, resume: str = "none"
+) -> Iterator[UseError | WorkError]:
+    """What cannot be, what takes no time to find out first.
+
+    world_size: ranks of the run. device: cpu or cuda; None for this machine's. manifest: of data.shards; None where it
+    is not read yet: then it is if it is in a folder, and at a URL, which may be slow, what follows from it is left out.
+    resume: as `train` takes it.
+    """
+    in_range = next(_refusals([lambda: check_ranges(recipe)]), None)
+    if in_range is not None:  # nothing can be computed from such numbers
+        yield in_range
+        return
+    yield from _refusals(
+        [
+            lambda: check_model(recipe.model, recipe.data.image_size),
+            lambda: check_weights(recipe.model.weights),
+            lambda: _check_layer_decay(recipe),
+            lambda: check_run_folder(Path(recipe.train.run), resume),
+            lambda: _check_wandb(recipe),
+            lambda: _check_tokenizer(recipe),
+            lambda: _check_batch(recipe, world_size),
+            lambda: choose_streams(recipe.train.batch_size, recipe.data.streams),
+        ]
+    )
+    unreadable = list(_refusals([lambda: read_deepspeed_config(recipe.deepspeed)]))
+    yield from unreadable
+    if manifest is None and not is_url(recipe.data.shards):
+        try:
+            manifest = read_manifest(recipe.data.shards)
+        except (UseError, WorkError) as no_set:
+            yield no_set
+    if manifest is not None:
+        yield from _refusals([lambda: check_digest(recipe.data, manifest), lambda: _check_samples(recipe, manifest)])
+    # From here on torch may have to be imported, to ask for a GPU.
+    device = device or find_device()
+    yield from _refusals(
+        [
+            lambda: _check_data_device(recipe, device),
+            lambda: check_combination(recipe, device, world_size),
+            lambda: unreadable or _check_deepspeed_settings(recipe, device, world_size),
+            lambda: _check_hub_weights(recipe),
+        ]
+    )
+
+
+def _refusals(checks: list[Callable[[], object]]) -> Iterator[UseError]:
+    for one in checks:
+        try:
+            one()
+        except UseError as refusal:
+            yield refusal
+
+
+# ---------------------------------------------------------------- where it shall run
+def ranks_of_this_job() -> int:
+    """Ranks of the job that this process is one of, as its launcher or SLURM says; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
+def find_device() -> str:
+    """cuda if this machine has a GPU that torch can use, else cpu. Imports torch only where there may be one."""
+    try:
+        ctypes.CDLL("libcuda.so.1")  # the driver's, without which there is none
+    except OSError:
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ---------------------------------------------------------------- one by one
+def check_run_folder(run: Path, resume: str) -> None:
+    """Raise UseError where a new run would write over an old one, or the folder cannot be."""
+    if resume == "none" and (run / METRICS_NAME).exists():
+        raise UseError(f"{run} already holds a run; add --resume auto to continue it, or choose another train.run")
+    above = next(path for path in [run.absolute(), *run.absolute().parents] if path.exists())
+    if not above.is_dir():
+        raise UseError(f"train.run {run}: {above} is a file; choose another train.run")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UseError(f"train.run {run}: {above} cannot be written; choose another train.run")
+
+
+def check_digest(config: DataConfig, manifest: Manifest) -> None:
+    """Raise UseError where the shard set is not the one that data.digest names."""
+    if config.digest not in (None, manifest.digest):
+        raise UseError(
+            f"data.digest is {config.digest}, but {config.shards} has digest {manifest.digest}; it is another shard set"
+        )
+
+
+def check_combination(recipe: Recipe, device: str, world_size: int = 1) -> None:
+    """Raise UseError for settings that do not go together, or not on this device (cpu or cuda)."""
+    config, stage, cnn = recipe.deepspeed, recipe.deepspeed.zero_stage, recipe.model.backbone in CNNS
+    precision = _precision_on(recipe, device)
+    if precision in ("fp16", "tf32") and device == "cpu":
+        raise UseError(f"deepspeed.precision {precision} needs a GPU; on the CPU use bf16 or float32")
+    if precision == "tf32":
+        _check_tf32()
+    if precision == "bf16_autocast" and stage > 0:
+        raise UseError(f"deepspeed.precision bf16_autocast needs deepspeed.zero_stage 0; ZeRO {stage} has bf16")
+    if cnn and (precision == "fp16" or (precision == "bf16" and stage > 0)):
+        raise UseError(
+            f"{recipe.model.backbone} has batch norms, whose float32 statistics DeepSpeed's {precision} cannot "
+            "take; use deepspeed.precision bf16 with deepspeed.zero_stage 0, or float32"
+        )
+    if config.offload == "optimizer" and stage == 0:
+        raise UseError("deepspeed.offload optimizer needs deepspeed.zero_stage 1, 2 or 3")
+    if config.offload == "parameters" and stage != 3:
+        raise UseError(f"deepspeed.offload parameters needs deepspeed.zero_stage 3, not {stage}")
+    if recipe.train.ema and stage == 3:
+        raise UseError(
+            "train.ema needs whole parameters on every rank, which deepspeed.zero_stage 3 has not; use 0 to 2"
+        )
+    if recipe.model.compile in ("kernels", "graphs") and stage == 3:
+        raise UseError("model.compile cannot see parameters that deepspeed.zero_stage 3 gathers; use 0 to 2, or none")
+    if recipe.model.compile == "graphs" and (problem := why_no_graphs(recipe, device, world_size)):
+        raise UseError(f"model.compile graphs {problem}; use kernels, or auto")
+    if recipe.train.channels_last and not cnn:
+        raise UseError(f"train.channels_last is for CNNs; with {recipe.model.backbone} use false")
+
+
+def _check_tf32() -> None:
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        raise UseError(f"deepspeed.precision tf32: {torch.cuda.get_device_name()} has no such arithmetic")
+
+
+def _precision_on(recipe: Recipe, device: str) -> str:
+    config = recipe.deepspeed
+    return "float32" if config.precision == "auto" and device == "cpu" else precision_of(config)
+
+
+def _check_layer_decay(recipe: Recipe) -> None:
+    if recipe.optim.layer_decay != 1 and recipe.model.backbone in CNNS:
+        raise UseError(NEEDS_VIT)
+
+
+def _check_wandb(recipe: Recipe) -> None:
+    found = importlib.util.find_spec("wandb") if recipe.train.wandb_project else True
+    # A folder `wandb`, which it leaves wherever it has run, is found as a package too, but has no file.
+    if found is None or getattr(found, "origin", "") is None:
+        raise UseError("train.wandb_project needs the package: pip install wandb")
+
+
+def _check_tokenizer(recipe: Recipe) -> None:
+    if recipe.model.text_tokens and recipe.data.tokenizer != WHOLE_TAGS:
+        read_vocabulary(recipe.data.tokenizer)
+
+
+def _check_batch(recipe: Recipe, world_size: int) -> None:
+    micro_batch = micro_batch_of(recipe.train.batch_size, world_size, recipe.train.micro_batch_size)
+    if recipe.train.skip_bad_steps and micro_batch * world_size < recipe.train.batch_size:
+        # The gradients of a step's first micro-batch could not be taken back.
+        raise UseError("train.skip_bad_steps needs one micro-batch a step; set train.micro_batch_size to 0")
+    if not (recipe.data.mixup or recipe.data.cutmix):
+        return
+    if recipe.model.text_tokens:
+        raise UseError("data.mixup and data.cutmix mix images, and tags cannot be mixed: use 0 with model.text_tokens")
+    if micro_batch % 2:
+        raise UseError(
+            f"data.mixup and data.cutmix pair the samples of a micro-batch, which has an odd {micro_batch}; "
+            "choose train.batch_size or train.micro_batch_size so that it is even"
+        )
+
+
+def _check_samples(recipe: Recipe, manifest: Manifest) -> None:
+    samples = manifest.split("train").samples
+    if not samples:
+        raise UseError("the split to train on holds no samples")
+    check_schedule(recipe.optim, count_steps(recipe.train.epochs, samples, recipe.train.batch_size))
+    if recipe.model.text_tokens:
+        check_has_tags(recipe.data, manifest)
+
+
+def _check_data_device(recipe: Recipe, device: str) -> None:
+    if recipe.data.device == "gpu" and device == "cpu":
+        raise UseError("data.device is gpu, but this machine has none; use cpu or auto")
+
+
+def _check_deepspeed_settings(recipe: Recipe, device: str, world_size: int) -> None:
+    if recipe.deepspeed.config is None or recipe.train.batch_size % world_size:  # which is refused above
+        return
+    known = replace(recipe, deepspeed=replace(recipe.deepspeed, precision=_precision_on(recipe, device)))
+    micro_batch = recipe.train.micro_batch_size or recipe.train.batch_size // world_size
+    deepspeed_settings(known, world_size, micro_batch, parameters=0)
+
+
+def _check_hub_weights(recipe: Recipe) -> None:
+    if recipe.model.weights.partition(":")[0] == "hub":
+        from dist_train.models.weights import hub_name  # imports timm, which alone knows; training will need it anyhow
+
+        hub_name(recipe.model.backbone, recipe.model.weights.removeprefix("hub").removeprefix(":"))

@@ -1,0 +1,135 @@
+"""Standard output is the result's alone, in every command; pipes that are closed and files that cannot be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_train.cli import main
+from dist_train.errors import CLOSED_PIPE
+from tests.conftest import REPOSITORY, jpeg_bytes, write_shard_set
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shard_set(tmp_path_factory.mktemp("output") / "set", {"train": [8], "test": [6]})
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path) -> Path:
+    """A run of one step."""
+    folder = shards.parent
+    options = f"--data.shards={shards} --data.image_size=32 --model.backbone=vit_tiny_patch16 --train.run={folder}/run "
+    assert main(["train", *(options + "--train.batch_size=8 --train.epochs=1 --model.compile=none").split()]) == 0
+    (folder / "image.jpg").write_bytes(jpeg_bytes(1))
+    return folder / "run"
+
+
+def command(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """A process of the project's, `MODULE WORD ...`."""
+    options = {"capture_output": True, "text": True, "env": ENVIRONMENT, "cwd": "/"} | options
+    return subprocess.run([sys.executable, "-m", *map(str, words)], **options)
+
+
+def test_nothing_but_what_is_said_comes_to_standard_output() -> None:
+    script = (
+        "import os, ctypes, atexit\n"
+        "from dist_train.output import keep_stdout, say\n"
+        "keep_stdout()\n"
+        "print('of Python'); os.write(1, b'of C\\n'); os.system('echo of a process')\n"
+        "c = ctypes.CDLL(None); c.puts(b'of C that buffers')\n"
+        "atexit.register(print, 'at the end')\n"
+        "say('the result', 2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stdout == "the result\n2\n"
+    assert {"of Python", "of C", "of a process", "of C that buffers", "at the end"} == set(done.stderr.splitlines())
+
+
+def test_the_output_of_evaluate_is_json_and_that_of_predict_and_grid_their_lines(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated = command("dist_train.cli", "evaluate", run)
+    figures = json.loads(evaluated.stdout)
+    assert figures["samples"] == 6 and figures["csv"] == str(run / "evaluation_test.csv")
+    assert main(["predict", str(run), str(run.parent / "image.jpg"), "--top", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[0] == str(run.parent / "image.jpg") and lines[1].startswith("  0.")
+    assert main(["grid", str(run), "--output", str(tmp_path / "picture.png")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'picture.png'}\n"
+
+
+def test_a_name_that_is_no_text_or_that_the_terminal_cannot_show_is_no_error() -> None:
+    script = "import os; from dist_train.output import *; keep_stdout(); say(os.fsdecode(b'caf\\xe9'), '\\u521d')"
+    for encoding, said in (("utf-8", b"caf\xe9\n\xe5\x88\x9d\n"), ("ascii", b"caf\\udce9\n\\u521d\n")):
+        environment = ENVIRONMENT | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+        assert (done.returncode, done.stdout) == (0, said), done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "dist_train.cli train --help",
+        "dist_train.cli evaluate --help",
+        "shards info {set}",
+        "shards info {set} --json",
+        "shards build --help",
+        "benchmarks loader --help",
+    ],
+)
+def test_a_pipe_that_nobody_reads_ends_the_command_without_a_word(shards: Path, words: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = words.format(set=shards)
+    done = command(*words.split(), capture_output=False, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    # argparse answers for its --help by itself, with 0.
+    assert done.returncode in ([CLOSED_PIPE] if "info" in words else [0, CLOSED_PIPE])
+    assert not any(word in done.stderr for word in ("Traceback", "BrokenPipe", "Exception", "error: ")), done.stderr
+
+
+def test_a_full_disk_behind_standard_output_is_one_line(shards: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = command("shards", "info", shards, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written (No space left on device)\n"
+
+
+def test_where_the_run_folder_cannot_be_written_the_result_is_said_first(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = run / "evaluation_test.csv"
+    table.unlink(missing_ok=True)
+    table.mkdir()  # also root cannot write there
+    try:
+        assert main(["evaluate", str(run)]) == 0
+        said = capsys.readouterr()
+        figures = json.loads(said.out)
+        assert figures["samples"] == 6 and figures["csv"] is None
+        (line,) = [line for line in said.err.splitlines() if "cannot be written" in line]
+        assert line == f"warning: {table}: cannot be written (Is a directory); --csv FILE puts it elsewhere"
+
+        assert main(["evaluate", str(run), "--csv", str(tmp_path / "none" / "table.csv")]) == 1
+        said = capsys.readouterr()
+        assert json.loads(said.out)["top1"] == figures["top1"]
+        assert f"error: {tmp_path}/none/table.csv: cannot be written (No such file or directory)" in said.err
+    finally:
+        table.rmdir()
+
+    assert main(["grid", str(run), "--output", str(tmp_path / "none" / "p.png")]) == 1
+    assert f"error: {tmp_path}/none/p.png: cannot be written (No such" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["predict {run} x.jpg --top 0", "evaluate {run} --batch-size -1"])
+def test_numbers_of_the_commands_begin_with_1(run: Path, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(words.format(run=run).split())
+    assert status.value.code == 2 and "must be a number from 1 on" in capsys.readouterr().err

@@ -1,0 +1,139 @@
+"""What a recipe asks for that cannot be: `train` and `doctor` say the same of it, at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_train.cli import main
+from dist_train.data.manifest import read_manifest
+from dist_train.parse import parse_recipe
+from dist_train.recipe import problems
+from tests.conftest import REPOSITORY, write_shard_set
+
+# What is wrong, and what is said of it. {folder} is that of the test, where `set` is a shard set of 32 images without
+# tags, `tagged` one with, and `old` a run.
+REFUSED = {
+    "backbone": ("--model.backbone=vit_bse_patch16", "did you mean vit_base_patch16?"),
+    "patch": ("--data.image_size=40", "patches of 16 pixels, which do not divide data.image_size 40"),
+    "ifa on a CNN": ("--model.backbone=resnet18 --model.head=ifa", "model.head: ifa needs the [CLS] tokens of a ViT"),
+    "freeze": ("--model.freeze=13", "model.freeze is '13'"),
+    "layer decay": ("--model.backbone=resnet18 --optim.layer_decay=0.5", "optim.layer_decay and a number for"),
+    "weights": ("--model.weights={folder}/none.pth", "model.weights: there is no file {folder}/none.pth"),
+    "weights' kind": ("--model.weights=imagenet", "model.weights: 'imagenet' is not none, hub, hub:TAG or a file"),
+    "run": ("--train.run={folder}/old", "{folder}/old already holds a run; add --resume auto"),
+    "run is a file": ("--train.run={folder}/ds.json/run", "{folder}/ds.json is a file; choose another train.run"),
+    "tokenizer": (
+        "--data.shards={folder}/tagged --model.text_tokens=8 --data.tokenizer={folder}/none.txt",
+        "none.txt: no such file",
+    ),
+    "ranks": ("--train.batch_size=9", "train.batch_size 9 does not divide over 2 ranks; use 8 or 10"),
+    "micro-batch": ("--train.micro_batch_size=3", "train.micro_batch_size 3 does not divide the 4 samples"),
+    "skipped steps": ("--train.micro_batch_size=2 --train.skip_bad_steps=1", "train.skip_bad_steps needs one micro-"),
+    "odd pairs": ("--train.micro_batch_size=1 --data.mixup=0.2", "which has an odd 1"),
+    "mixed tags": (
+        "--data.shards={folder}/tagged --data.tokenizer=tags --model.text_tokens=8 --data.cutmix=1",
+        "tags cannot be mixed",
+    ),
+    "streams": ("--data.streams=3", "data.streams 3 does not divide train.batch_size 8"),
+    "DeepSpeed file": ("--deepspeed.config={folder}/none.json", "none.json: cannot be read as JSON"),
+    "DeepSpeed's own": ("--deepspeed.config={folder}/ds.json", "ds.json: gradient_clipping is 5"),
+    "no set": ("--data.shards={folder}/none", "{folder}/none: no such shard set"),
+    "other set": ("--data.digest=0123", "data.digest is 0123, but {folder}/set has digest "),
+    "warm-up": ("--optim.warmup_steps=99", "optim.warmup_steps 99 leaves nothing of the run's 4 steps"),
+    "no tags": ("--data.tokenizer=tags --model.text_tokens=8", "the shard set {folder}/set has none"),
+    "offload": ("--deepspeed.offload=optimizer", "deepspeed.offload optimizer needs deepspeed.zero_stage"),
+    "averages": ("--train.ema=0.9 --deepspeed.zero_stage=3", "train.ema needs whole parameters"),
+    "channels": ("--train.channels_last=true", "train.channels_last is for CNNs"),
+    "hub tag": ("--model.weights=hub:nonsense", "timm has no weights nonsense for vit_tiny_patch16"),
+}
+if importlib.util.find_spec("wandb") is None:
+    REFUSED["wandb"] = ("--train.wandb_project=mine", "pip install wandb")
+if not torch.cuda.is_available():
+    REFUSED["fp16"] = ("--deepspeed.precision=fp16", "deepspeed.precision fp16 needs a GPU")
+    REFUSED["tf32"] = ("--deepspeed.precision=tf32", "deepspeed.precision tf32 needs a GPU")
+    REFUSED["data.device"] = ("--data.device=gpu", "data.device is gpu, but this machine has none")
+    REFUSED["graphs"] = ("--model.compile=graphs", "model.compile graphs needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("check")
+    write_shard_set(folder / "set", {"train": [16, 16]})
+    write_shard_set(folder / "tagged", {"train": [16, 16]}, text=True)
+    (folder / "old").mkdir()
+    (folder / "old" / "metrics.jsonl").write_text("")
+    (folder / "ds.json").write_text(json.dumps({"gradient_clipping": 5}))
+    return folder
+
+
+def words_of(folder: Path, options: str = "") -> list[str]:
+    base = "--data.shards={folder}/set --data.image_size=32 --model.backbone=vit_tiny_patch16 --train.epochs=1 "
+    return (base + "--train.batch_size=8 --train.run={folder}/run " + options).format(folder=folder).split()
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_train_refuses_before_it_begins_with_the_first_of_the_problems_that_doctor_names(
+    folder: Path, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, line = REFUSED[what]
+    recipe, resume = parse_recipe(words_of(folder, options))
+    named = [str(problem) for problem in problems(recipe, 2, resume=resume)]
+    assert len(named) == 1 and line.format(folder=folder) in named[0] and "\n" not in named[0]
+
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher says it; there is no other rank that could be met
+    assert main(["train", *words_of(folder, options)]) == 2
+    assert capsys.readouterr().err == f"error: {named[0]}\n"
+    assert not (folder / "run").exists()
+
+
+def test_what_can_be_has_no_problems_and_an_old_run_none_that_is_resumed(folder: Path) -> None:
+    recipe, _ = parse_recipe(words_of(folder))
+    assert not list(problems(recipe, 2, manifest=read_manifest(folder / "set")))
+    recipe, resume = parse_recipe([*words_of(folder), f"--train.run={folder / 'old'}", "--resume=auto"])
+    assert not list(problems(recipe, 2, resume=resume))
+
+
+def test_doctor_names_all_problems_at_once_in_the_words_of_train(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    together = [what for what in ("run", "streams", "no set", "wandb", "fp16", "data.device") if what in REFUSED]
+    assert main(["doctor", *words_of(folder, " ".join(REFUSED[what][0] for what in together))]) == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fail")]
+    assert len(said) == len(together)
+    for what in together:
+        who = "this machine, data.shards" if what == "no set" else "recipe"
+        assert any(line.startswith(f"fail {who}: ") and REFUSED[what][1].format(folder=folder) in line for line in said)
+
+
+AT_ONCE = """
+import ctypes, sys
+from dist_train.cli import main
+try:
+    ctypes.CDLL("libcuda.so.1")
+    of_devices = []
+except OSError:
+    of_devices = [["--deepspeed.precision=fp16"], ["--data.device=gpu"]]
+for line in [*sys.argv[1:], *of_devices]:
+    options = line if isinstance(line, list) else line.split()
+    assert main(["train", *of_a_run, *options]) == 2, options
+slow = {"torch", "timm", "deepspeed", "nvidia.dali", "transformers"} & set(sys.modules)
+assert not slow, slow
+"""
+
+
+def test_what_is_wrong_is_told_before_the_slow_imports_and_before_the_hub_is_asked(folder: Path) -> None:
+    options = [REFUSED[what][0] for what in REFUSED if what not in ("hub tag", "fp16", "tf32", "data.device", "graphs")]
+    asks_the_hub = "--model.weights=hub --optim.warmup_steps=99"
+    lines = [one.format(folder=folder) for one in [*options, asks_the_hub, "--model.backbne=x", "--train.early_stop=3"]]
+    script = AT_ONCE.replace("*of_a_run", f"*{words_of(folder)!r}")
+    environment = {"PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", script, *lines], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == done.stderr.count("\n") >= len(lines)
