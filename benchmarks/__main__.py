@@ -13,6 +13,12 @@ from dist_train.errors import UseError, run_command
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark; returns the exit status."""
+    options = parse(arguments)
+    return run_command(lambda: options.command(options))
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of one benchmark, with the words that are a recipe's in `recipe_arguments`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What things cost and gain.")
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     _add_histogram(commands)
@@ -33,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     if recipe_arguments and not getattr(options, "takes_recipe", False):
         parser.error(f"unrecognized arguments: {' '.join(recipe_arguments)}")
     options.recipe_arguments = recipe_arguments
-    return run_command(lambda: options.command(options))
+    return options
 
 
 def _add_histogram(commands: argparse._SubParsersAction) -> None:
