@@ -56,12 +56,9 @@ def test_every_command_of_the_readme_is_run_or_has_its_reason_and_the_walk_knows
 
 def parse(command: str) -> None:
     """Fail where the words of `command` are not those of the program that it names."""
-    words = shlex.split(command)
-    if "--config" in words and words[0] != "python":
-        recipe = words[words.index("--config") :]
-        if Path(recipe[1]).name == "mine.yaml":
-            recipe[1] = str(REPOSITORY / "launch" / "recipes" / "grocery.yaml")  # of which the README makes it
-        parse_recipe(recipe)
+    words = shlex.split(command.replace("mine.yaml", "grocery.yaml"))  # of which the README makes it
+    if "--config" in words and words[1] != "-m":
+        parse_recipe(words[words.index("--config") :])
     elif words[:3] == ["python", "-m", "benchmarks"]:
         parse_recipe(parse_benchmark(words[3:]).recipe_arguments)
     elif words[:3] == ["python", "-m", "shards"]:
@@ -69,7 +66,7 @@ def parse(command: str) -> None:
     elif words[0] == "dist-train" and words[1] not in ("train", "doctor"):
         _command_parser().parse_args(words[1:])
     for word in words:
-        if word.startswith(("launch/", "benchmarks/")) and not word.endswith("mine.yaml"):
+        if word.startswith(("launch/", "benchmarks/")):
             assert (REPOSITORY / word).is_file(), f"{command}: there is no {word}"
 
 
