@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch under a real SLURM of two hosts: preempted or out of time it saves, and goes on as if undisturbed."""
+"""launch/slurm.sbatch under a real SLURM: preempted or out of time it saves, and goes on as if undisturbed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from tests.multinode.two_hosts import two_hosts, wait_for, why_not
 WHY_NOT = why_not() or why_no_slurm()
 pytestmark = [pytest.mark.launch, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 
-# No checkpoint is written but at a stop: an epoch has more steps than the test makes.
+ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "PREEMPTED", "NODE_FAIL")
+# An epoch has 100 steps: hardly a checkpoint is written but at a stop.
 ENDLESS = {"train__epochs": 1000, "train__timeout_s": 300, "train__log_every": 5}
 
 
@@ -51,7 +52,7 @@ def submit(folder: Path, cluster: Cluster) -> Callable[..., str]:
 
 
 def finish(cluster: Cluster, job: str, run: Path) -> None:
-    wait_for(lambda: cluster.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), f"job {job}", 240)
+    wait_for(lambda: cluster.job(job)["JobState"] in ENDED, f"job {job}", 240)
     assert cluster.job(job)["JobState"] == "COMPLETED", Path(f"{run}.log").read_text()[-3000:]
 
 

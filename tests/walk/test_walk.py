@@ -106,7 +106,7 @@ def test_the_readme_can_be_walked_from_top_to_bottom_in_a_fresh_clone(tmp_path: 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     (tmp_path / "walk.log").write_text(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:]
