@@ -14,7 +14,7 @@ from tests.multinode.two_hosts import Host, wait_for
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 
-# GraceTime is what a preempted job has before it is killed: its checkpoint must be written within it.
+# A preempted job has its partition's GraceTime before it is killed, or KillWait where there is none.
 _CONFIGURATION = """
 ClusterName=two
 SlurmctldHost=node1
@@ -42,6 +42,7 @@ KillWait=30
 ReturnToService=2
 NodeName=node1,node2 CPUs=1 State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 MaxTime=INFINITE State=UP
+PartitionName=abrupt Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 MaxTime=INFINITE State=UP
 PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 

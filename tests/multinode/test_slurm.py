@@ -44,8 +44,14 @@ def submit(folder: Path, cluster: Cluster) -> Callable[..., str]:
     shards = write_shard_set(folder / "set", {"train": [700, 500], "val": [12]}, baked=20)
     head = "--nodes=2 --ntasks-per-node=1 --cpus-per-task=1 --gpus-per-node=0".split()
 
-    def queue(run: Path, **overrides: object) -> str:
-        words = [*head, f"--output={run}.log", "launch/slurm.sbatch", *arguments(shards, run, **ENDLESS | overrides)]
+    def queue(run: Path, partition: str = "low", **overrides: object) -> str:
+        words = [
+            *head,
+            f"--partition={partition}",
+            f"--output={run}.log",
+            "launch/slurm.sbatch",
+            *arguments(shards, run, **ENDLESS | overrides),
+        ]
         return cluster.run("sbatch", "--parsable", *words).strip()
 
     return queue
@@ -66,11 +72,13 @@ def assert_as_if_undisturbed(cluster: Cluster, submit: Callable[..., str], run: 
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.parametrize("partition", ["low", pytest.param("abrupt", marks=pytest.mark.slow)])
 def test_a_preempted_job_saves_is_queued_again_and_goes_on_with_the_same_weights(
-    folder: Path, cluster: Cluster, submit: Callable[..., str]
+    partition: str, folder: Path, cluster: Cluster, submit: Callable[..., str]
 ) -> None:
-    run = folder / "preempted"
-    job = submit(run)
+    """With grace time, and without."""
+    run = folder / f"preempted-{partition}"
+    job = submit(run, partition)
     wait_for(lambda: steps_done(run) >= 5, "step 5", 120)
     urgent = cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=true")
     wait_for(lambda: cluster.job(urgent.strip())["JobState"] == "COMPLETED", "the urgent job", 120)
