@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RANKS ?= 2
+PICTURES ?= 8000
+RECIPE ?=
 
 .PHONY: install demo test lint clean
 
@@ -15,8 +17,9 @@ install: .venv/installed
 	touch $@
 
 # Draw the characters, train a small ViT with the IFA head on two ranks, evaluate, and say where to look.
+# Smaller, with an empty data/demo: make demo PICTURES=800 RECIPE='--train.epochs 10 --optim.warmup_steps 20'
 demo: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" RANKS=$(RANKS) launch/demo.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" RANKS=$(RANKS) PICTURES=$(PICTURES) launch/demo.sh $(RECIPE)
 
 test: install
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile

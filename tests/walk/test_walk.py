@@ -1,0 +1,129 @@
+"""A new user's walk through the README: its commands, in order, in a fresh clone, in one shell, with small settings."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import parse as parse_benchmark
+from dist_train.cli import _command_parser, parse_recipe
+from shards.__main__ import _parser as shards_parser
+from tests.conftest import REPOSITORY, jpeg_bytes
+from tests.walk.readme import WALK, Run, Skip, commands, in_prose, what_to_do
+
+
+def clone(folder: Path) -> Path:
+    """The files that a clone would have, with this environment as its .venv, already installed."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, folder / name)
+    environment = folder / ".venv"
+    environment.mkdir()
+    for entry in Path(sys.prefix).iterdir():
+        if entry.name != "installed":
+            (environment / entry.name).symlink_to(entry)
+    (environment / "installed").touch()
+    return folder
+
+
+def photos(folder: Path) -> None:
+    """What the user brings: class folders, and two photos to be told."""
+    for number in range(60):
+        path = folder / "my_images" / f"class {number % 3}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg_bytes(number % 3))
+    (folder / "photo.jpg").write_bytes(jpeg_bytes(1))
+    (folder / "another.png").write_bytes(jpeg_bytes(2))
+
+
+def is_activated() -> bool:
+    return (Path(sys.prefix) / "bin" / "activate").is_file() and shutil.which("make") is not None
+
+
+def test_every_command_of_the_readme_is_run_or_has_its_reason_and_the_walk_knows_no_others() -> None:
+    assert [command for command in commands() if what_to_do(command) is None] == []
+    assert [words for words in WALK if not any(command.startswith(words) for command in commands())] == []
+
+
+def parse(command: str) -> None:
+    """Fail where the words of `command` are not those of the program that it names."""
+    words = shlex.split(command.replace("mine.yaml", "grocery.yaml"))  # of which the README makes it
+    if "--config" in words and words[1] != "-m":
+        parse_recipe(words[words.index("--config") :])
+    elif words[:3] == ["python", "-m", "benchmarks"]:
+        parse_recipe(parse_benchmark(words[3:]).recipe_arguments)
+    elif words[:3] == ["python", "-m", "shards"]:
+        shards_parser().parse_args(words[3:])
+    elif words[0] == "dist-train" and words[1] not in ("train", "doctor"):
+        _command_parser().parse_args(words[1:])
+    for word in words:
+        if word.startswith(("launch/", "benchmarks/")):
+            assert (REPOSITORY / word).is_file(), f"{command}: there is no {word}"
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if isinstance(what_to_do(c), Skip)] + in_prose(), ids=lambda command: command
+)
+def test_a_command_that_is_not_run_is_at_least_one_that_its_program_takes(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    parse(command)
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(not is_activated(), reason="needs make, and runs in a virtual environment")
+def test_the_readme_can_be_walked_from_top_to_bottom_in_a_fresh_clone(tmp_path: Path) -> None:
+    """Each command ends well and leaves what it is to leave; later ones find what earlier ones made."""
+    folder = clone(tmp_path)
+    photos(folder)
+    script = []
+    for command in commands():
+        entry = what_to_do(command)
+        if isinstance(entry, Run):
+            script += [f"echo {shlex.quote('$ ' + command)}", f"{with_more(command, entry.more)} || exit 9"]
+            script += [f"test -s {name} || {{ echo {name} is not there; exit 9; }}" for name in entry.makes]
+            script += ['echo "  $SECONDS s"']
+        else:
+            script += [f"test -e {name} || {{ echo '{command}: no {name}'; exit 9; }}" for name in reads(command)]
+    own = str(Path(sys.prefix) / "bin")
+    path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if not part.startswith((own, ".venv")))
+    variables = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(script)],
+        cwd=folder,
+        # The clone's code, also where this environment has another checkout's; one thread for each of the demo's ranks.
+        env=variables | {"PATH": path, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1800,
+    )
+    (tmp_path / "walk.log").write_text(done.stdout)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "Traceback" not in done.stdout
+
+
+def reads(command: str) -> list[str]:
+    """The sets, runs and recipes that a command is given, which must be there when its turn comes."""
+    words = shlex.split(command)
+    return [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if word.startswith(("data/", "runs/", "launch/")) and before != "--train.run"
+    ]
+
+
+def with_more(command: str, more: str) -> str:
+    """Later words win. A redirection stays at the end."""
+    program, redirection, file = command.partition(" > ")
+    return f"{program} {more}{redirection}{file}"
