@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from dist_train.config import DeepSpeedConfig, Recipe
 from dist_train.data.images import BadImage
-from dist_train.data.loader import Batch, EvalLoader, Place, read_image
+from dist_train.data.loader import Batch, EvalLoader, Place
 from dist_train.data.manifest import Manifest, read_manifest, write_atomically
+from dist_train.data.reader import ImageReader
 from dist_train.data.tags import tag_line
 from dist_train.data.text import TagTokenizer
 from dist_train.errors import UseError, WorkError, written
@@ -140,10 +141,11 @@ def run_predict(options: argparse.Namespace, recipe: Recipe) -> int:
     if options.tags and trained.tokenizer is None:
         raise UseError(f"--tags: the model of {options.run} reads no tags (model.text_tokens is 0)")
     tags = _known_tags(trained, options.tags)
+    reader = ImageReader(recipe.data, trained.place.device_id)
     bad = 0
     for path in options.images:
         try:
-            probabilities = _predict_file(trained, recipe, path, tags)
+            probabilities = _predict_file(trained, reader, path, tags)
         except WorkError as error:
             print(error, file=sys.stderr)
             bad += 1
@@ -244,10 +246,10 @@ def run_grid(options: argparse.Namespace, recipe: Recipe) -> int:
 
 
 @torch.no_grad()
-def _predict_file(trained: TrainedModel, recipe: Recipe, path: Path, tags: str) -> Tensor:
+def _predict_file(trained: TrainedModel, reader: ImageReader, path: Path, tags: str) -> Tensor:
     """(classes,) probabilities. Raises WorkError naming a file that is no readable image."""
     try:
-        images = read_image(path.read_bytes(), recipe.data, trained.place.device_id)
+        images = reader.read(path.read_bytes())
     except OSError as error:
         raise WorkError(f"{path}: {error.strerror}") from None
     except BadImage as problem:

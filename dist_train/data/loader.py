@@ -23,8 +23,7 @@ from torch import Tensor
 from dist_train.config import DataConfig
 from dist_train.data.augment import draw_augmentation, no_augmentation
 from dist_train.data.background import Batch, IsStopped, made_ahead
-from dist_train.data.fetch import FetchedBatch, ShardFetcher, plain_size
-from dist_train.data.images import BadImage, decode, to_ppm
+from dist_train.data.fetch import FetchedBatch, ShardFetcher
 from dist_train.data.manifest import Manifest, check_has_tags
 from dist_train.data.pipeline import ImagePipeline, UndecodableError, load_compiled_passes
 from dist_train.data.plan import EpochPlan, Need, Positions, evaluation_batches, micro_batch_of, needs_of
@@ -218,7 +217,7 @@ class _Loader:
                 except UndecodableError as failure:
                     probe.close()
                     probe, found = None, True
-                    problem = _first_cause(failure)
+                    problem = failure.reason()
                     if i not in fetched.odd:
                         self.fetcher.convert(positions, fetched, [i])
                         fetched.odd.append(i)
@@ -250,24 +249,6 @@ class _Loader:
         file = io.BytesIO()
         Image.new("RGB", (side, side), (128, 128, 128)).save(file, "JPEG")
         return TensorCPU(np.frombuffer(file.getvalue(), np.uint8))
-
-
-def read_image(data: bytes, config: DataConfig, device_id: int | None) -> Tensor:
-    """(1, 3, S, S): one encoded image as an evaluation sees it. Raises BadImage."""
-    encoded = np.frombuffer(data, np.uint8)
-    tries = [encoded] if plain_size(encoded, config.max_pixels) is not None else []
-    while True:
-        converted = not tries
-        image = tries.pop() if tries else np.frombuffer(to_ppm(decode(data, config.max_pixels)), np.uint8)
-        pipeline = ImagePipeline(config, train=False, baked=None, batch_size=1, threads=1, device_id=device_id, depth=1)
-        try:
-            pipeline.feed([image], no_augmentation(1))
-            return pipeline.take()
-        except UndecodableError as error:
-            if converted:
-                raise BadImage("cannot decode", _first_cause(error)) from None
-        finally:
-            pipeline.close()
 
 
 class TrainLoader(_Loader):
@@ -386,10 +367,3 @@ class EvalLoader(_Loader):
         for i, positions in enumerate(filled):
             self.fetcher.advance(i)
             yield positions
-
-
-def _first_cause(error: UndecodableError) -> str:
-    """The line of DALI's long message that says what is wrong with the image."""
-    cause = str(error).partition("encountered:")[2] or str(error)
-    lines = [line.strip(" :") for line in cause.splitlines() if line.strip(" :")]
-    return f"cannot be decoded ({lines[0][:200] if lines else type(error).__name__})"

@@ -36,6 +36,12 @@ def load_compiled_passes() -> None:
 class UndecodableError(RuntimeError):
     """DALI gave up a batch, as it does for any bad image in it."""
 
+    def reason(self) -> str:
+        """The line of DALI's long message that says what is wrong with the image."""
+        cause = str(self).partition("encountered:")[2] or str(self)
+        lines = [line.strip(" :") for line in cause.splitlines() if line.strip(" :")]
+        return f"cannot be decoded ({lines[0][:200] if lines else type(self).__name__})"
+
 
 class ImagePipeline:
     """Decodes and augments batches given in order; keeps up to `depth` of them under way.

@@ -23,8 +23,9 @@ from PIL import Image
 from dist_train.config import DataConfig
 from dist_train.data.augment import draw_augmentation
 from dist_train.data.images import BadImage, decode, read_header
-from dist_train.data.loader import EvalLoader, Place, TrainLoader, read_image
+from dist_train.data.loader import EvalLoader, Place, TrainLoader
 from dist_train.data.manifest import ClassInfo, Manifest, ShardInfo, SplitInfo, read_manifest, write_manifest
+from dist_train.data.reader import ImageReader
 from dist_train.data.tarindex import index_tar, write_index
 from shards.__main__ import main
 from shards.images import convert
@@ -78,11 +79,13 @@ def trained(root: Path, seed: int = 0) -> dict[int, tuple[NDArray[np.float32], t
 def predicted(root: Path, files: list[bytes]) -> dict[int, NDArray[np.float32]]:
     """What predict sees of files, by place."""
     seen = {}
+    reader = ImageReader(data_config(root), None)
     for i, data in enumerate(files):
         try:
-            seen[i] = to_pixels(read_image(data, data_config(root), None)[0].numpy())
+            seen[i] = to_pixels(reader.read(data)[0].numpy())
         except BadImage:
             continue
+    reader.close()
     return seen
 
 

@@ -1,0 +1,56 @@
+"""Encoded images from anywhere, one at a time, as an evaluation sees those of a shard set."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_train.config import DataConfig
+from dist_train.data.augment import no_augmentation
+from dist_train.data.fetch import plain_size
+from dist_train.data.images import BadImage, decode, to_ppm
+from dist_train.data.pipeline import ImagePipeline, UndecodableError
+
+
+class ImageReader:
+    """Reads images with one pipeline, which takes more than a second to build on a GPU, as long as none is bad.
+
+    device_id: the GPU, or None for the CPU.
+    """
+
+    def __init__(self, config: DataConfig, device_id: int | None) -> None:
+        self._config, self._device_id = config, device_id
+        self._pipeline: ImagePipeline | None = None
+
+    def read(self, data: bytes) -> Tensor:
+        """(1, 3, S, S), normalised, on the device. Raises BadImage."""
+        encoded = np.frombuffer(data, np.uint8)
+        if plain_size(encoded, self._config.max_pixels) is not None:
+            try:
+                return self._decode(encoded)
+            except UndecodableError:
+                pass  # as the loader does, what DALI refuses is converted
+        converted = to_ppm(decode(data, self._config.max_pixels))
+        try:
+            return self._decode(np.frombuffer(converted, np.uint8))
+        except UndecodableError as error:
+            raise BadImage("cannot decode", error.reason()) from None
+
+    def close(self) -> None:
+        """End the pipeline's threads."""
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None
+
+    def _decode(self, encoded: NDArray[np.uint8]) -> Tensor:
+        if self._pipeline is None:
+            self._pipeline = ImagePipeline(
+                self._config, train=False, baked=None, batch_size=1, threads=1, device_id=self._device_id, depth=1
+            )
+        try:
+            self._pipeline.feed([encoded], no_augmentation(1))
+            return self._pipeline.take()
+        except UndecodableError:  # which leaves a pipeline that is of no use
+            self.close()
+            raise
