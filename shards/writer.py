@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dist_train.data.checksums import checksums_path, write_checksums
+from dist_train.data.checksums import checksums_path, compute_checksums, write_checksums
 from dist_train.data.images import BadImage
 from dist_train.data.manifest import ShardInfo, write_atomically
 from dist_train.data.tarindex import Member, TarSample, index_path, read_index, write_index
@@ -150,8 +150,9 @@ def drop_classes(
             if index:
                 os.replace(temporary, tar)
                 write_index(tar, index)
+                write_checksums(tar, compute_checksums(tar, index))
             else:
-                for path in (temporary, tar, index_path(tar)):
+                for path in (temporary, tar, index_path(tar), checksums_path(tar)):
                     path.unlink()
         statistics = replace(written, shard=shard, dropped=dropped)
         write_atomically(statistics_path(folder, plan.name), (json.dumps(asdict(statistics)) + "\n").encode())
