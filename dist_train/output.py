@@ -18,7 +18,12 @@ _kept: TextIO | None = None
 def keep_stdout() -> None:
     """From here on standard output has only what `say` writes: in this process, and in those that it starts nothing."""
     global _kept
-    if _kept is not None or sys.stdout is None or sys.stderr is None:  # >&-
+    if sys.stdout is None or sys.stderr is None:  # >&-
+        for number in (1, 2):
+            if not _is_open(number):  # the next file that is opened would be what C code prints to
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        return
+    if _kept is not None:
         return
     print_to(sys.stdout)
     encoding = sys.stdout.encoding
@@ -27,6 +32,14 @@ def keep_stdout() -> None:
     _kept = open(os.dup(1), "w", encoding=encoding, errors=errors)
     os.dup2(2, 1)
     sys.stdout = sys.stderr
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def say(*lines: object) -> None:

@@ -134,6 +134,8 @@ def expanded(what: str, text: str) -> str:
             raise UseError(f"{what} {text}: the variable {name} is not set, or empty; set it, or write $$ for a dollar")
         return os.environ[name]
 
+    if not text.strip():
+        raise UseError(f"{what} is empty; give a path, or leave it out")
     path = os.path.expanduser(_VARIABLE.sub(value, text))
     if re.match(r"~\w*(/|$)", path):
         raise UseError(f"{what} {text}: no home folder is known for {path.partition('/')[0]}; write the whole path")

@@ -110,10 +110,11 @@ def find_device() -> str:
 # ---------------------------------------------------------------- one by one
 def check_run_folder(run: Path, resume: str) -> None:
     """Raise UseError where a new run would write over an old one, or the folder cannot be."""
-    if resume == "none" and (run / METRICS_NAME).exists():
+    # os.path, which says no of what it may not look at; pathlib raises.
+    if resume == "none" and os.path.exists(run / METRICS_NAME):
         raise UseError(f"{run} already holds a run; add --resume auto to continue it, or choose another train.run")
-    above = next(path for path in [run.absolute(), *run.absolute().parents] if path.exists())
-    if not above.is_dir():
+    above = next(path for path in [run.absolute(), *run.absolute().parents] if os.path.exists(path))
+    if not os.path.isdir(above):
         raise UseError(f"train.run {run}: {above} is a file; choose another train.run")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UseError(f"train.run {run}: {above} cannot be written; choose another train.run")

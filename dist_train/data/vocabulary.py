@@ -17,7 +17,7 @@ def read_vocabulary(name_or_file: str) -> dict[str, int] | None:
     Raises UseError for a path that is no file, and for a file that is no vocabulary.
     """
     path = Path(name_or_file)
-    if path.is_file():
+    if os.path.isfile(path):
         try:
             tokens = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:

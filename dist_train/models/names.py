@@ -8,6 +8,7 @@ cut into small patches (`vit_tiny_patch8`).
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def check_weights(source: str) -> None:
     if source in ("none", "hub") or source.startswith("hub:"):
         return
     # `:ema` and the like may follow a folder.
-    if not any(Path(path).exists() for path in (source, source.rpartition(":")[0] or source)):
+    if not any(os.path.exists(path) for path in (source, source.rpartition(":")[0] or source)):
         if Path(source).suffix in FILE_TYPES:
             raise UseError(f"model.weights: there is no file {source}")
         raise UseError(f"model.weights: {source!r} is not none, hub, hub:TAG or a file of type {', '.join(FILE_TYPES)}")

@@ -96,6 +96,15 @@ def test_a_pipe_that_nobody_reads_ends_the_command_without_a_word(shards: Path, 
     assert not any(word in done.stderr for word in ("Traceback", "BrokenPipe", "Exception", "error: ")), done.stderr
 
 
+def test_a_closed_standard_output_is_not_that_of_the_next_file(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from dist_train.output import *; keep_stdout()\n"
+        f"file = open({str(tmp_path / 'file')!r}, 'w'); os.write(1, b'of C'); say('result'); file.write('own')"
+    )
+    done = subprocess.run(["sh", "-c", f'"{sys.executable}" -c "$0" >&-', script], env=ENVIRONMENT, capture_output=True)
+    assert (done.returncode, (tmp_path / "file").read_text()) == (0, "own"), done.stderr
+
+
 def test_a_full_disk_behind_standard_output_is_one_line(shards: Path) -> None:
     with open("/dev/full", "w") as full:
         done = command("shards", "info", shards, capture_output=False, stdout=full, stderr=subprocess.PIPE)

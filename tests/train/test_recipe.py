@@ -159,6 +159,7 @@ def test_home_and_variables_are_expanded_in_paths_and_urls_from_files_and_the_co
         ("${EMPTY}/set", "the variable EMPTY is not set, or empty"),
         ("${HOME:-x}/set", "${HOME:-x} cannot be expanded"),
         ("${HOME/set", "${HOME/set cannot be expanded"),
+        (" ", "is empty"),
         ("~nosuchuserhere/set", "no home folder is known for ~nosuchuserhere"),
     ],
 )
