@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from dist_train import __version__
@@ -26,10 +28,10 @@ from dist_train.data.manifest import (
     write_manifest,
 )
 from dist_train.data.tarindex import IMAGE_EXTENSIONS, TarSample, index_tar, write_index
-from dist_train.errors import UseError, WorkError
+from dist_train.errors import UseError, WorkError, name_some
 from dist_train.output import say
 from shards.build import BUILD_NAME, warn_of_classes
-from shards.records import LeftOut
+from shards.records import LeftOut, warn
 from shards.sources.tars import image_extensions, read_class_names, splits_in_names, tar_files
 from shards.splits import SPLITS, check_ratios, split_counts
 from shards.verify import ShardReport, check_samples, several_images
@@ -44,11 +46,13 @@ _REPACK = "`python -m shards build --format webdataset` packs such tars anew"
 
 @dataclass(frozen=True)
 class TarReport:
-    """What was found in one tar. texts: samples with a .txt. report: with a difference for each obstacle."""
+    """What was found in one tar. texts: samples with a .txt. report: with a difference for each obstacle. joined: it is
+    several archives, one behind the other."""
 
     shard: ShardInfo
     texts: int
     report: ShardReport
+    joined: bool
 
 
 def adopt_tars(
@@ -92,6 +96,11 @@ def adopt_tars(
     texts = sum(reports[tar.name].texts for tar in tars)
     if 0 < texts < samples:
         say(f"{folder}: {samples - texts:,} of {samples:,} samples have no .txt, so the set counts as without text")
+    if joined := [tar.name for tar in tars if reports[tar.name].joined]:
+        warn(
+            f"{folder}: tars joined into one ({name_some(joined)}); all of it is read here, but the webdataset library "
+            "reads the first of them alone"
+        )
     for _ in run_jobs(index_in_place, {tar.name: (tar,) for tar in tars}, workers, 0, "index"):
         pass
     left_out = [
@@ -147,7 +156,7 @@ def inspect_tar(tar: Path, classes: int, decode: bool) -> TarReport:
     except OSError as error:
         report.differences.append(f"{tar}: cannot be read ({error.strerror})")
     texts = sum("txt" in sample.members for sample in samples)
-    return TarReport(ShardInfo(tar.name, len(samples), size, sha256), texts, report)
+    return TarReport(ShardInfo(tar.name, len(samples), size, sha256), texts, report, _is_joined(tar, samples))
 
 
 def index_in_place(tar: Path) -> None:
@@ -179,6 +188,20 @@ def _splits(tars: list[Path], split: str | None, ratios: Sequence[float] | None,
             "say so with --split train for all tars, or have them divided with --ratios 0.7,0.1,0.2"
         )
     return named
+
+
+def _is_joined(tar: Path, samples: list[TarSample]) -> bool:
+    """Whether an end-of-archive block lies between the members of a tar."""
+    members = sorted(member for sample in samples for member in sample.members.values())
+    gaps = []
+    for member, following in pairwise(members):
+        end = member.offset + -(-member.size // 512) * 512
+        if following.offset > end + 512:
+            gaps.append(end)
+    if not gaps:
+        return False
+    with open(tar, "rb") as file:
+        return any(not any(os.pread(file.fileno(), 512, gap)) for gap in gaps)
 
 
 def _other_images(tar: Path, sample: TarSample) -> str | None:

@@ -39,7 +39,7 @@ def read_folders(
     listings = {name: list_folder(top, name, out, split_folders is False) for name in loose.folders}
     splits = _find_splits(root, listings, split_folders)
     found: list[tuple[str, str, str | None, str | None]] = []  # path, class, split, .txt
-    left_out = [*loose.left_out, *(_not_in_a_class(path) for path, _ in loose.images)]
+    left_out = [*loose.left_out, *_not_in_a_class(loose.images)]
     empty: set[str] = set()
     for name, listing in listings.items():
         if splits and name not in splits and (listing.images or split_folders):
@@ -54,12 +54,9 @@ def read_folders(
             found += [(path, name, None, text) for path, text in listing.images]
             empty |= set() if listing.images else {name}
             continue
-        for path, text in listing.images:
-            parts = path.split("/")
-            if len(parts) > 2:
-                found.append((path, parts[1], splits[name], text))
-            else:
-                left_out.append(_not_in_a_class(path))
+        in_class = [(path, text) for path, text in listing.images if path.count("/") > 1]
+        found += [(path, path.split("/")[1], splits[name], text) for path, text in in_class]
+        left_out += _not_in_a_class([(path, text) for path, text in listing.images if path.count("/") == 1])
         empty.update(f"{name}/{folder}" for folder in set(listing.folders) - listing.folders_with_images())
     left_out = name_endings(left_out)
     if not found:
@@ -143,8 +140,11 @@ def _find_splits(root: Path, listings: dict[str, Listing], split_folders: bool |
     return splits
 
 
-def _not_in_a_class(path: str) -> LeftOut:
-    return LeftOut(path, "image outside of the class folders", "its folder says no class")
+def _not_in_a_class(images: list[tuple[str, str | None]]) -> list[LeftOut]:
+    """Images whose folder says no class, and the .txt beside them."""
+    files = [(path, "image outside of the class folders") for path, _ in images]
+    files += [(text, "text of an image that is left out") for text in {text for _, text in images if text}]
+    return [LeftOut(path, reason, "its folder says no class") for path, reason in sorted(files)]
 
 
 def _read_tags(file: str) -> str:

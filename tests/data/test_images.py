@@ -142,10 +142,11 @@ def verdicts(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ver
     csv.write_text("path,class,split\n" + "".join(f"{path},{i},train\n" for i, path in enumerate(paths)))
     assert main(["build", str(csv), str(built), "--root", str(shared_data), "--workers", "2"]) == 0
     left_out = {json.loads(line)["name"] for line in (built / "left_out.jsonl").read_text().splitlines()}
-    places = {}
-    for batch in EvalLoader(data_config(built), read_manifest(built), "train", Place(), batch_size=64):
+    places, manifest = {}, read_manifest(built)  # whose classes are those of the files that were taken
+    for batch in EvalLoader(data_config(built), manifest, "train", Place(), batch_size=64):
         assert batch.weights.all()
-        places |= zip(batch.samples.tolist(), batch.labels.tolist(), strict=True)
+        taken = [int(manifest.class_names[label]) for label in batch.labels]
+        places |= zip(batch.samples.tolist(), taken, strict=True)
     assert {paths[i] for i in places.values()} == set(paths) - left_out
 
     adopted = root / "adopted"

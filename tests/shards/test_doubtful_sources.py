@@ -62,7 +62,10 @@ THEIR_ROWS = {
         (("docs/readme.md",), {"no known image format (.md)": 1}),
         (("old_set/build.json", "old_set/train-000000.tar"), {"in a shard set": 2}),
         (("labels.csv", "README"), {"no known image format (.csv)": 1, "no known image format (no ending)": 1}),
-        (("cover.jpg", "train/loose.jpg"), {"image outside of the class folders": 2}),
+        (
+            ("cover.jpg", "train/loose.jpg", "train/loose.txt"),
+            {"image outside of the class folders": 2, "text of an image that is left out": 1},
+        ),
     ],
 )
 def test_what_lies_beside_split_folders_leaves_them_splits_and_is_counted(

@@ -60,7 +60,9 @@ def joined(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "tars"
 
 
-def test_tars_joined_by_cat_are_read_to_the_end_by_all(joined: Path, tmp_path: Path) -> None:
+def test_tars_joined_by_cat_are_read_to_the_end_by_all(
+    joined: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tar = joined / "train-0.tar"
     keys = [f"{i:06d}" for i in (0, 1, 2, 102, 103, 104, 105)]
     assert [found.key for found in index_tar(tar)] == keys
@@ -73,6 +75,7 @@ def test_tars_joined_by_cat_are_read_to_the_end_by_all(joined: Path, tmp_path: P
     assert main(["build", str(joined), str(tmp_path / "set"), "--workers", "1"]) == 0
     assert read_manifest(tmp_path / "set").split("train").samples == 7
     assert main(["adopt", str(joined), "--workers", "1"]) == 0
+    assert "tars joined into one (train-0.tar)" in capsys.readouterr().err
     manifest = read_manifest(joined)
     assert manifest.split("train").samples == 7 and [found.key for found in read_index(tar)] == keys
     assert main(["verify", str(joined), "--workers", "1"]) == 0
