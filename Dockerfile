@@ -13,6 +13,10 @@ WORKDIR /opt/dist-train
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1
 RUN python3 -m venv /opt/venv
 COPY . .
-RUN pip install --editable .
+# With what the demo ends in: the accuracy that colours alone give.
+RUN pip install --editable ".[benchmarks]"
 RUN dist-train --help > /dev/null && python -m shards --help > /dev/null
+# A container may run as any user (docker run --user), who has no name and no home, and writes here and to /tmp alone.
+RUN mkdir -m 1777 data runs
+ENV USER=dist-train XDG_CACHE_HOME=/tmp/cache TRITON_HOME=/tmp/cache MPLCONFIGDIR=/tmp/cache/matplotlib
 CMD ["dist-train", "--help"]

@@ -8,14 +8,19 @@ resampling. `graph.py` has what DALI does of it; `colour.py` and `colour_triton.
 
 from __future__ import annotations
 
+import os
+import stat
+import tempfile
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -28,9 +33,30 @@ from dist_train.data.graph import cpu_graph, crop_input, gpu_graph
 
 
 def load_compiled_passes() -> None:
-    """Load what the CPU pipeline computes with, once a process: it takes a second, which a GPU's process can save."""
-    import dist_train.data.colour
-    import dist_train.data.resize  # noqa: F401
+    """Load what the CPU pipeline computes with, once a process: it takes a second, which a GPU's process can save.
+
+    The compiled code is kept beside the source or in the user's cache; where neither can be written, as by a user
+    without a home in a container, in a folder of the user's own among the temporary files.
+    """
+    try:
+        import dist_train.data.colour
+        import dist_train.data.resize
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        numba.config.CACHE_DIR = str(_own_temporary_folder())
+        import dist_train.data.colour
+        import dist_train.data.resize  # noqa: F401
+
+
+def _own_temporary_folder() -> Path:
+    """The same for all processes of a user. Numba runs what it finds there: nobody else may have put it."""
+    folder = Path(tempfile.gettempdir()) / f"dist-train-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    state = folder.lstat()
+    if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o022:
+        return folder
+    return Path(tempfile.mkdtemp())
 
 
 class UndecodableError(RuntimeError):
