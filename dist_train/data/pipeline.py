@@ -20,7 +20,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -44,6 +43,8 @@ def load_compiled_passes() -> None:
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
+        import numba
+
         numba.config.CACHE_DIR = str(_own_temporary_folder())
         import dist_train.data.colour
         import dist_train.data.resize  # noqa: F401
