@@ -49,10 +49,13 @@ def problems(
     if in_range is not None:  # nothing can be computed from such numbers
         yield in_range
         return
+    # The weights that it started from may be gone: it has its own.
+    saved = any((Path(recipe.train.run) / "checkpoints").glob("step-*"))
+    goes_on = resume != "none" and (resume != "auto" or saved)
     yield from _refusals(
         [
             lambda: check_model(recipe.model, recipe.data.image_size),
-            lambda: check_weights(recipe.model.weights),
+            lambda: goes_on or check_weights(recipe.model.weights),
             lambda: _check_layer_decay(recipe),
             lambda: check_run_folder(Path(recipe.train.run), resume),
             lambda: _check_wandb(recipe),
@@ -77,7 +80,7 @@ def problems(
             lambda: _check_data_device(recipe, device),
             lambda: check_combination(recipe, device, world_size),
             lambda: unreadable or _check_deepspeed_settings(recipe, device, world_size),
-            lambda: _check_hub_weights(recipe),
+            lambda: goes_on or _check_hub_weights(recipe),
         ]
     )
 
