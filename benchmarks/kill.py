@@ -32,7 +32,7 @@ PHASES = {"step": 0.03, "evaluation": 0.04, "checkpoint": 0.03}  # the longest d
 _BATCH = 24
 
 
-def measure_kills(shards: Path, ranks: int, kills: int, epochs: int, seed: int, scratch: Path, name: str) -> str:
+def measure_kills(shards: Path, ranks: int, kills: int, epochs: int, seed: int, scratch: Path, name: str) -> Path:
     """Run the study on a shard set and write its result; returns the result's path.
 
     Raises WorkError where weights or samples differ, or the run was complete before it was killed `kills` times.
@@ -41,7 +41,7 @@ def measure_kills(shards: Path, ranks: int, kills: int, epochs: int, seed: int, 
     path = write_result("kill", name, {"shards": str(shards), "epochs": epochs, "batch": _BATCH, "seed": seed}, [row])
     if not (row["identical_weights"] and row["each_sample_once"]):
         raise WorkError(f"{path}: the killed run did not end as the undisturbed one")
-    return str(path)
+    return path
 
 
 def study_kills(shards: Path, ranks: int, kills: int, epochs: int, seed: int, scratch: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.report_headlines import tell
 from dist_train.errors import UseError
+from dist_train.output import say
 
 COMPILE = ("none", "kernels", "graphs")  # values of model.compile that a sweep can compare
 
@@ -187,7 +188,7 @@ def _paper(options: argparse.Namespace) -> int:
 
     cells = options.cells.split(",") if options.cells else None
     name = options.name or f"{'' if options.table == 'fig3' else 'table'}{options.table}-{options.scale}"
-    tell(run_table(options.table, options.scale, cells, options.render, options.vocabulary, options.jobs, name))
+    say(run_table(options.table, options.scale, cells, options.render, options.vocabulary, options.jobs, name))
     return 0
 
 

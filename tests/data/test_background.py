@@ -50,6 +50,13 @@ def batch_of(number: int) -> Batch:
     return Batch(torch.zeros(1), torch.zeros(1), torch.ones(1), None, None, np.array([number]))
 
 
+@pytest.fixture(autouse=True)
+def no_others_threads() -> None:
+    """Those of loaders in other files' tests end when they are collected."""
+    gc.collect()
+    wait_until(lambda: not threads())
+
+
 def threads() -> list[threading.Thread]:
     """Threads that making batches starts: its own, and those of the pipeline."""
     return [one for one in threading.enumerate() if one.name.startswith(("batches", "ThreadPoolExecutor"))]
