@@ -305,9 +305,9 @@ def test_a_full_disk_ends_the_run_with_one_line_and_no_half_checkpoint(
 
 def test_a_read_only_disk_is_named(small_disk: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert main(["train", *arguments(shards, small_disk / "run")]) == 1
+    assert main(["train", *arguments(shards, small_disk / "run")]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"error: {small_disk / 'run'}") and "Read-only file system" in said
+    assert said == (f"error: train.run {small_disk / 'run'}: {small_disk} cannot be written; choose another train.run")
 
 
 # ---------------------------------------------------------------------- bad steps
