@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import subprocess
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -93,12 +94,43 @@ def write_shard_set(
     return root
 
 
+def write_raw_set(root: Path, images: list[bytes]) -> Path:
+    """A set of one shard that holds the files as they are, past the builder and checked by nobody."""
+    root.mkdir()
+    tar = root / "train-000000.tar"
+    write_tar(tar, [{"jpg": image, "cls": b"0"} for image in images])
+    write_index(tar, index_tar(tar))
+    content = tar.read_bytes()
+    shard = ShardInfo(tar.name, len(images), len(content), hashlib.sha256(content).hexdigest())
+    classes = (ClassInfo("all", len(images)),)
+    write_manifest(root, Manifest(classes, {"train": SplitInfo(len(images), (shard,))}, tool="tests"))
+    return root
+
+
 @pytest.fixture(autouse=True)
 def torchs_linear() -> Iterator[None]:
     """DeepSpeed's ZeRO 3 puts another function in its place, for the whole process: put back after each test."""
     linear = torch.nn.functional.linear
     yield
     torch.nn.functional.linear = linear
+
+
+@pytest.fixture
+def mount_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system of a size such as 4m, once; a test is skipped where it may not."""
+    folder = tmp_path / "small"
+
+    def mount(size: str) -> Path:
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+            folder.rmdir()
+            pytest.skip("mounting a file system is not allowed here")
+        return folder
+
+    yield mount
+    if folder.exists():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ same pixels of them."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -24,13 +23,12 @@ from dist_train.config import DataConfig
 from dist_train.data.augment import draw_augmentation
 from dist_train.data.images import BadImage, decode, read_header
 from dist_train.data.loader import EvalLoader, Place, TrainLoader
-from dist_train.data.manifest import ClassInfo, Manifest, ShardInfo, SplitInfo, read_manifest, write_manifest
+from dist_train.data.manifest import read_manifest
 from dist_train.data.reader import ImageReader
-from dist_train.data.tarindex import index_tar, write_index
 from shards.__main__ import main
 from shards.images import convert
 from shards.verify import verify_shard_set
-from tests.conftest import smooth_image, write_tar
+from tests.conftest import smooth_image, write_raw_set, write_tar
 
 SIDE, MARGIN = 24, 8
 # Between Pillow's resize, which rounds to integers between its two passes, and ours, which does not.
@@ -97,19 +95,6 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-
-def write_raw_set(root: Path, images: list[bytes]) -> Path:
-    """A set of one shard that holds the files as they are, checked by nobody."""
-    root.mkdir()
-    tar = root / "train-000000.tar"
-    write_tar(tar, [{"jpg": image, "cls": b"0"} for image in images])
-    write_index(tar, index_tar(tar))
-    content = tar.read_bytes()
-    shard = ShardInfo(tar.name, len(images), len(content), hashlib.sha256(content).hexdigest())
-    classes = (ClassInfo("all", len(images)),)
-    write_manifest(root, Manifest(classes, {"train": SplitInfo(len(images), (shard,))}, tool="tests"))
-    return root
 
 
 # ---------------------------------------------------------------------- every odd file there is

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import struct
@@ -17,9 +16,8 @@ import pytest
 from PIL import Image
 
 from dist_train.data.images import BadImage, decode
-from dist_train.data.manifest import ClassInfo, Manifest, ShardInfo, SplitInfo, read_manifest, write_manifest
-from dist_train.data.tarindex import index_tar, write_index
-from tests.conftest import REPOSITORY, jpeg_bytes, write_tar
+from dist_train.data.manifest import read_manifest
+from tests.conftest import REPOSITORY, jpeg_bytes, write_raw_set
 
 TRAIN_AN_EPOCH = """
 import json, sys
@@ -47,19 +45,6 @@ def expected(shared_data: Path) -> dict[str, dict[str, str]]:
     """What Pillow makes of each file, by path."""
     with open(shared_data / "robustness" / "expected_pillow.csv", newline="", encoding="utf-8") as lines:
         return {row["path"]: row for row in csv.DictReader(lines)}
-
-
-def write_raw_set(root: Path, images: list[bytes]) -> Path:
-    """A set of one shard that holds the files as they are, past the builder."""
-    root.mkdir()
-    tar = root / "train-000000.tar"
-    write_tar(tar, [{"jpg": image, "cls": b"0"} for image in images])
-    write_index(tar, index_tar(tar))
-    content = tar.read_bytes()
-    shard = ShardInfo(tar.name, len(images), len(content), hashlib.sha256(content).hexdigest())
-    classes = (ClassInfo("all", len(images)),)
-    write_manifest(root, Manifest(classes, {"train": SplitInfo(len(images), (shard,))}, tool="tests"))
-    return root
 
 
 def train_an_epoch(root: Path, batch: int) -> tuple[set[int], dict[int, str], float]:
