@@ -31,12 +31,13 @@ from tqdm import tqdm
 from benchmarks.result import environment_of_one_process, write_result
 from benchmarks.timing import describe_row
 from dist_train.config import ModelConfig, Recipe
-from dist_train.data.loader import Batch, Place
+from dist_train.data.loader import Batch
 from dist_train.errors import WorkError
 from dist_train.models.backbones import TokenTransformer, ViTShape
 from dist_train.models.build import Classifier, build_model
 from dist_train.models.heads import CLSHead
 from dist_train.output import say
+from dist_train.place import Place
 from dist_train.train.engine import build_engine, build_optimizer, deepspeed_settings, init_process_group, torch_device
 from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter

@@ -30,9 +30,10 @@ from benchmarks.peers import PREPARED, Task, dali_native
 from benchmarks.step import PAPER_CLASSES, SYNTHETIC_VOCABULARY, describe, load, recipe_from_dict, utilisation
 from benchmarks.timing import EnergyMeter, median_ms, ratio, timed, timed_in_turns
 from dist_train.config import Recipe
-from dist_train.data.loader import Batch, Place
+from dist_train.data.loader import Batch
 from dist_train.models.backbones import timm_name
 from dist_train.models.names import vit_shape
+from dist_train.place import Place
 from dist_train.train.engine import init_process_group, torch_device
 from dist_train.train.meters import forget_peak_memory, memory_figures, synchronize
 

@@ -24,8 +24,9 @@ from typing import Any
 
 from benchmarks.result import write_result
 from dist_train.data.loader import Batch, TrainLoader
-from dist_train.data.manifest import read_manifest, write_atomically
+from dist_train.data.manifest import read_manifest
 from dist_train.errors import WorkError, run_command
+from dist_train.files import write_atomically
 from dist_train.models.saved import list_checkpoints, newest_checkpoint, read_weights
 
 PHASES = {"step": 0.03, "evaluation": 0.04, "checkpoint": 0.03}  # the longest delay of a kill into it, seconds

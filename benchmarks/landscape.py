@@ -45,17 +45,17 @@ from benchmarks.surface import (
 )
 from dist_train.cli import recipe_from_run
 from dist_train.config import Recipe
-from dist_train.data.draws import random_bits
+from dist_train.data.draws import Draw, random_bits
 from dist_train.data.loader import Batch, EvalLoader
-from dist_train.data.manifest import Manifest, write_atomically
+from dist_train.data.manifest import Manifest
 from dist_train.errors import UseError, WorkError
+from dist_train.files import write_atomically
 from dist_train.inference import TrainedModel, load_trained
 from dist_train.models.build import build_model
 from dist_train.models.saved import CHECKSUMS_NAME, newest_checkpoint
 from dist_train.train.checkpoint import read_state
 from dist_train.train.evaluate import Forward
 from dist_train.train.inputs import read_shard_set
-from dist_train.train.loop import WEIGHTS_DRAW
 
 _METHOD = 1  # of the numbers in a work file: another one makes old work files useless
 log = logging.getLogger(__name__)
@@ -289,7 +289,7 @@ def initial_weights(recipe: Recipe, trained: TrainedModel) -> dict[str, Tensor]:
     """
     vocab_size = trained.tokenizer.vocab_size if trained.tokenizer else 0
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(random_bits(recipe.train.seed, WEIGHTS_DRAW) >> 1))
+        torch.default_generator.manual_seed(int(random_bits(recipe.train.seed, Draw.WEIGHTS) >> 1))
         model, _ = build_model(recipe.model, recipe.data.image_size, len(trained.class_names), vocab_size)
     return model.state_dict()
 

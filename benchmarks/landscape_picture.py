@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_train.data.manifest import write_atomically
 from dist_train.errors import UseError, WorkError, run_command
+from dist_train.files import write_atomically
 
 _LEVELS = 16
 _CLIP_QUANTILE = 0.9  # the surfaces' corners would leave nothing to see of their middle

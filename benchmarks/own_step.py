@@ -11,8 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from dist_train.config import Recipe
-from dist_train.data.loader import Batch, Place
+from dist_train.data.loader import Batch
 from dist_train.models.build import build_model
+from dist_train.place import Place
 from dist_train.train.engine import build_engine, compile_mode, torch_device
 from dist_train.train.inputs import one_sample
 from dist_train.train.losses import Objective

@@ -156,7 +156,7 @@ def draw_small_set() -> None:
     """The drawn characters of the small scale, unless they are there."""
     if not (SMALL_SHARDS / MANIFEST_NAME).exists():
         from shards.build import build_shard_set
-        from shards.demo import demo_records
+        from shards.demo.records import demo_records
         from shards.plan import BuildOptions
 
         build_shard_set(demo_records(20, SMALL_PICTURES, 72, 3), SMALL_SHARDS, BuildOptions(size=72))

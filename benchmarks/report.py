@@ -17,8 +17,8 @@ from benchmarks.charts_accuracy import accuracy_charts
 from benchmarks.report_headlines import BENCHES, headline
 from benchmarks.report_page import escaped, render_html, render_section, render_svg, slug
 from benchmarks.report_tables import COLUMNS, Table, generic_columns, machine_of, note_of, table_of, tables_of, unlisted
-from dist_train.data.manifest import write_atomically
 from dist_train.errors import UseError, WorkError
+from dist_train.files import write_atomically
 
 __all__ = ["COLUMNS", "render_page", "render_report", "write_report"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from dist_train.data.manifest import write_atomically
+from dist_train.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (

@@ -26,12 +26,13 @@ from benchmarks.own_step import OwnStep, saved_activations_mb, synthetic_batch
 from benchmarks.result import environment_of_one_process, write_result
 from benchmarks.timing import EnergyMeter, describe_row, step_figures, timed
 from dist_train.config import Recipe
-from dist_train.data.loader import Batch, Place, TrainLoader
+from dist_train.data.loader import Batch, TrainLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.data.text import TagTokenizer
 from dist_train.errors import UseError, WorkError
 from dist_train.output import say
 from dist_train.parse import SECTIONS
+from dist_train.place import Place
 from dist_train.train.engine import init_process_group, torch_device
 from dist_train.train.inputs import build_tokenizer
 from dist_train.train.meters import (

@@ -153,7 +153,7 @@ def plan(study: Study) -> list[Run]:
 def make_data(study: Study) -> None:
     """The shard sets, unless they are there."""
     from shards.build import build_shard_set
-    from shards.demo import demo_records
+    from shards.demo.records import demo_records
     from shards.plan import BuildOptions
     from shards.sources import read_source
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dist_train.models.layers import is_decayed
+from dist_train.models.parameter_groups import is_decayed
 
 Point = tuple[float, ...]
 Evaluate = Callable[..., tuple[float, float]]

@@ -30,7 +30,7 @@ def _main(words: list[str], keep: Callable[[], None]) -> int | None:
     if words[:1] == ["doctor"]:
         hostfile, recipe, resume = _doctors_arguments(words[1:])
         keep()
-        from dist_train.doctor import examine  # imports torch, which takes seconds
+        from dist_train.cluster.doctor import examine  # imports torch, which takes seconds
 
         return examine(recipe, resume, hostfile)
     options = _command_parser().parse_args(words)

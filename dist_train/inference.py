@@ -17,16 +17,18 @@ from torch import Tensor, nn
 
 from dist_train.config import DeepSpeedConfig, Recipe
 from dist_train.data.images import BadImage
-from dist_train.data.loader import Batch, EvalLoader, Place
-from dist_train.data.manifest import Manifest, read_manifest, write_atomically
+from dist_train.data.loader import Batch, EvalLoader
+from dist_train.data.manifest import Manifest, read_manifest
 from dist_train.data.reader import ImageReader
 from dist_train.data.tags import tag_line
 from dist_train.data.text import TagTokenizer
 from dist_train.errors import UseError, WorkError, written
+from dist_train.files import write_atomically
 from dist_train.models.backbones import timm_name, vit_shape
 from dist_train.models.build import build_model, to_timm_state_dict
 from dist_train.models.saved import choose_checkpoint, read_averaged_weights, read_class_names, read_weights
 from dist_train.output import say
+from dist_train.place import Place
 from dist_train.train.checkpoint import read_state
 from dist_train.train.engine import torch_device
 from dist_train.train.evaluate import Evaluation, Forward, evaluate

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 
 from dist_train.cli import parse_recipe
-from dist_train.data.manifest import write_atomically
+from dist_train.cluster.hosts import read_hostfile
 from dist_train.errors import UseError, run_command
-from dist_train.hosts import read_hostfile
+from dist_train.files import write_atomically
 
 # Never credentials: the launcher logs the command line that carries these.
 PASSED_ON = re.compile(

@@ -88,7 +88,7 @@ def _adopt(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from shards.demo import demo_records
+    from shards.demo.records import demo_records
 
     options = BuildOptions(
         size=arguments.size, shard_mb=arguments.shard_mb, seed=arguments.seed, workers=arguments.workers

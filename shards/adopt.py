@@ -24,11 +24,11 @@ from dist_train.data.manifest import (
     Manifest,
     ShardInfo,
     SplitInfo,
-    write_atomically,
     write_manifest,
 )
 from dist_train.data.tarindex import IMAGE_EXTENSIONS, TarSample, index_tar, write_index
 from dist_train.errors import UseError, WorkError, name_some
+from dist_train.files import write_atomically
 from dist_train.output import say
 from shards.build import BUILD_NAME, warn_of_classes
 from shards.records import LeftOut, warn

@@ -26,10 +26,10 @@ from dist_train.data.manifest import (
     ShardInfo,
     SplitInfo,
     read_manifest,
-    write_atomically,
     write_manifest,
 )
 from dist_train.errors import UseError, WorkError, name_some
+from dist_train.files import write_atomically
 from dist_train.output import say
 from shards.plan import BuildOptions, Plan, make_plan, too_few
 from shards.records import LeftOut, Record, warn

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from dist_train.data.checksums import checksums_path, compute_checksums, write_checksums
 from dist_train.data.images import BadImage
-from dist_train.data.manifest import ShardInfo, write_atomically
+from dist_train.data.manifest import ShardInfo
 from dist_train.data.tarindex import Member, TarSample, index_path, read_index, write_index
 from dist_train.errors import WorkError
+from dist_train.files import write_atomically
 from shards.images import convert
 from shards.plan import BuildOptions, ShardPlan
 from shards.records import LeftOut, Record

@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.config import DataConfig
-from dist_train.data.draws import uniform
+from dist_train.data.draws import Draw, uniform
 
-_AUGMENT = 3  # first counter of a draw: what it is for (the plan has 1 and 2)
 _DRAWS = 7
 _CROP_Y, _CROP_X, _FLIP, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(_DRAWS)
 
@@ -48,7 +47,7 @@ def draw_augmentation(
     config: DataConfig, seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]
 ) -> Augmentation:
     """Parameters of the given samples (indexes in the manifest's order) in the given epochs, (B,) each."""
-    drawn = uniform(seed, _AUGMENT, epochs, samples, np.arange(_DRAWS)[:, None])  # (draws, B), all at once
+    drawn = uniform(seed, Draw.AUGMENTATION, epochs, samples, np.arange(_DRAWS)[:, None])  # (draws, B), all at once
 
     def factor(what: int, strength: float) -> NDArray[np.float64]:
         return 1 + strength * (2 * drawn[what] - 1)

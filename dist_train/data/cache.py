@@ -23,10 +23,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-from dist_train.data.manifest import ShardInfo, write_atomically
+from dist_train.data.manifest import ShardInfo
 from dist_train.data.remote import Stopped, download
 from dist_train.data.tarindex import TarSample, format_index, index_path, index_tar, open_index
 from dist_train.errors import UseError, WorkError
+from dist_train.files import write_atomically
 
 GB = 10**9
 POLL_S = 0.02  # between two looks at what another process does

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_train.data.manifest import write_atomically
 from dist_train.data.tarindex import TarSample
+from dist_train.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,25 @@ counter. Vectorised over numpy arrays of counters.
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import numpy as np
 from numpy.typing import NDArray
 
 Counter = int | NDArray[np.integer]
+
+
+class Draw(IntEnum):
+    """What a draw of a run is for: its first counter after the seed. A number stands for the same in every version."""
+
+    SHARDS = 1
+    WINDOWS = 2
+    AUGMENTATION = 3
+    DROPOUT = 4
+    WEIGHTS = 5
+    TAG_ORDER = 6
+    MIXING = 7
+
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

@@ -11,7 +11,6 @@ import logging
 import os
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -31,21 +30,12 @@ from dist_train.data.quarantine import Quarantine
 from dist_train.data.readahead import open_remote
 from dist_train.data.text import TagTokenizer, shuffle_tags
 from dist_train.errors import UseError
+from dist_train.place import Place
 from dist_train.ranges import check_section
 
 log = logging.getLogger(__name__)
 
 UNDER_WAY = 2  # batches in DALI's hands: one is decoded while the one before is finished
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands: its rank among world_size, and its GPU (None on the CPU)."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
-    device_id: int | None = None
 
 
 def open_device(config: DataConfig, place: Place) -> int | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from dist_train.config import DataConfig
 from dist_train.data.remote import file_url, is_url, read_file
 from dist_train.errors import UseError, WorkError, name_some
+from dist_train.files import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 LEFT_OUT_NAME = "left_out.jsonl"
@@ -135,21 +135,6 @@ def check_has_tags(config: DataConfig, manifest: Manifest) -> None:
             f"model.text_tokens asks for tags, but the shard set {config.shards} has none; "
             "build it with tags or set model.text_tokens to 0"
         )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all: temporary name, sync, rename, sync of the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_train.data.draws import permutation
+from dist_train.data.draws import Draw, permutation
 from dist_train.errors import UseError
 
 # Streams chosen by themselves: enough that a rank with 8 samples of a batch or more has its own, and few enough that a
@@ -30,7 +30,6 @@ from dist_train.errors import UseError
 FEWEST_AUTO_STREAMS = 64
 SAMPLES_PER_AUTO_STREAM = 8
 _SHUFFLED_AT_ONCE = 2**20  # samples, to keep intermediate results small
-_SHARDS, _WINDOWS = 1, 2  # first counter of a draw: what it is for
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ class EpochPlan:
         return self._lines[epoch]
 
     def _make_line(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        order = permutation(len(self.counts), self.seed, _SHARDS, epoch)
+        order = permutation(len(self.counts), self.seed, Draw.SHARDS, epoch)
         order = order[self.counts[order] > 0]
         return order, np.cumsum(self.counts[order]) - self.counts[order]
 
@@ -247,7 +246,7 @@ class EpochPlan:
         for size in np.unique(sizes).tolist():  # one, or two in the last window
             same = fresh[sizes == size]
             for some in np.array_split(same, -(-len(same) * size // _SHUFFLED_AT_ONCE)):
-                shuffled[some, :size] = permutation(size, self.seed, _WINDOWS, epoch, some[:, None], window)
+                shuffled[some, :size] = permutation(size, self.seed, Draw.WINDOWS, epoch, some[:, None], window)
         known[fresh] = True
         return shuffled
 

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, overload
 
-from dist_train.data.manifest import write_atomically
 from dist_train.errors import WorkError
+from dist_train.files import write_atomically
 
 # In the order of preference. What a file is its content decides; without one of these it counts as no image.
 IMAGE_EXTENSIONS = tuple("jpg jpeg png webp jpe jfif mpo apng gif bmp dib tif tiff ppm pgm pbm pnm jp2 avif".split())

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train.config import DataConfig
-from dist_train.data.draws import random_bits
+from dist_train.data.draws import Draw, random_bits
 from dist_train.data.fetch import ShardFetcher
 from dist_train.data.manifest import Manifest, check_has_tags
 from dist_train.data.plan import evaluation_batches, needs_of
@@ -25,7 +25,6 @@ from dist_train.data.vocabulary import WHOLE_TAGS, read_vocabulary
 from dist_train.errors import WorkError
 
 TAGS_NAME = "tags.txt"
-_TAG_ORDER = 6  # first counter of a draw: what it is for (data has 1 to 3, training 4 and 5)
 _PADDING, _UNKNOWN, _FIRST_TAG = 0, 1, 2  # ids of whole tags
 
 
@@ -101,7 +100,7 @@ def shuffle_tags(texts: list[str], seed: int, epochs: NDArray[np.int64], samples
     ends = np.cumsum(lengths)
     row = np.repeat(np.arange(len(lines)), lengths)
     place = np.arange(len(row)) - (ends - lengths)[row]
-    order = np.lexsort((random_bits(seed, _TAG_ORDER, epochs[row], samples[row], place), row))
+    order = np.lexsort((random_bits(seed, Draw.TAG_ORDER, epochs[row], samples[row], place), row))
     tags = [tag for line in lines for tag in line]
     return [" ".join(tags[i] for i in order[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 

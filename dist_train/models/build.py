@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from dist_train.config import ModelConfig
 from dist_train.models.backbones import TokenTransformer, create_cnn
 from dist_train.models.heads import CLSHead, IFAHead, initialise_head
-from dist_train.models.layers import freeze
 from dist_train.models.names import check_model, vit_shape
+from dist_train.models.parameter_groups import freeze
 from dist_train.models.vilt import TextEmbeddings, keep_padding_out
 from dist_train.models.weights import LoadReport, load_weights
 

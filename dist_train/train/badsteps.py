@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_train.data.loader import Place
-from dist_train.data.manifest import write_atomically
 from dist_train.errors import WorkError
+from dist_train.files import write_atomically
+from dist_train.place import Place
 from dist_train.train.ranks import gather
 
 log = logging.getLogger(__name__)

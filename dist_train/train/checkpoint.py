@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dist_train.config import Recipe
-from dist_train.data.manifest import write_atomically
 from dist_train.errors import UseError, WorkError
+from dist_train.files import write_atomically
 from dist_train.models.saved import (
     CHECKSUMS_NAME,
     EXTRA_NAME,

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from dist_train.config import OptimConfig, Recipe
-from dist_train.data.loader import Place
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import Classifier, compile_blocks, compile_parts
-from dist_train.models.layers import head_layer, is_decayed, layer_of
+from dist_train.models.parameter_groups import head_layer, is_decayed, layer_of
+from dist_train.place import Place
 from dist_train.recipe import check_combination
 from dist_train.train.replica import Replica
 from dist_train.train.settings import deepspeed_settings, uses_deepspeed, why_no_graphs

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_train.cluster.watch import Watch
 from dist_train.config import Recipe
-from dist_train.data.draws import random_bits
-from dist_train.data.loader import EvalLoader, Place, TrainLoader
-from dist_train.data.manifest import Manifest, write_atomically
+from dist_train.data.draws import Draw, random_bits
+from dist_train.data.loader import EvalLoader, TrainLoader
+from dist_train.data.manifest import Manifest
 from dist_train.data.quarantine import QUARANTINE_NAME
 from dist_train.data.text import TAGS_NAME, TagTokenizer, find_frequent_tags
 from dist_train.errors import UseError
+from dist_train.files import write_atomically
 from dist_train.models.build import build_model
 from dist_train.models.saved import read_averaged_weights
+from dist_train.place import Place
 from dist_train.recipe import check
 from dist_train.train.badsteps import BadSteps
 from dist_train.train.checkpoint import (
@@ -57,11 +60,8 @@ from dist_train.train.record import SUMMARY_NAME, RunRecord, read_summary, start
 from dist_train.train.runfolder import held_run_folder
 from dist_train.train.schedule import count_steps, learning_rate
 from dist_train.train.step import TrainStep, make_forward
-from dist_train.train.watch import Watch
 
 log = logging.getLogger(__name__)
-
-WEIGHTS_DRAW = 5  # first counter of a draw: what it is for (data has 1 to 3 and 6, training 4 and 7)
 
 
 def train(recipe: Recipe, resume: str = "none") -> None:
@@ -139,7 +139,7 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
     train_loader(0)  # says whether the cache has room before the model is built
 
     # ------------------------------------------------------------------ model and engine
-    torch.manual_seed(int(random_bits(recipe.train.seed, WEIGHTS_DRAW) >> 1))
+    torch.manual_seed(int(random_bits(recipe.train.seed, Draw.WEIGHTS) >> 1))
     vocab_size = tokenizer.vocab_size if tokenizer else 0
     # A run that goes on has its weights in the checkpoint: those that it started from may be gone.
     config = recipe.model if checkpoint is None else replace(recipe.model, weights="none")

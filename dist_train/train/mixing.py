@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train.config import DataConfig
-from dist_train.data.draws import Counter, uniform
+from dist_train.data.draws import Counter, Draw, uniform
 from dist_train.data.loader import Batch
 
-_MIXING = 7  # what a draw is for
 _RATIO, _ANGLE, _CHOICE, _ROW, _COLUMN = range(5)
 
 
@@ -50,9 +49,9 @@ def mix_neighbours(config: DataConfig, batch: Batch, seed: int, step: int, posit
         return batch, None
     size, device = batch.images.shape[-1], batch.images.device
     pairs = (position + np.arange(0, len(batch.labels), 2)) // 2
-    cut = uniform(seed, _MIXING, step, pairs, _CHOICE) < (0.5 if config.mixup else 1.0)
+    cut = uniform(seed, Draw.MIXING, step, pairs, _CHOICE) < (0.5 if config.mixup else 1.0)
     cut &= config.cutmix > 0
-    blend = symmetric_beta(config.mixup, seed, _MIXING, step, pairs) if config.mixup else np.ones(len(pairs))
+    blend = symmetric_beta(config.mixup, seed, Draw.MIXING, step, pairs) if config.mixup else np.ones(len(pairs))
     top, bottom, left, right = _boxes(config.cutmix, size, seed, step, pairs) if config.cutmix else np.zeros((4, 1))
     area = (bottom - top) * (right - left) / size**2
     usable = (batch.weights.view(-1, 2) > 0).all(dim=1).repeat_interleave(2)
@@ -77,9 +76,9 @@ def mix_neighbours(config: DataConfig, batch: Batch, seed: int, step: int, posit
 def _boxes(alpha: float, size: int, seed: int, step: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
     """Top, bottom, left, right of each pair's box, pixels, (4, pairs): its area a share from Beta(alpha, alpha) of the
     image's, its centre anywhere, and what of it is outside cut off (Yun et al. 2019, algorithm A1)."""
-    side = np.sqrt(symmetric_beta(alpha, seed, _MIXING, step, pairs)) * size
+    side = np.sqrt(symmetric_beta(alpha, seed, Draw.MIXING, step, pairs)) * size
     edges = []
     for what in (_ROW, _COLUMN):
-        centre = uniform(seed, _MIXING, step, pairs, what) * size
+        centre = uniform(seed, Draw.MIXING, step, pairs, what) * size
         edges += [centre - side / 2, centre + side / 2]
     return np.clip(np.rint(edges), 0, size).astype(np.int64)

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dist_train.data.loader import Place
 from dist_train.errors import UseError, WorkError
+from dist_train.place import Place
 from dist_train.train.meters import StepMeter, find_stragglers
 
 log = logging.getLogger(__name__)

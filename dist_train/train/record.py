@@ -28,8 +28,8 @@ import torch
 import yaml
 
 from dist_train.config import Recipe
-from dist_train.data.manifest import write_atomically
 from dist_train.errors import UseError, WorkError
+from dist_train.files import write_atomically
 from dist_train.recipe import METRICS_NAME
 from dist_train.train.meters import device_name
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from dist_train.data.loader import Place
 from dist_train.errors import WorkError
+from dist_train.place import Place
 from dist_train.recipe import check_run_folder
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config import Recipe
-from dist_train.data.draws import random_bits
+from dist_train.data.draws import Draw, random_bits
 from dist_train.data.loader import Batch
 from dist_train.train.badsteps import BadSteps
 from dist_train.train.engine import Engine
@@ -19,8 +19,6 @@ from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter, forget_peak_memory, peak_memory_mb
 from dist_train.train.mixing import Mix, mix_neighbours
 from dist_train.train.precision import check_products, compute_dtype, measured_products, set_arithmetic, uses_autocast
-
-_DROPOUT = 4  # first counter of a draw: what it is for (data has 1 to 3 and 6, initial weights 5, mixing 7)
 
 
 @dataclass
@@ -57,7 +55,7 @@ class TrainStep:
             batch = self.meter.wait(lambda: next(batches))
             position = (self.rank * self.accumulation + micro) * len(batch.labels)
             batch, mix = mix_neighbours(self.recipe.data, batch, seed, step, position)
-            generator_of(engine.device).manual_seed(int(random_bits(seed, _DROPOUT, step, micro, self.rank) >> 1))
+            generator_of(engine.device).manual_seed(int(random_bits(seed, Draw.DROPOUT, step, micro, self.rank) >> 1))
             if self.bad_steps is not None:
                 self.bad_steps.before_forward(engine.module)
             if self.products is None:

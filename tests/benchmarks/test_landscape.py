@@ -35,12 +35,13 @@ from benchmarks.surface import (
 from dist_train.cli import main, recipe_from_run
 from dist_train.config import ModelConfig
 from dist_train.data.draws import random_bits
-from dist_train.data.loader import EvalLoader, Place
+from dist_train.data.loader import EvalLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.inference import load_trained
 from dist_train.models.build import build_model
 from dist_train.models.saved import newest_checkpoint, read_weights
+from dist_train.place import Place
 from tests.conftest import CLASSES, write_shard_set
 
 TEST = [7, 6]

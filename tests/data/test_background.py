@@ -27,11 +27,12 @@ from dist_train.data import background
 from dist_train.data.background import Batch, IsStopped, made_ahead
 from dist_train.data.cache import ShardCache
 from dist_train.data.fetch import FetchedBatch
-from dist_train.data.loader import EvalLoader, Place, TrainLoader
+from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.data.plan import Positions
 from dist_train.data.quarantine import Quarantine
 from dist_train.errors import WorkError
+from dist_train.place import Place
 from tests.conftest import REPOSITORY
 from tests.data.remote_servers import wait_until
 

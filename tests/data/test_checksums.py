@@ -12,9 +12,10 @@ import pytest
 
 from dist_train.config import DataConfig
 from dist_train.data.checksums import checksums_path, compute_checksums, read_checksums
-from dist_train.data.loader import EvalLoader, Place, TrainLoader
+from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.data.tarindex import index_tar, read_index
+from dist_train.place import Place
 from shards.__main__ import main
 from tests.conftest import jpeg_bytes, smooth_image, write_tar
 

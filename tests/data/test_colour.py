@@ -22,7 +22,7 @@ from PIL import Image
 from dist_train.config import DataConfig
 from dist_train.data import colour, colour_torch
 from dist_train.data.augment import Augmentation, colour_parameters, draw_augmentation, no_augmentation
-from shards.demo import demo_records
+from shards.demo.records import demo_records
 from tests.conftest import REPOSITORY, smooth_image
 from tests.data.torchvision_jitter import torchvisions
 

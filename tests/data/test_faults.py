@@ -18,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 
 from dist_train.config import DataConfig
-from dist_train.data.loader import EvalLoader, Place, TrainLoader
+from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.manifest import ClassInfo, Manifest, ShardInfo, SplitInfo, read_manifest, write_manifest
 from dist_train.data.tarindex import index_path, index_tar, read_index, write_index
 from dist_train.errors import WorkError
+from dist_train.place import Place
 from dist_train.train.evaluate import evaluate
 from tests.conftest import CLASSES, jpeg_bytes, write_shard_set
 

@@ -22,9 +22,10 @@ from PIL import Image
 from dist_train.config import DataConfig
 from dist_train.data.augment import draw_augmentation
 from dist_train.data.images import BadImage, decode, read_header
-from dist_train.data.loader import EvalLoader, Place, TrainLoader
+from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.data.reader import ImageReader
+from dist_train.place import Place
 from shards.__main__ import main
 from shards.images import convert
 from shards.verify import verify_shard_set

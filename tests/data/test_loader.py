@@ -21,10 +21,11 @@ from PIL import Image
 
 from dist_train.config import DataConfig
 from dist_train.data import loader as loader_module
-from dist_train.data.loader import Batch, EvalLoader, Place, TrainLoader
+from dist_train.data.loader import Batch, EvalLoader, TrainLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.data.pipeline import ImagePipeline
 from dist_train.errors import UseError, WorkError
+from dist_train.place import Place
 from tests.conftest import CLASSES, jpeg_bytes
 
 TARS = [37, 100, 64, 51]

@@ -24,9 +24,10 @@ from dist_train.config import DataConfig
 from dist_train.data import cache as cache_module
 from dist_train.data import remote as remote_module
 from dist_train.data.cache import ShardCache
-from dist_train.data.loader import Batch, EvalLoader, Place, TrainLoader
+from dist_train.data.loader import Batch, EvalLoader, TrainLoader
 from dist_train.data.manifest import Manifest, read_manifest
 from dist_train.errors import UseError, WorkError
+from dist_train.place import Place
 from shards.__main__ import main as shards_main
 from tests.conftest import REPOSITORY, write_shard_set
 from tests.data.remote_servers import NGINX, FaultyProxy, Nginx, free_port, is_listening, tmpfs, wait_until

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from dist_train.errors import UseError
-from shards import demo
-from shards.drawing import BACKGROUNDS, OCCLUSIONS
-from shards.figure import ACCESSORIES, CLOTHES, EYES, FACES, FRINGES, HAIR, MOUTHS
+from shards.demo import records as demo
+from shards.demo.drawing import BACKGROUNDS, OCCLUSIONS
+from shards.demo.figure import ACCESSORIES, CLOTHES, EYES, FACES, FRINGES, HAIR, MOUTHS
 
 SHAPES = ("hair", "fringe", "eyes", "face", "clothes", "accessory")
 COLOURS = ("hair_colour", "eye_colour", "clothes_colour", "trim_colour", "skin")

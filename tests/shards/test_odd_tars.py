@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from dist_train.config import DataConfig
-from dist_train.data.loader import EvalLoader, Place
+from dist_train.data.loader import EvalLoader
 from dist_train.data.manifest import ClassInfo, Manifest, ShardInfo, SplitInfo, read_manifest, write_manifest
 from dist_train.data.tarindex import index_tar, read_index, write_index
 from dist_train.errors import WorkError
+from dist_train.place import Place
 from shards.__main__ import main
 from shards.records import LeftOut, Record
 from shards.sources import read_source

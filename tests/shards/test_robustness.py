@@ -24,7 +24,8 @@ import json, sys
 from itertools import islice
 from pathlib import Path
 from dist_train.config import DataConfig
-from dist_train.data.loader import Place, TrainLoader
+from dist_train.data.loader import TrainLoader
+from dist_train.place import Place
 from dist_train.data.manifest import read_manifest
 from dist_train.train.meters import peak_resident_mb
 

@@ -16,9 +16,10 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
 from dist_train.config import DataConfig
-from dist_train.data.loader import EvalLoader, Place
+from dist_train.data.loader import EvalLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.data.tarindex import index_tar, read_index
+from dist_train.place import Place
 from shards.__main__ import main
 from shards.build import build_shard_set
 from shards.plan import BuildOptions

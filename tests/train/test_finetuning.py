@@ -16,10 +16,11 @@ from torch.nn import functional
 
 from dist_train.cli import main, parse_recipe
 from dist_train.data.draws import random_bits
-from dist_train.data.loader import Batch, Place, TrainLoader
+from dist_train.data.loader import Batch, TrainLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.models.build import build_model, to_timm_state_dict
 from dist_train.models.saved import list_checkpoints, newest_checkpoint, read_averaged_weights, read_weights
+from dist_train.place import Place
 from dist_train.train.loop import make_forward
 from tests.conftest import CLASSES, write_shard_set
 

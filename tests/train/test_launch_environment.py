@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.cluster.hosts import read_hostfile
 from dist_train.errors import UseError
-from dist_train.hosts import read_hostfile
 from tests.conftest import REPOSITORY
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dist_train.data.loader import Place
 from dist_train.models.names import VIT_SIZES
+from dist_train.place import Place
 from tests.conftest import write_shard_set
 from tests.train.deepspeed_worker import (
     BATCH,

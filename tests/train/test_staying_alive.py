@@ -19,11 +19,12 @@ import pytest
 import torch
 
 from dist_train.cli import main, parse_recipe
-from dist_train.data.loader import Batch, Place
+from dist_train.data.loader import Batch
 from dist_train.data.manifest import read_manifest
 from dist_train.data.plan import EpochPlan
 from dist_train.models.build import build_model
 from dist_train.models.saved import newest_checkpoint
+from dist_train.place import Place
 from dist_train.train.badsteps import BadSteps
 from dist_train.train.checkpoint import read_state
 from dist_train.train.engine import build_engine, init_process_group

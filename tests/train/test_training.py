@@ -27,10 +27,11 @@ from torch.nn import functional
 from dist_train.cli import main, parse_recipe
 from dist_train.data.draws import random_bits
 from dist_train.data.images import FORMATS
-from dist_train.data.loader import EvalLoader, Place, TrainLoader
+from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.manifest import read_manifest, write_manifest
 from dist_train.models.build import build_model
 from dist_train.models.saved import list_checkpoints, newest_checkpoint, read_weights
+from dist_train.place import Place
 from dist_train.train.checkpoint import read_state
 from dist_train.train.evaluate import evaluate
 from dist_train.train.meters import find_stragglers

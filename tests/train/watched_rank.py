@@ -7,10 +7,10 @@ import time
 
 import torch
 
+from dist_train.cluster.watch import Watch
 from dist_train.errors import WorkError, run_command
 from dist_train.train.engine import init_process_group
 from dist_train.train.record import start_console_log
-from dist_train.train.watch import Watch
 
 
 def main(fate: str, timeout_s: float) -> None:

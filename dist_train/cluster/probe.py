@@ -1,6 +1,6 @@
 """What one host says of itself before a run, as one JSON object; `dist-train doctor` asks every host for it.
 
-python -m dist_train.probe SHARDS RUN MARKER
+python -m dist_train.cluster.probe SHARDS RUN MARKER
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ from types import TracebackType
 
 import torch
 
-from dist_train.data.loader import Place
 from dist_train.errors import WorkError
 from dist_train.launcher import noted_launcher
+from dist_train.place import Place
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from shards.figure import Character, Pose, draw_figure
-from shards.pen import BLACK, WHITE, Colour, Pen, ellipse, mix, polygon, smooth
+from shards.demo.figure import Character, Pose, draw_figure
+from shards.demo.pen import BLACK, WHITE, Colour, Pen, ellipse, mix, polygon, smooth
 
 BACKGROUNDS = ("plain", "gradient", "stripes", "checks", "bokeh", "sky", "hills", "night", "room", "sunburst")
 OCCLUSIONS = ("none", "bar", "speech_bubble", "petals", "paw", "book")

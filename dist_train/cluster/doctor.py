@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
+from dist_train.cluster.hosts import read_hostfile
+from dist_train.cluster.probe import existing_folder
 from dist_train.config import Recipe
 from dist_train.data.manifest import Manifest, read_manifest
 from dist_train.data.plan import micro_batch_of
 from dist_train.data.remote import is_url
 from dist_train.errors import UseError, WorkError
-from dist_train.hosts import read_hostfile
 from dist_train.models.build import build_model
 from dist_train.output import say
-from dist_train.probe import existing_folder
 from dist_train.recipe import problems
 from dist_train.train.settings import precision_of
 
@@ -59,7 +59,14 @@ def examine(recipe: Recipe, resume: str, hostfile: Path | None) -> int:
     findings: list[Finding] = []
     try:
         with NamedTemporaryFile(prefix=".dist-train-doctor-", dir=folder) as marker:
-            words = [sys.executable, "-m", "dist_train.probe", recipe.data.shards, recipe.train.run, marker.name]
+            words = [
+                sys.executable,
+                "-m",
+                "dist_train.cluster.probe",
+                recipe.data.shards,
+                recipe.train.run,
+                marker.name,
+            ]
             answers = ask(slots, words, findings)
     except OSError as error:
         findings.append(

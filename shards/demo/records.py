@@ -14,10 +14,10 @@ import numpy as np
 
 from dist_train.data.draws import uniform
 from dist_train.errors import UseError
-from shards import figure
-from shards.drawing import BACKGROUNDS, OCCLUSIONS, Scene, draw_picture
-from shards.figure import Character, Pose
-from shards.pen import BLACK, Colour, mix
+from shards.demo import figure
+from shards.demo.drawing import BACKGROUNDS, OCCLUSIONS, Scene, draw_picture
+from shards.demo.figure import Character, Pose
+from shards.demo.pen import BLACK, Colour, mix
 from shards.records import Record
 
 Choice = TypeVar("Choice")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.pen import BLACK, WHITE, Colour, Pen, Points, both_sides, ellipse, mirrored, mix, polygon, smooth
+from shards.demo.pen import BLACK, WHITE, Colour, Pen, Points, both_sides, ellipse, mirrored, mix, polygon, smooth
 
 HAIR_COLOURS: dict[str, Colour] = {
     "black": (56, 50, 66),

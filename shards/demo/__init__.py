@@ -1,0 +1,1 @@
+"""Drawn characters: a shard set of any size without a download."""
