@@ -26,15 +26,15 @@ from dist_train.data.manifest import (
     SplitInfo,
     write_manifest,
 )
-from dist_train.data.tarindex import IMAGE_EXTENSIONS, TarSample, index_tar, write_index
+from dist_train.data.tarindex import TarSample, index_tar, write_index
 from dist_train.errors import UseError, WorkError, name_some
 from dist_train.files import write_atomically
 from dist_train.output import say
 from shards.build import BUILD_NAME, warn_of_classes
 from shards.records import LeftOut, warn
-from shards.sources.tars import image_extensions, read_class_names, splits_in_names, tar_files
+from shards.sources.tars import read_class_names, splits_in_names, tar_files
 from shards.splits import SPLITS, check_ratios, split_counts
-from shards.verify import ShardReport, check_samples, several_images
+from shards.verify import ShardReport, check_samples
 from shards.workers import run_jobs
 
 UNDECODABLE = "in the tar but undecodable"
@@ -149,7 +149,6 @@ def inspect_tar(tar: Path, classes: int, decode: bool) -> TarReport:
             report.differences.append(f"{tar}: {what}; {_REPACK}, with --class-key for a class in the .json")
         else:
             report = check_samples(tar, samples, classes, text=False, decode_images=decode)
-            report.differences += [line for sample in samples if (line := _other_images(tar, sample))]
         report.differences += _unlistable(tar, samples)
     except WorkError as error:
         report.differences.append(str(error))
@@ -202,15 +201,6 @@ def _is_joined(tar: Path, samples: list[TarSample]) -> bool:
         return False
     with open(tar, "rb") as file:
         return any(not any(os.pread(file.fileno(), 512, gap)) for gap in gaps)
-
-
-def _other_images(tar: Path, sample: TarSample) -> str | None:
-    """A line for a sample with images that the loader passes over: as in a build, nothing says which is meant."""
-    extensions = image_extensions(sample)
-    readable = [extension for extension in extensions if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
-    if len(readable) != 1 or len(extensions) == 1:
-        return None  # those of other numbers have their line already
-    return several_images(tar, sample, extensions)
 
 
 def _unlistable(tar: Path, samples: list[TarSample]) -> list[str]:

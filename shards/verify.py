@@ -12,7 +12,8 @@ from dist_train.data.images import BadImage, decode
 from dist_train.data.manifest import Manifest, ShardInfo, read_manifest
 from dist_train.data.tarindex import IMAGE_EXTENSIONS, TarSample, index_path, index_tar, read_index, write_index
 from dist_train.errors import WorkError
-from shards.workers import count_image, run_jobs
+from shards.processes import count_image
+from shards.workers import run_jobs
 
 
 @dataclass

@@ -20,8 +20,8 @@ from dist_train.errors import WorkError
 from dist_train.files import write_atomically
 from shards.images import convert
 from shards.plan import BuildOptions, ShardPlan
+from shards.processes import count_image
 from shards.records import LeftOut, Record
-from shards.workers import count_image
 
 _BLOCK = 512  # a tar is made of blocks of this many bytes
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from dist_train.data.tags import tag_line
 from dist_train.errors import UseError, name_some
-from shards.records import LeftOut, Record, warn
-from shards.sources import FileContent
+from shards.records import FileContent, LeftOut, Record, warn
 from shards.sources.listing import Listing, files_below, list_folder, name_endings
+from shards.sources.shared import each_once, read_text
 from shards.splits import split_in_name, split_named
 
 _SAY = "say --split-folders to read the splits alone, or --no-split-folders where every folder is a class"
@@ -66,7 +66,7 @@ def read_folders(
     if empty:
         names = name_some(sorted(empty))
         warn(f"{root}: folders that hold no image that is read give no class: {names}")
-    return [*_records(root, top, found, tags), *left_out]
+    return [*each_once(_records(root, top, found, tags)), *left_out]
 
 
 def _records(
@@ -82,7 +82,7 @@ def _records(
             read=FileContent(f"{top}/{path}"),
             class_name=class_name,
             split=split,
-            tags=(_read_tags(f"{top}/{text}") if text else "") if read_tags else None,
+            tags=(tag_line(read_text(f"{top}/{text}")) if text else "") if read_tags else None,
         )
         for path, class_name, split, text in found
     ]
@@ -145,12 +145,3 @@ def _not_in_a_class(images: list[tuple[str, str | None]]) -> list[LeftOut]:
     files = [(path, "image outside of the class folders") for path, _ in images]
     files += [(text, "text of an image that is left out") for text in {text for _, text in images if text}]
     return [LeftOut(path, reason, "its folder says no class") for path, reason in sorted(files)]
-
-
-def _read_tags(file: str) -> str:
-    """The tags of a text file, on one line. Raises UseError if the file cannot be read as UTF-8 text."""
-    try:
-        with open(file, encoding="utf-8-sig") as opened:
-            return tag_line(opened.read())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UseError(f"{file}: cannot be read as UTF-8 text ({error})") from None

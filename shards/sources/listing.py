@@ -13,12 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dist_train.data.images import SIGNATURE_BYTES, format_by_content
+from dist_train.data.tarindex import IMAGE_EXTENSIONS
 from dist_train.errors import UseError
-from shards.records import LeftOut
+from shards.records import LeftOut, file_identity
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split()
-)
+_IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 # Raw files of cameras are TIFFs by their first bytes, and what a reader of TIFF finds in them is a thumbnail.
 _RAW_SUFFIXES = frozenset(".3fr .arw .cr2 .dng .erf .kdc .mef .mos .nef .nrw .orf .pef .rw2 .sr2 .srf .srw".split())
 _NEVER_CLASSES = {"__macosx", "annotation", "annotations"}  # in lower case
@@ -55,8 +54,35 @@ def list_folder(root: str, path: str = "", out: Path | None = None, everything: 
     out: a folder that is passed over. everything: read folders too whose names say that they hold no class.
     """
     listing = Listing(path)
-    unread = _identity(str(out)) if out is not None else None
-    _list(root, path, listing, [_identity(root)] if path else [], unread, everything)
+    unread = file_identity(str(out)) if out is not None else None
+
+    def visit(place: str, above: list[object]) -> None:
+        """Add what lies in one folder, then what lies in its subfolders; above: the folders that it lies in."""
+        identity = file_identity(os.path.join(root, place))
+        if identity in above:  # a link to a folder that it lies in
+            return
+        try:
+            with os.scandir(os.path.join(root, place)) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise UseError(f"{os.path.join(root, place)}: cannot be listed ({error.strerror})") from None
+        prefix = f"{place}/" if place else ""
+        folders = [entry for entry in found if entry.is_dir()]
+        _sort_files([entry for entry in found if not entry.is_dir()], prefix, listing)
+        for folder in folders:
+            if unread is not None and file_identity(folder.path) == unread:
+                continue
+            if why := _why_unread(folder, everything):
+                if count := files_below(folder.path):
+                    files = f"{count:,} files, not read"
+                    listing.left_out.append(LeftOut(f"{prefix}{folder.name}/", why, files, count))
+                continue
+            if place == path:
+                listing.folders.append(folder.name)
+            if path:  # of the root itself, the files alone
+                visit(prefix + folder.name, [*above, identity])
+
+    visit(path, [file_identity(root)] if path else [])
     return listing
 
 
@@ -85,54 +111,18 @@ def name_endings(left_out: list[LeftOut]) -> list[LeftOut]:
     return renamed
 
 
-def _list(
-    root: str,
-    path: str,
-    listing: Listing,
-    above: list[tuple[int, int] | None],
-    unread: tuple[int, int] | None,
-    everything: bool,
-) -> None:
-    """Add what lies in one folder, then what lies in its subfolders; above: the folders that it lies in."""
-    place = os.path.join(root, path)
-    identity = _identity(place)
-    if identity in above:  # a link to a folder that it lies in
-        return
-    prefix = f"{path}/" if path else ""
-    try:
-        with os.scandir(place) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UseError(f"{place}: cannot be listed ({error.strerror})") from None
-
-    folders = [entry for entry in found if entry.is_dir() and (unread is None or _identity(entry.path) != unread)]
-    _sort_files([entry for entry in found if not entry.is_dir()], prefix, listing)
-    for folder in folders:
-        if why := _why_unread(folder, everything):
-            if count := files_below(folder.path):
-                listing.left_out.append(LeftOut(f"{prefix}{folder.name}/", why, f"{count:,} files, not read", count))
-            continue
-        if path == listing.path:
-            listing.folders.append(folder.name)
-        if listing.path:  # of the root itself, the files alone
-            _list(root, prefix + folder.name, listing, [*above, identity], unread, everything)
-
-
 def _sort_files(files: list[os.DirEntry[str]], prefix: str, listing: Listing) -> None:
     """Tell the images of one folder from their sidecars and from the rest."""
-    visible = [file for file in files if not file.name.startswith(".")]
-    listing.left_out += [
-        LeftOut(prefix + file.name, "hidden file", "its name begins with a dot")
-        for file in files
-        if file.name.startswith(".")
-    ]
     texts: dict[str, str] = {}
-    for file in visible:
+    images: list[str] = []
+    others: list[str] = []
+    for file in files:
+        if file.name.startswith("."):
+            listing.left_out.append(LeftOut(prefix + file.name, "hidden file", "its name begins with a dot"))
+            continue
         stem, suffix = os.path.splitext(file.name)
         if suffix.lower() == ".txt" and (suffix == ".txt" or stem not in texts):
             texts[stem] = file.name
-    images, others = [], []
-    for file in visible:
         (images if _is_image(file) else others).append(file.name)
     sidecars = set()
     for name in images:
@@ -152,7 +142,7 @@ def _sort_files(files: list[os.DirEntry[str]], prefix: str, listing: Listing) ->
 def _is_image(file: os.DirEntry[str]) -> bool:
     """By its ending; a file with another, or none, by its first bytes."""
     suffix = os.path.splitext(file.name)[1].lower()
-    if suffix in IMAGE_SUFFIXES:
+    if suffix in _IMAGE_SUFFIXES:
         return True
     if suffix in _RAW_SUFFIXES or not file.is_file():
         return False
@@ -170,15 +160,6 @@ def _why_unread(folder: os.DirEntry[str], everything: bool) -> str | None:
     if not everything and folder.name.lower() in _NEVER_CLASSES:
         return f"in a folder named {folder.name.lower()}"
     return "in a shard set" if is_shard_set(folder.path) else None
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    """What tells a file or folder from all others, whatever the name; None if it is not there."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _ending(name: str) -> str:
