@@ -6,31 +6,21 @@ Everything is checked before anything is written; the manifest comes last.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from dist_train import __version__
 from dist_train.data.checksums import compute_checksums, write_checksums
 from dist_train.data.draws import permutation
-from dist_train.data.manifest import (
-    LEFT_OUT_NAME,
-    MANIFEST_NAME,
-    ClassInfo,
-    Manifest,
-    ShardInfo,
-    SplitInfo,
-    write_manifest,
-)
+from dist_train.data.manifest import MANIFEST_NAME, ClassInfo, Manifest, ShardInfo, write_manifest
 from dist_train.data.tarindex import TarSample, index_tar, write_index
 from dist_train.errors import UseError, WorkError, name_some
-from dist_train.files import write_atomically
 from dist_train.output import say
-from shards.build import BUILD_NAME, warn_of_classes
+from shards.build import BUILD_NAME
+from shards.finish import make_manifest, warn_of_classes, write_left_out
 from shards.records import LeftOut, warn
 from shards.sources.tars import read_class_names, splits_in_names, tar_files
 from shards.splits import SPLITS, check_ratios, split_counts
@@ -108,25 +98,19 @@ def adopt_tars(
         for tar in tars
         for key, why in reports[tar.name].report.undecodable
     ]
-    write_atomically(folder / LEFT_OUT_NAME, "".join(json.dumps(asdict(entry)) + "\n" for entry in left_out).encode())
+    write_left_out(folder, left_out)
     class_names = names or [str(number) for number in range(max(counts) + 1)]
     trained: Counter[int] = Counter()
     for tar, its in zip(tars, splits, strict=True):
         if its == "train":
             report = reports[tar.name].report
             trained += report.class_counts - report.undecodable_counts
-    untrained = tuple(number for number in range(len(class_names)) if not trained[number]) if trained else ()
-    manifest = Manifest(
-        classes=tuple(ClassInfo(name, counts[number]) for number, name in enumerate(class_names)),
-        splits={
-            name: SplitInfo(sum(shard.samples for shard in shards), shards)
-            for name in SPLITS
-            if (shards := tuple(reports[t.name].shard for t, its in zip(tars, splits, strict=True) if its == name))
-        },
+    manifest = make_manifest(
+        classes=[ClassInfo(name, counts[number]) for number, name in enumerate(class_names)],
+        shards=[(its, reports[tar.name].shard) for tar, its in zip(tars, splits, strict=True)],
+        left_out=left_out,
+        trained=set(trained),
         text=texts == samples,
-        left_out={UNDECODABLE: len(left_out)} if left_out else {},
-        tool=f"dist-train {__version__}",
-        untrained=untrained,
     )
     write_manifest(folder, manifest)
     warn_of_classes(folder, manifest)

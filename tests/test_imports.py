@@ -55,7 +55,7 @@ def imported(module: str, everywhere: bool) -> set[str]:
 
 
 def circles(everywhere: bool) -> list[list[str]]:
-    """The groups of modules that import one another, directly or through others (Tarjan's components of two or more)."""
+    """The groups of modules that import one another, directly or through others (Tarjan's components)."""
     graph = {module: sorted(imported(module, everywhere)) for module in MODULES}
     number: dict[str, int] = {}
     lowest: dict[str, int] = {}
