@@ -134,35 +134,52 @@ def _workers(text: str) -> int | str:
 
 # ---- the arguments ---------------------------------------------------------------------------------------------------
 
-_DEFAULTS = BuildOptions()
-_SHARED: dict[str, dict[str, Any]] = {
-    "--classes": {
-        "type": Path,
-        "metavar": "FILE",
-        "help": "tars with decimal classes: their names by id, one a line (default: the ids)",
-    },
-    "--shard-mb": {
-        "type": float,
-        "default": _DEFAULTS.shard_mb,
-        "metavar": "MB",
-        "help": "largest shard in millions of bytes; small splits get smaller shards, so that there is work for "
-        "several processes (default: %(default)s)",
-    },
-    "--seed": {
-        "type": int,
-        "default": _DEFAULTS.seed,
-        "metavar": "N",
-        "help": "seed of the splits, the order and drawn pictures (default: %(default)s)",
-    },
-    "--workers": {
-        "type": _workers,
-        "default": len(os.sched_getaffinity(0)),
-        "metavar": "N",
-        "help": "worker processes (default: the cores of this machine, %(default)s), or ray: the Ray cluster that "
-        "RAY_ADDRESS names, whose nodes must all have the project and the folders at the same paths",
-    },
+_DEFAULTS = BuildOptions(workers=len(os.sched_getaffinity(0)))
+_OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "--root": (
+        "DIR",
+        Path,
+        "csv: where the paths start from (default: the CSV's folder); danbooru: the folder of image buckets",
+    ),
+    "--class-column": ("NAME", str, "csv: the column that holds the class (default: class)"),
+    "--class-key": ("KEY", str, "webdataset: the class is KEY in a sample's .json (default: its .cls)"),
+    "--image-ending": (
+        "ENDING",
+        str,
+        "webdataset: the image to take of samples that have several, such as jpg beside mask.png",
+    ),
+    "--size": ("S", int, "squash images to S x S pixels (default: keep their size)"),
+    "--max-side": ("N", int, "shrink images so that the longer side has at most N pixels (default: keep their size)"),
+    "--min-per-class": (
+        "N",
+        int,
+        "leave out classes with fewer than N images; the paper has 20 (default: %(default)s)",
+    ),
+    "--quality": ("Q", int, "JPEG quality of images that are encoded again, 1 to 100, 4:2:0 (default: %(default)s)"),
+    "--classes": ("FILE", Path, "tars with decimal classes: their names by id, one a line (default: the ids)"),
+    "--shard-mb": (
+        "MB",
+        float,
+        "largest shard in millions of bytes; small splits get smaller shards, so that there is work for several "
+        "processes (default: %(default)s)",
+    ),
+    "--seed": ("N", int, "seed of the splits, the order and drawn pictures (default: %(default)s)"),
+    "--workers": (
+        "N",
+        _workers,
+        "worker processes (default: the cores of this machine, %(default)s), or ray: the Ray cluster that RAY_ADDRESS "
+        "names, whose nodes must all have the project and the folders at the same paths",
+    ),
 }
-"""Options of several commands."""
+"""Options with a value: its name in the help, how it is read, what it does."""
+
+
+def _add_options(command: argparse.ArgumentParser, *flags: str) -> None:
+    """Add options of the table above; the default is that of BuildOptions, where it has such a field."""
+    for flag in flags:
+        metavar, kind, text = _OPTIONS[flag]
+        default = getattr(_DEFAULTS, flag.removeprefix("--").replace("-", "_"), None)
+        command.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -170,15 +187,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m shards", description="Make, check and describe shard sets: WebDataset tars with a manifest."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add_command in (_add_build, _add_adopt, _add_demo, _add_verify, _add_info):
+        add_command(commands)
+    return parser
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], **texts: Any) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, **texts)
-        command.set_defaults(command=run)
-        return command
 
-    build = add(
+def _add_build(commands: Any) -> None:
+    build = commands.add_parser(
         "build",
-        _build,
         help="build a shard set from images, or complete one",
         description="Build the shard set OUT from the images of SOURCE. Every image is decoded once, made an upright "
         "RGB JPEG (what is one already is kept byte for byte), and left out, with the reason in left_out.jsonl, if "
@@ -186,42 +202,63 @@ def _parser() -> argparse.ArgumentParser:
         epilog="NAME of --format:\n" + "\n".join(f"  {name:<14}{lies}" for name, lies in LAYOUTS.items()) + _DETECTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_build_arguments(build)
-    _add_shared(build, "--classes", "--shard-mb", "--seed", "--workers")
+    add = build.add_argument
+    add("source", type=Path, metavar="SOURCE", help="folder or file that holds or lists the images; see --format")
+    add("out", type=Path, metavar="OUT", help="folder of the shard set")
+    add("--format", choices=list(LAYOUTS), metavar="NAME", help="what SOURCE is, see below (default: found out)")
+    _add_options(build, "--root", "--class-column", "--class-key", "--image-ending")
+    add(
+        "--split-folders",
+        action=argparse.BooleanOptionalAction,
+        help="folders: those named as splits (train, val, test) are splits and the others not read, or every folder is "
+        "a class (default: found out, refused where in doubt)",
+    )
+    ratios = ",".join(map(str, _DEFAULTS.ratios))
+    how = f"how images without a split of their own are divided, within each class (default: {ratios})"
+    add("--ratios", type=_ratios, default=_DEFAULTS.ratios, metavar="TRAIN,VAL,TEST", help=how)
+    _add_options(build, "--size", "--max-side", "--min-per-class", "--quality")
+    _add_options(build, "--classes", "--shard-mb", "--seed", "--workers")
+    build.set_defaults(command=_build)
 
-    adopt = add(
+
+def _add_adopt(commands: Any) -> None:
+    adopt = commands.add_parser(
         "adopt",
-        _adopt,
         help="make a shard set of tars that are there, without copying them",
         description="Index the tars in FOLDER, as the webdataset library or img2dataset wrote them, and write their "
         "manifest. Each sample needs one image (jpg, jpeg, png, webp) and its class id, decimal, as .cls. Nothing is "
         "written unless all tars are usable.",
     )
-    adopt.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the tars; becomes the shard set")
-    adopt.add_argument(
-        "--split", choices=SPLITS, help="the split of all tars (default: by their names, train-..., val-..., test-...)"
-    )
+    add = adopt.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="folder of the tars; becomes the shard set")
+    split = "the split of all tars (default: by their names, train-..., val-..., test-...)"
+    add("--split", choices=SPLITS, help=split)
     ratios = "draw the split of each tar, in these shares of all tars"
-    adopt.add_argument("--ratios", type=_ratios, metavar="TRAIN,VAL,TEST", help=ratios)
-    adopt.add_argument("--no-decode", action="store_true", help="do not decode every image to find those that fail")
-    _add_shared(adopt, "--classes", "--seed", "--workers")
+    add("--ratios", type=_ratios, metavar="TRAIN,VAL,TEST", help=ratios)
+    add("--no-decode", action="store_true", help="do not decode every image to find those that fail")
+    _add_options(adopt, "--classes", "--seed", "--workers")
+    adopt.set_defaults(command=_adopt)
 
-    demo = add(
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
         "demo",
-        _demo,
         help="draw the embedded demo data and build a shard set from it",
         description="Draw pictures of made-up characters, with tags, and build the shard set OUT from them.",
     )
-    place = "folder of the shard set (default: %(default)s)"
-    demo.add_argument("out", type=Path, nargs="?", default=Path("data/demo"), metavar="OUT", help=place)
-    demo.add_argument("--characters", type=int, default=40, metavar="N", help="classes (default: %(default)s)")
-    demo.add_argument("--pictures", type=int, default=8000, metavar="N", help="images in all (default: %(default)s)")
-    demo.add_argument("--size", type=int, default=96, metavar="S", help="side of an image (default: %(default)s)")
-    _add_shared(demo, "--shard-mb", "--seed", "--workers")
+    add = demo.add_argument
+    out = "folder of the shard set (default: %(default)s)"
+    add("out", type=Path, nargs="?", default=Path("data/demo"), metavar="OUT", help=out)
+    add("--characters", type=int, default=40, metavar="N", help="classes (default: %(default)s)")
+    add("--pictures", type=int, default=8000, metavar="N", help="images in all (default: %(default)s)")
+    add("--size", type=int, default=96, metavar="S", help="side of an image (default: %(default)s)")
+    _add_options(demo, "--shard-mb", "--seed", "--workers")
+    demo.set_defaults(command=_demo)
 
-    verify = add(
+
+def _add_verify(commands: Any) -> None:
+    verify = commands.add_parser(
         "verify",
-        _verify,
         help="check every byte of a shard set",
         description="Compare the shard set SET with its manifest and indexes, and decode every image. Prints one line "
         "per difference and exits 1 if there is any.",
@@ -229,70 +266,16 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("set", metavar="SET", help="folder of the shard set")
     fix_index = "first write missing or wrong .idx and .crc files from their tars"
     verify.add_argument("--fix-index", action="store_true", help=fix_index)
-    _add_shared(verify, "--workers")
+    _add_options(verify, "--workers")
+    verify.set_defaults(command=_verify)
 
+
+def _add_info(commands: Any) -> None:
     description = "Say what is in the shard set SET, by its manifest."
-    info = add("info", _info, help="say what is in a shard set", description=description)
+    info = commands.add_parser("info", help="say what is in a shard set", description=description)
     info.add_argument("set", metavar="SET", help="folder or URL of the shard set")
     info.add_argument("--json", action="store_true", help="as JSON, for programs")
-    return parser
-
-
-def _add_shared(command: argparse.ArgumentParser, *names: str) -> None:
-    for name in names:
-        command.add_argument(name, **_SHARED[name])
-
-
-def _add_build_arguments(build: argparse.ArgumentParser) -> None:
-    add = build.add_argument
-    add("source", type=Path, metavar="SOURCE", help="folder or file that holds or lists the images; see --format")
-    add("out", type=Path, metavar="OUT", help="folder of the shard set")
-    add("--format", choices=list(LAYOUTS), metavar="NAME", help="what SOURCE is, see below (default: found out)")
-    add(
-        "--root",
-        type=Path,
-        metavar="DIR",
-        help="csv: where the paths start from (default: the CSV's folder); danbooru: the folder of image buckets",
-    )
-    add("--class-column", metavar="NAME", help="csv: the column that holds the class (default: class)")
-    class_key = "webdataset: the class is KEY in a sample's .json (default: its .cls)"
-    add("--class-key", metavar="KEY", help=class_key)
-    image_ending = "webdataset: the image to take of samples that have several, such as jpg beside mask.png"
-    add("--image-ending", metavar="ENDING", help=image_ending)
-    add(
-        "--split-folders",
-        action=argparse.BooleanOptionalAction,
-        help="folders: those named as splits (train, val, test) are splits and the others not read, or every folder is "
-        "a class (default: found out, refused where in doubt)",
-    )
-    add("--size", type=int, metavar="S", help="squash images to S x S pixels (default: keep their size)")
-    add(
-        "--max-side",
-        type=int,
-        metavar="N",
-        help="shrink images so that the longer side has at most N pixels (default: keep their size)",
-    )
-    add(
-        "--min-per-class",
-        type=int,
-        default=_DEFAULTS.min_per_class,
-        metavar="N",
-        help="leave out classes with fewer than N images; the paper has 20 (default: %(default)s)",
-    )
-    add(
-        "--ratios",
-        type=_ratios,
-        default=",".join(map(str, _DEFAULTS.ratios)),
-        metavar="TRAIN,VAL,TEST",
-        help="how images without a split of their own are divided, within each class (default: %(default)s)",
-    )
-    add(
-        "--quality",
-        type=int,
-        default=_DEFAULTS.quality,
-        metavar="Q",
-        help="JPEG quality of images that are encoded again, 1 to 100, 4:2:0 (default: %(default)s)",
-    )
+    info.set_defaults(command=_info)
 
 
 if __name__ == "__main__":
