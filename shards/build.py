@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -162,10 +161,10 @@ def _locked(out: Path) -> Iterator[None]:
     """Make the folder `out`, and keep other builds out of it. The lock ends with this process, however it ends."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = open(out / _LOCK_NAME, "w")
     except OSError as error:
         raise UseError(f"{out}: not a folder that can be written to ({error.strerror})") from None
-    try:
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -174,5 +173,3 @@ def _locked(out: Path) -> Iterator[None]:
             yield
         finally:
             (out / _LOCK_NAME).unlink()
-    finally:
-        os.close(lock)

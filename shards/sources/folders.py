@@ -42,22 +42,22 @@ def read_folders(
     left_out = [*loose.left_out, *_not_in_a_class(loose.images)]
     empty: set[str] = set()
     for name, listing in listings.items():
-        if splits and name not in splits and (listing.images or split_folders):
-            count = files_below(os.path.join(top, name))
-            left_out.append(LeftOut(f"{name}/", "in a folder that is no split", f"{count:,} files, not read", count))
-            continue
-        left_out += listing.left_out
-        if splits and name not in splits:
-            empty |= {name} if split_named(name) else set()
-            continue
         if not splits:
+            left_out += listing.left_out
             found += [(path, name, None, text) for path, text in listing.images]
             empty |= set() if listing.images else {name}
-            continue
-        in_class = [(path, text) for path, text in listing.images if path.count("/") > 1]
-        found += [(path, path.split("/")[1], splits[name], text) for path, text in in_class]
-        left_out += _not_in_a_class([(path, text) for path, text in listing.images if path.count("/") == 1])
-        empty.update(f"{name}/{folder}" for folder in set(listing.folders) - listing.folders_with_images())
+        elif name in splits:
+            left_out += listing.left_out
+            in_class = [(path, text) for path, text in listing.images if path.count("/") > 1]
+            found += [(path, path.split("/")[1], splits[name], text) for path, text in in_class]
+            left_out += _not_in_a_class([(path, text) for path, text in listing.images if path.count("/") == 1])
+            empty.update(f"{name}/{folder}" for folder in set(listing.folders) - listing.folders_with_images())
+        elif listing.images or split_folders:
+            count = files_below(os.path.join(top, name))
+            left_out.append(LeftOut(f"{name}/", "in a folder that is no split", f"{count:,} files, not read", count))
+        else:
+            left_out += listing.left_out
+            empty |= {name} if split_named(name) else set()
     left_out = name_endings(left_out)
     if not found:
         reasons = Counter(entry.reason for entry in left_out)

@@ -27,33 +27,31 @@ _ENDINGS_NAMED = 20
 
 @dataclass
 class Listing:
-    """What lies below one folder, by paths from the source's root.
+    """What lies below the root of a source, or below one of the folders in it, by paths from the root.
 
     images: (path, path of the .txt beside it or None) of each. folders: names of its subfolders that are read.
     left_out: the files that are no images, and what is in folders that are not read.
     """
 
-    path: str
     images: list[tuple[str, str | None]] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
 
     def is_flat(self) -> bool:
-        """Whether images lie in the folder itself, not only in its subfolders."""
-        return any(path.count("/") == self.path.count("/") + 1 for path, _ in self.images)
+        """Whether images lie in the folder of the root itself, not only in its subfolders."""
+        return any(path.count("/") == 1 for path, _ in self.images)
 
     def folders_with_images(self) -> set[str]:
         """Names of the subfolders that images lie below."""
-        depth = self.path.count("/") + 1 if self.path else 0
-        return {path.split("/", depth + 1)[depth] for path, _ in self.images if path.count("/") > depth}
+        return {path.split("/", 2)[1] for path, _ in self.images if path.count("/") > 1}
 
 
-def list_folder(root: str, path: str = "", out: Path | None = None, everything: bool = False) -> Listing:
-    """What lies below the folder `path` of `root`, both ends without a slash; "" is the files of the root itself.
+def list_folder(root: str, name: str = "", out: Path | None = None, everything: bool = False) -> Listing:
+    """What lies below the folder `name` in `root`; of the root itself ("") the files and the names of folders.
 
     out: a folder that is passed over. everything: read folders too whose names say that they hold no class.
     """
-    listing = Listing(path)
+    listing = Listing()
     unread = file_identity(str(out)) if out is not None else None
 
     def visit(place: str, above: list[object]) -> None:
@@ -77,12 +75,12 @@ def list_folder(root: str, path: str = "", out: Path | None = None, everything: 
                     files = f"{count:,} files, not read"
                     listing.left_out.append(LeftOut(f"{prefix}{folder.name}/", why, files, count))
                 continue
-            if place == path:
+            if place == name:
                 listing.folders.append(folder.name)
-            if path:  # of the root itself, the files alone
+            if name:
                 visit(prefix + folder.name, [*above, identity])
 
-    visit(path, [file_identity(root)] if path else [])
+    visit(name, [file_identity(root)] if name else [])
     return listing
 
 
@@ -102,13 +100,12 @@ def name_endings(left_out: list[LeftOut]) -> list[LeftOut]:
     """The same, each file of no known format with its ending in the reason; rare endings beyond 20 share one."""
     endings = Counter(_ending(entry.name) for entry in left_out if entry.reason == _NO_FORMAT)
     named = {ending for ending, _ in endings.most_common(_ENDINGS_NAMED)}
-    renamed = []
-    for entry in left_out:
-        if entry.reason == _NO_FORMAT:
-            ending = _ending(entry.name)
-            entry = replace(entry, reason=f"{_NO_FORMAT} ({ending if ending in named else 'other endings'})")
-        renamed.append(entry)
-    return renamed
+
+    def with_ending(entry: LeftOut) -> LeftOut:
+        ending = _ending(entry.name)
+        return replace(entry, reason=f"{_NO_FORMAT} ({ending if ending in named else 'other endings'})")
+
+    return [with_ending(entry) if entry.reason == _NO_FORMAT else entry for entry in left_out]
 
 
 def _sort_files(files: list[os.DirEntry[str]], prefix: str, listing: Listing) -> None:
@@ -130,13 +127,11 @@ def _sort_files(files: list[os.DirEntry[str]], prefix: str, listing: Listing) ->
         listing.images.append((prefix + name, None if text is None else prefix + text))
         sidecars.add(text)
     for name in others:
-        if name in sidecars:
-            continue
+        why = (_NO_FORMAT, f"neither its ending nor its content ({_ending(name)})")
         if name.lower().endswith(".txt"):
-            entry = LeftOut(prefix + name, "text without an image", "no image has its name")
-        else:
-            entry = LeftOut(prefix + name, _NO_FORMAT, f"neither its ending nor its content ({_ending(name)})")
-        listing.left_out.append(entry)
+            why = ("text without an image", "no image has its name")
+        if name not in sidecars:
+            listing.left_out.append(LeftOut(prefix + name, *why))
 
 
 def _is_image(file: os.DirEntry[str]) -> bool:
