@@ -133,9 +133,9 @@ def make_plan(found: Iterable[Record | LeftOut], options: BuildOptions) -> Plan:
     for number, split in enumerate(SPLITS):
         members = [record for record, its_split in zip(kept, splits, strict=True) if its_split == split]
         shuffled = [members[i] for i in permutation(len(members), options.seed, _SHUFFLE, number)]
-        for samples in _cut(shuffled, options):
-            name = f"{split}-{sum(shard.split == split for shard in shards):06d}"
-            shards.append(ShardPlan(name, split, tuple((record, class_ids[record.class_name]) for record in samples)))
+        for place, cut in enumerate(_cut(shuffled, options)):
+            samples = tuple((record, class_ids[record.class_name]) for record in cut)
+            shards.append(ShardPlan(f"{split}-{place:06d}", split, samples))
 
     left_out += [
         LeftOut(record.name, too_few(options), f"class {record.class_name}: {class_sizes[record.class_name]}")

@@ -16,44 +16,32 @@ _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 @dataclass(frozen=True)
 class FileContent:
-    """A record's `read` for a file on disk."""
+    """A record's `read` for a file on disk, or for one inside a tar: `length` bytes from `offset` on."""
 
     path: str
+    offset: int = 0
+    length: int | None = None
 
     def __call__(self) -> bytes:
         """The file's bytes. Raises OSError."""
         with open(self.path, "rb") as file:
-            return file.read()
+            if self.length is None:
+                return file.read()
+            file.seek(self.offset)
+            return file.read(self.length)
 
     def size(self) -> int | None:
         """Bytes, or None if the file cannot be found."""
+        if self.length is not None:
+            return self.length
         try:
             return os.stat(self.path).st_size
         except OSError:
             return None
 
     def identity(self) -> object:
-        """Equal for two paths of one file, links included."""
+        """Equal for two paths of one file on disk, links included."""
         return file_identity(self.path) or os.path.normpath(self.path)
-
-
-@dataclass(frozen=True)
-class TarContent:
-    """A record's `read` for a file inside a tar: `length` bytes from `offset` on."""
-
-    path: str
-    offset: int
-    length: int
-
-    def __call__(self) -> bytes:
-        """The file's bytes. Raises OSError."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.length)
-
-    def size(self) -> int:
-        """Bytes."""
-        return self.length
 
 
 def file_identity(path: str) -> tuple[int, int] | None:
@@ -75,14 +63,14 @@ class Record:
     """
 
     name: str
-    read: FileContent | TarContent | Callable[[], bytes]
+    read: FileContent | Callable[[], bytes]
     class_name: str
     split: str | None = None
     tags: str | None = None
 
     def size(self) -> int | None:
         """Bytes of the encoded image; None where the file is not there, or only reading it would tell."""
-        return self.read.size() if isinstance(self.read, FileContent | TarContent) else None
+        return self.read.size() if isinstance(self.read, FileContent) else None
 
 
 @dataclass(frozen=True)

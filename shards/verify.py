@@ -13,7 +13,7 @@ from dist_train.data.manifest import ShardInfo, read_manifest
 from dist_train.data.tarindex import TarSample, index_path, index_tar, read_index, write_index
 from dist_train.errors import WorkError
 from shards.processes import count_image
-from shards.sources.tars import image_extensions
+from shards.sources.tars import image_extensions, read_member
 from shards.workers import run_jobs
 
 
@@ -142,11 +142,6 @@ def check_samples(
     """Check that each sample has one image, a class id below `classes` and, with `text`, tags. Raises OSError."""
     report = ShardReport()
     with open(tar, "rb") as file:
-
-        def content(sample: TarSample, extension: str) -> bytes:
-            file.seek(sample.members[extension].offset)
-            return file.read(sample.members[extension].size)
-
         seen: set[str] = set()
         for sample in samples:
             place = f"{tar}: sample {sample.key}"
@@ -155,7 +150,7 @@ def check_samples(
             seen.add(sample.key)
 
             found = sample.find("cls")
-            label = content(sample, found[0]).strip() if found else None
+            label = read_member(file, found[1]).strip() if found else None
             if label is None:
                 report.differences.append(f"{place}: has no .cls")
             elif not label.isdigit() or int(label) >= classes:
@@ -174,7 +169,7 @@ def check_samples(
                 report.differences.append(f"{place}: has {len(images)} images ({names}){why}")
             for extension in images if decode_images else []:
                 try:
-                    decode(content(sample, extension))
+                    decode(read_member(file, sample.members[extension]))
                 except BadImage as error:
                     report.undecodable.append((sample.key, str(error)))
                     if label is not None and label.isdigit():

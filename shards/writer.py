@@ -23,6 +23,7 @@ from shards.images import convert
 from shards.plan import BuildOptions, ShardPlan
 from shards.processes import count_image
 from shards.records import LeftOut, Record
+from shards.sources.tars import read_member
 
 _BLOCK = 512  # a tar is made of blocks of this many bytes
 
@@ -117,10 +118,7 @@ def drop_classes(
         tar = folder / written.shard.file
         with open(tar, "rb") as file:
             for sample in read_index(tar):
-                content = {}
-                for extension, member in sample.members.items():
-                    file.seek(member.offset)
-                    content[extension] = file.read(member.size)
+                content = {extension: read_member(file, member) for extension, member in sample.members.items()}
                 class_id = int(content["cls"])
                 if class_id not in dropped:
                     content["cls"] = str(class_id - sum(lower < class_id for lower in dropped)).encode()

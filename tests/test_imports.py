@@ -86,3 +86,32 @@ def circles(everywhere: bool) -> list[list[str]]:
 @pytest.mark.parametrize("everywhere", [False, True], ids=["at import", "within functions too"])
 def test_no_modules_import_one_another_in_a_circle(everywhere: bool) -> None:
     assert circles(everywhere) == []
+
+
+LAYERS = {
+    "dist_train.data": {"dist_train.models", "dist_train.train", "dist_train.cluster", "dist_train.inference"},
+    "dist_train.models": {"dist_train.data", "dist_train.train", "dist_train.cluster", "dist_train.inference"},
+    "dist_train.train": {"dist_train.cluster", "dist_train.inference"},
+    "dist_train": {"shards", "benchmarks"},
+    "shards": {"benchmarks", "dist_train.models", "dist_train.train", "dist_train.cluster", "dist_train.inference"},
+}
+"""What a package, and all in it, never imports."""
+
+KNOWN = {("dist_train.train.loop", "dist_train.cluster.watch")}
+"""Imports against the direction that are there today: none is to be added."""
+
+
+def is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def test_imports_go_one_way() -> None:
+    against = {
+        (module, other)
+        for package, never in LAYERS.items()
+        for module in MODULES
+        if is_in(module, package)
+        for other in imported(module, everywhere=True)
+        if any(is_in(other, one) for one in never)
+    }
+    assert against - KNOWN == set()

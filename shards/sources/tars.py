@@ -14,7 +14,7 @@ from dist_train.data.images import SIGNATURE_BYTES, format_by_content
 from dist_train.data.tags import tag_line
 from dist_train.data.tarindex import IMAGE_EXTENSIONS, Member, TarSample, index_tar
 from dist_train.errors import UseError, WorkError, name_some
-from shards.records import LeftOut, Record, TarContent, check_class_names, file_identity
+from shards.records import FileContent, LeftOut, Record, check_class_names, file_identity
 from shards.sources.shared import read_text
 from shards.splits import split_in_name
 
@@ -67,7 +67,7 @@ def _read_sample(
     for kind in ("json" if class_key else "cls", "txt"):
         if text := sample.find(kind):
             try:
-                texts[kind] = _content(file, text[1]).decode("utf-8-sig").strip()
+                texts[kind] = read_member(file, text[1]).decode("utf-8-sig").strip()
             except UnicodeDecodeError:
                 raise WorkError(f"{tar}: {sample.key}.{text[0]} is not UTF-8 text") from None
     try:
@@ -85,12 +85,18 @@ def _read_sample(
         )
     member = sample.members[images[0]]
     tags = tag_line(texts["txt"]) if "txt" in texts else None
-    return Record(name, TarContent(os.path.abspath(tar), *member), sys.intern(class_name), split, tags)
+    return Record(name, FileContent(os.path.abspath(tar), *member), sys.intern(class_name), split, tags)
 
 
 def image_extensions(sample: TarSample) -> list[str]:
     """Extensions of the members that are images by the last part of it: "jpg", "mask.png"."""
     return [extension for extension in sample.members if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
+
+
+def read_member(file: BinaryIO, member: Member) -> bytes:
+    """Content of a file inside an open tar. Raises OSError."""
+    file.seek(member.offset)
+    return file.read(member.size)
 
 
 def _images(file: BinaryIO, sample: TarSample, ending: str | None) -> list[str]:
@@ -101,13 +107,8 @@ def _images(file: BinaryIO, sample: TarSample, ending: str | None) -> list[str]:
     return image_extensions(sample) or [
         extension
         for extension, member in sample.members.items()
-        if format_by_content(_content(file, Member(member.offset, min(member.size, SIGNATURE_BYTES))))
+        if format_by_content(read_member(file, Member(member.offset, min(member.size, SIGNATURE_BYTES))))
     ]
-
-
-def _content(file: BinaryIO, member: Member) -> bytes:
-    file.seek(member.offset)
-    return file.read(member.size)
 
 
 def _taken_apart(sample: TarSample) -> list[TarSample]:
