@@ -1,4 +1,4 @@
-"""Makes a shard set of tars that others wrote, where they lie: indexes and a manifest, no image is copied.
+"""Makes a shard set of existing tars, in place: writes indexes and a manifest and copies no image.
 
 Everything is checked before anything is written; the manifest comes last.
 """

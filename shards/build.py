@@ -1,7 +1,7 @@
 """Records to a shard set: plan, write the shards in parallel, then the list of what was left out and the manifest.
 
-An interrupted build goes on when the same command runs again. `build.json`, written first, says what is being built;
-beside each finished shard lie its statistics until the manifest, written last, replaces them.
+Running the same command again completes an interrupted build. `build.json`, written first, says what is being built;
+each finished shard has its statistics beside it until the manifest, written last, replaces them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LOCK_NAME = ".build.lock"
 def build_shard_set(records: Iterable[Record | LeftOut], out: Path, options: BuildOptions) -> Manifest:
     """Build the shard set `out`, or complete it; returns its manifest. A set that is complete is left as it is.
 
-    Says on stdout what it goes on from and how long it took.
+    Prints how many shards were there already, and how long the others took.
 
     Raises UseError if `out` holds something else, or if another build is at work there; WorkError if a shard fails
     again and again, `out` cannot be written to, or no image is usable.

@@ -1,7 +1,7 @@
 """Which image goes into which shard, decided before anything is decoded.
 
-So shards can be written in any order, by any number of processes, and a build that was interrupted goes on with the
-shards that are missing: the plan is a function of the records and the options alone.
+The plan is a function of the records and the options alone. So shards can be written in any order, by any number of
+processes, and an interrupted build only has to write the missing ones.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to be: name without suffix ("train-000000"), split, and (record, class id) of its samples in order."""
+    """A planned shard: name without suffix ("train-000000"), split, and (record, class id) of each sample in order."""
 
     name: str
     split: str
@@ -93,7 +93,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A shard set to be. left_out: what the source left out, and images of rare classes. text: whether samples carry
+    """A planned shard set. left_out: what the source left out, and images of rare classes. text: whether samples have
     tags."""
 
     class_names: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What a source hands to the builder: one record per image, and what it leaves out itself."""
+"""What a source hands to the builder: one record per image, and what the source itself leaves out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class FileContent:
 
 
 def file_identity(path: str) -> tuple[int, int] | None:
-    """What tells a file or folder from all others, whatever the name; None if it is not there."""
+    """What tells a file or folder from all others, under any name; None if it is not there."""
     try:
         status = os.stat(path)
     except OSError:
@@ -75,7 +75,7 @@ class Record:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An input image that is not in the set, with a short reason; or `count` of them that are not told apart."""
+    """An input file that is not in the set, with a short reason; or `count` of them under one name."""
 
     name: str
     reason: str
@@ -86,8 +86,8 @@ class LeftOut:
 def check_class_names(names: Iterable[str]) -> None:
     """Raises UseError for a name that would harm what prints or stores it; warns of names that look nearly alike.
 
-    Harmful are line breaks and other control characters, marks that turn the direction of what follows, and what a name
-    in another encoding than UTF-8 becomes. Any other character, of any script, is a name's own matter.
+    Harmful are line breaks and other control characters, marks that change the direction of text, and surrogates, which
+    names in other encodings than UTF-8 become. All other characters, of any script, are allowed.
     """
     alike: dict[str, str] = {}
     twins = []
@@ -105,5 +105,5 @@ def check_class_names(names: Iterable[str]) -> None:
 
 
 def warn(line: str) -> None:
-    """Say on stderr what a user would want to know before training, and what is no error."""
+    """Print on stderr what a user would want to know before training, though it is no error."""
     print(f"warning: {line}", file=sys.stderr, flush=True)

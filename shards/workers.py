@@ -18,7 +18,7 @@ from shards.processes import Processes, WorkerDied
 Result = TypeVar("Result")
 
 RAY = "ray"
-"""In the place of a number of workers: a Ray cluster."""
+"""Instead of a number of workers: use a Ray cluster."""
 
 _ATTEMPTS = 3
 _SECONDS_BETWEEN_LINES = 30.0
@@ -36,10 +36,10 @@ def run_jobs(
     """Call `function(*arguments)` in workers for each named job; yields (name, result) as they end.
 
     workers: processes on this machine, or "ray": the Ray cluster that RAY_ADDRESS names, or one started here. images:
-    total over all jobs, for the progress line (0: not known); what: its label.
+    total over all jobs, for the progress line (0: not known). what: its label.
 
     A job that raises, or whose process dies, is tried again, up to 3 times in all. If it still fails, the others are
-    finished and then WorkError names it; an exception that is no WorkError or UseError is raised as it is, with a note.
+    finished and then WorkError names it; any exception but WorkError and UseError is raised as it is, with a note.
     Raises UseError if there are no such workers.
     """
     check_workers(workers)
@@ -88,12 +88,12 @@ def _failure(failed: dict[str, Exception]) -> Exception:
     others = f" ({len(failed) - 1} more failed, {sorted(failed)[1]} the first of them)" if len(failed) > 1 else ""
     return WorkError(
         f"{error}; that was {name}{others}, tried {_ATTEMPTS} times, all others are done; "
-        "run the same command again to go on"
+        "run the same command again to resume"
     )
 
 
 class _Progress:
-    """A bar on a terminal; elsewhere a line now and then. Both on stderr. Without a count of images, of shards."""
+    """Progress on stderr: a bar on a terminal, elsewhere a line now and then. Counts images, or else shards."""
 
     def __init__(self, images: int, jobs: int, what: str, counts_images: bool) -> None:
         self.images = images

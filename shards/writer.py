@@ -30,7 +30,7 @@ _BLOCK = 512  # a tar is made of blocks of this many bytes
 
 @dataclass(frozen=True)
 class ShardStatistics:
-    """What came of a planned shard. A shard without any usable image has 0 samples and no tar.
+    """The outcome of a planned shard. A shard without any usable image has 0 samples and no tar.
 
     class_counts: usable images by the plan's class ids. left_out: images of the plan that are not usable. dropped: ids
     of the classes that were taken out again, so that the ids in the tar are those of the classes that remain.
@@ -133,13 +133,13 @@ def _write(
     samples: Iterable[tuple[str, dict[str, bytes]]],
     statistics_of: Callable[[ShardInfo], ShardStatistics],
 ) -> ShardStatistics:
-    """Write a shard and what lies beside it, in the place of what is there; returns its statistics.
+    """Write a shard and the files beside it, replacing those that are there; returns its statistics.
 
     samples: key, and content by extension in the order of the checksums: image, class, tags. statistics_of: called
     when all samples are written. Raises WorkError if the folder cannot be written to.
     """
     tar = folder / f"{name}.tar"
-    # Also the host's name: two hosts may write a shard at once, where a cluster takes one for lost that is not.
+    # With the host's name: if a cluster wrongly takes a host for lost, two hosts write the same shard at once.
     temporary = folder / f".{name}.tar.{socket.gethostname()}.{os.getpid()}.tmp"
     index: list[TarSample] = []
     checksums: list[int] = []
@@ -149,7 +149,7 @@ def _write(
             index.append(TarSample(key, {ext: stream.add(f"{key}.{ext}", data) for ext, data in content.items()}))
             checksums.append(zlib.crc32(b"".join(content.values())))
         sha256 = stream.close()
-        # Without statistics a shard counts as not written: an interruption must not leave it with those of before.
+        # A shard without statistics counts as not written: an interruption must not leave it with the old ones.
         statistics_path(folder, name).unlink(missing_ok=True)
         if index:
             os.replace(temporary, tar)
@@ -162,7 +162,7 @@ def _write(
         write_atomically(statistics_path(folder, name), (json.dumps(asdict(statistics)) + "\n").encode())
     except OSError as error:
         temporary.unlink(missing_ok=True)  # it may be what fills the disk
-        raise WorkError(f"{tar}: cannot be written ({error.strerror}); run the same command again to go on") from None
+        raise WorkError(f"{tar}: cannot be written ({error.strerror}); run the same command again to resume") from None
     return statistics
 
 

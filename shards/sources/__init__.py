@@ -1,4 +1,4 @@
-"""Readers of what lies on a user's disk, one per layout; each gives the builder a list of records.
+"""Readers of the layouts in which images lie on disk; each gives the builder a list of records.
 
 A reader that leaves images out itself adds `LeftOut` entries to its list.
 """
@@ -27,7 +27,7 @@ LAYOUTS = {
     "danbooru": "Danbooru metadata, a post a line: a file or a folder of them; --root names the images, .../512px",
     "webdataset": "tars of the webdataset library or of img2dataset: a folder of them or one",
 }
-"""The layouts that `read_source` knows, and how each lies on a disk."""
+"""The layouts that `read_source` knows, and what each looks like on disk."""
 
 
 def read_source(
@@ -43,12 +43,12 @@ def read_source(
 ) -> list[Record | LeftOut]:
     """Records of a source, each image once, and what its reader left out.
 
-    layout: one of LAYOUTS; None finds it out. class_column (csv): the column that holds the class. root (csv): the
-    folder that its paths start from, its own if None; (danbooru): the folder of buckets of images. class_key
-    (webdataset): the key of a sample's .json that holds its class, instead of its .cls. class_names (webdataset): a
-    file with the names of the decimal ids, one a line. out: a folder inside the source that is not read, the shard set
-    to be. split_folders (folders, sidecar): whether folders named as splits are splits (True) or classes (False); None:
-    found out. image_ending (webdataset): the ending of the image to take where a sample has several.
+    layout: one of LAYOUTS; None: detected. class_column (csv): the column that holds the class. root (csv): the folder
+    that its paths start from, its own if None; (danbooru): the folder of buckets of images. class_key (webdataset): the
+    key of a sample's .json that holds its class, instead of its .cls. class_names (webdataset): a file with the names
+    of the decimal ids, one a line. out: where the shard set will be, a folder that is not read. split_folders (folders,
+    sidecar): whether folders named as splits are splits (True) or classes (False); None: detected. image_ending
+    (webdataset): the ending of the image to take if a sample has several.
 
     Raises UseError if there is no such source, it has no records, an option does not belong to its layout, or one image
     has two classes, splits or lines of tags.
@@ -88,9 +88,9 @@ def read_source(
 
 
 def find_layout(source: Path, out: Path | None = None) -> str:
-    """The layout of a source, as far as it can be told: "folders" stands for "sidecar" too; `out` is no part of it.
+    """The layout of a source, as far as can be told: "folders" may be "sidecar" too. `out` is not part of the source.
 
-    Raises UseError if it can be more than one or is none that is known.
+    Raises UseError if it fits several layouts, or none.
     """
     if not source.is_dir():
         known = {".csv": "csv", ".json": "danbooru", ".jsonl": "danbooru", ".tar": "webdataset"}

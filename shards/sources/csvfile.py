@@ -43,7 +43,7 @@ def read_csv(file: Path, class_column: str = "class", root: Path | None = None) 
 
 
 def _columns(file: Path, header: list[str], class_column: str) -> list[str]:
-    """The names of the columns without blanks around them, those that are read in lower case if there is no doubt."""
+    """The column names without blanks around them; those that are read as they are called here, in any case."""
     columns = [name.strip() for name in header]
     for known in ("path", class_column, "split", "tags"):
         alike = [i for i, name in enumerate(columns) if name == known]
@@ -77,9 +77,9 @@ def _record(row: dict[str | None, str | None], place: str, class_column: str, ba
 
 
 def _locate(base: str, path: str) -> str:
-    """The file that a path means: as it is written, or without the blanks around it, or with slashes for backslashes.
+    """The file that a path means: as it is written, without the blanks around it, or with slashes for backslashes.
 
-    Where none of these is there, the first.
+    If none of these exists, the first.
     """
     spellings = dict.fromkeys((path, path.strip(), path.strip().replace("\\", "/")))
     places = [os.path.join(base, spelling) for spelling in spellings]
@@ -89,7 +89,7 @@ def _locate(base: str, path: str) -> str:
 
 
 def _none_is_there(file: Path, record: Record, count: int, base: str) -> str:
-    """The message where not one image is found: a path that was tried, and what is likely wrong with it."""
+    """The message if no image is found at all: a path that was tried, and what is probably wrong with it."""
     path = record.name.strip().replace("\\", "/")
     tried = _locate(base, record.name)
     cure = "name the folder that the paths start from with --root"
@@ -110,7 +110,7 @@ def _none_is_there(file: Path, record: Record, count: int, base: str) -> str:
 
 
 def _same_but_for_case_or_ending(base: str, path: str) -> str | None:
-    """A file whose path differs from `path` in upper and lower case alone, or by an ending more; None if none does."""
+    """A file whose path differs from `path` only in upper and lower case or in its ending; None if there is none."""
     place = base
     for part in os.path.normpath(path).split("/"):
         try:

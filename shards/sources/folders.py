@@ -27,12 +27,12 @@ def read_folders(
 ) -> list[Record | LeftOut]:
     """One record per image file below `root`, named by its path from there, and every file that is none.
 
-    tags: whether to read KEY.txt beside KEY.jpg (an image without one has no tags); None: if there are any. out: a
-    folder that is not read, the shard set to be. split_folders: whether the folders named as splits are splits, and
-    the others not read, or every folder is a class; None: as their names and shape say.
+    tags: whether to read KEY.txt beside KEY.jpg (an image without one has no tags); None: if there are any. out: where
+    the shard set will be, a folder that is not read. split_folders: True if the folders named as splits are splits and
+    the others are not read, False if every folder is a class; None: as their names and shape say.
 
-    Raises UseError if there is no image, the layout is in doubt, there is no KEY.txt where they are asked for, or one
-    is no UTF-8 text.
+    Raises UseError if there is no image, the layout is in doubt, there is no KEY.txt though they are asked for, or one
+    is not UTF-8 text.
     """
     top = os.path.abspath(root)
     loose = list_folder(top, "", out, everything=split_folders is False)
@@ -141,7 +141,7 @@ def _find_splits(root: Path, listings: dict[str, Listing], split_folders: bool |
 
 
 def _not_in_a_class(images: list[tuple[str, str | None]]) -> list[LeftOut]:
-    """Images whose folder says no class, and the .txt beside them."""
+    """Images that lie in no class folder, and the .txt beside them."""
     files = [(path, "image outside of the class folders") for path, _ in images]
     files += [(text, "text of an image that is left out") for text in {text for _, text in images if text}]
     return [LeftOut(path, reason, "its folder says no class") for path, reason in sorted(files)]

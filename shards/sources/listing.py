@@ -1,7 +1,7 @@
 """What lies below a folder: its images, the .txt of each, and every file that is neither, with the reason.
 
-Symbolic links are followed, circles end. Everything is taken in sorted order. An image is what has an image's ending
-or an image's first bytes.
+Symbolic links are followed, but not in circles. Everything is taken in sorted order. A file is an image by its ending
+or by its first bytes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Listing:
 def list_folder(root: str, name: str = "", out: Path | None = None, everything: bool = False) -> Listing:
     """What lies below the folder `name` in `root`; of the root itself ("") the files and the names of folders.
 
-    out: a folder that is passed over. everything: read folders too whose names say that they hold no class.
+    out: a folder that is skipped. everything: also read folders whose names say that they hold no class.
     """
     listing = Listing()
     unread = file_identity(str(out)) if out is not None else None
@@ -85,7 +85,7 @@ def list_folder(root: str, name: str = "", out: Path | None = None, everything: 
 
 
 def is_shard_set(folder: str) -> bool:
-    """Whether a folder holds a shard set, begun or complete: tars with what was said of them."""
+    """Whether a folder holds a shard set, complete or not: tars with a manifest or a build.json."""
     if not any(os.path.exists(os.path.join(folder, name)) for name in ("build.json", "manifest.json")):
         return False
     return any(name.endswith((".tar", ".idx", ".lock")) for name in os.listdir(folder))
@@ -97,7 +97,7 @@ def files_below(folder: str) -> int:
 
 
 def name_endings(left_out: list[LeftOut]) -> list[LeftOut]:
-    """The same, each file of no known format with its ending in the reason; rare endings beyond 20 share one."""
+    """The same with the ending in the reason of each file of no known format; beyond 20, rare endings share one."""
     endings = Counter(_ending(entry.name) for entry in left_out if entry.reason == _NO_FORMAT)
     named = {ending for ending, _ in endings.most_common(_ENDINGS_NAMED)}
 
@@ -109,7 +109,7 @@ def name_endings(left_out: list[LeftOut]) -> list[LeftOut]:
 
 
 def _sort_files(files: list[os.DirEntry[str]], prefix: str, listing: Listing) -> None:
-    """Tell the images of one folder from their sidecars and from the rest."""
+    """Sort the files of one folder into images, their sidecars and the rest."""
     texts: dict[str, str] = {}
     images: list[str] = []
     others: list[str] = []

@@ -23,7 +23,7 @@ _IMAGE_FOLDERS = {"daf": "faces", "dafull": "fullMin256", "moeimouto": "data", "
 
 
 def read_lists(root: Path, layout: str) -> list[Record | LeftOut]:
-    """One record per line of train.csv, val.csv and test.csv (the last two only where there are), named by its path.
+    """One record per line of train.csv, val.csv and test.csv (if there are the last two), named by its path.
 
     layout: daf, dafull, moeimouto or icartoonface. Raises UseError naming the file and line that cannot be used, or if
     none of the images is there.

@@ -1,4 +1,4 @@
-"""What several readers do: read text and CSV files, and see to it that each image comes once."""
+"""What several readers do: read text and CSV files, and make sure that each image comes once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_text(file: str | Path) -> str:
 
 @contextmanager
 def reading_csv(file: Path) -> Iterator[None]:
-    """Turn what fails while a CSV file is read into a UseError that names it."""
+    """Turn a failure to read a CSV file into a UseError that names it."""
     try:
         yield
     except (OSError, UnicodeDecodeError, csv.Error) as error:

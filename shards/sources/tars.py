@@ -112,9 +112,9 @@ def _images(file: BinaryIO, sample: TarSample, ending: str | None) -> list[str]:
 
 
 def _taken_apart(sample: TarSample) -> list[TarSample]:
-    """The samples that one is, where its key was cut at a dot that is part of the key.
+    """The samples in what was read as one because its key was cut at a dot that is part of the key.
 
-    `a.1.jpg, a.1.cls, a.2.jpg, a.2.cls` is one sample by the convention, but two were meant: so where there are several
+    `a.1.jpg, a.1.cls, a.2.jpg, a.2.cls` is one sample by the convention, but two were meant: if there are several
     images and every extension has a dot, each name up to its last dot is a key.
     """
     if len(image_extensions(sample)) < 2 or not all("." in extension for extension in sample.members):
@@ -164,7 +164,7 @@ def splits_in_names(tars: list[Path]) -> list[str] | None:
 
 
 def read_class_names(file: Path) -> list[str]:
-    """Class names by id: the lines of a text file. Raises UseError unless they are all there and differ."""
+    """Class names by id: the lines of a text file. Raises UseError if one is empty or comes twice."""
     names: dict[str, None] = {}
     for number, line in enumerate(read_text(file).removesuffix("\n").split("\n")):
         name = line.strip()
