@@ -1,4 +1,4 @@
-"""One source image to the bytes that go into a shard: decoded as `dist_train.data.images` says, resized, as JPEG.
+"""Converts a source image for a shard: decoded as `dist_train.data.images` says, resized, encoded as JPEG.
 
 What needs no change is kept byte for byte. What fails raises `BadImage`, which the builder notes and leaves out.
 """
@@ -37,7 +37,7 @@ def convert(data: bytes, size: int | None = None, max_side: int | None = None, q
 
 
 def _is_kept(header: Header | None) -> bool:
-    """Whether an image is what a shard is to hold: a plain JPEG in colour, and nothing else in its file."""
+    """Whether an image can go into a shard as it is: a plain JPEG in colour, with nothing else in its file."""
     return header is not None and header.kind == "jpeg" and header.plain and header.colour and not header.tail
 
 

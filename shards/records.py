@@ -1,7 +1,8 @@
-"""What a source hands to the builder: one record per image, and what it leaves out itself."""
+"""What a source hands to the builder: one record per image, and what the source itself leaves out."""
 
 from __future__ import annotations
 
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -14,6 +15,45 @@ _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclass(frozen=True)
+class FileContent:
+    """A record's `read` for a file on disk, or for one inside a tar: `length` bytes from `offset` on."""
+
+    path: str
+    offset: int = 0
+    length: int | None = None
+
+    def __call__(self) -> bytes:
+        """The file's bytes. Raises OSError."""
+        with open(self.path, "rb") as file:
+            if self.length is None:
+                return file.read()
+            file.seek(self.offset)
+            return file.read(self.length)
+
+    def size(self) -> int | None:
+        """Bytes, or None if the file cannot be found."""
+        if self.length is not None:
+            return self.length
+        try:
+            return os.stat(self.path).st_size
+        except OSError:
+            return None
+
+    def identity(self) -> object:
+        """Equal for two paths of one file on disk, links included."""
+        return file_identity(self.path) or os.path.normpath(self.path)
+
+
+def file_identity(path: str) -> tuple[int, int] | None:
+    """What tells a file or folder from all others, under any name; None if it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+@dataclass(frozen=True)
 class Record:
     """One image on its way into a shard set.
 
@@ -23,15 +63,19 @@ class Record:
     """
 
     name: str
-    read: Callable[[], bytes]
+    read: FileContent | Callable[[], bytes]
     class_name: str
     split: str | None = None
     tags: str | None = None
 
+    def size(self) -> int | None:
+        """Bytes of the encoded image; None where the file is not there, or only reading it would tell."""
+        return self.read.size() if isinstance(self.read, FileContent) else None
+
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An input image that is not in the set, with a short reason; or `count` of them that are not told apart."""
+    """An input file that is not in the set, with a short reason; or `count` of them under one name."""
 
     name: str
     reason: str
@@ -42,8 +86,8 @@ class LeftOut:
 def check_class_names(names: Iterable[str]) -> None:
     """Raises UseError for a name that would harm what prints or stores it; warns of names that look nearly alike.
 
-    Harmful are line breaks and other control characters, marks that turn the direction of what follows, and what a name
-    in another encoding than UTF-8 becomes. Any other character, of any script, is a name's own matter.
+    Harmful are line breaks and other control characters, marks that change the direction of text, and surrogates, which
+    names in other encodings than UTF-8 become. All other characters, of any script, are allowed.
     """
     alike: dict[str, str] = {}
     twins = []
@@ -61,5 +105,5 @@ def check_class_names(names: Iterable[str]) -> None:
 
 
 def warn(line: str) -> None:
-    """Say on stderr what a user would want to know before training, and what is no error."""
+    """Print on stderr what a user would want to know before training, though it is no error."""
     print(f"warning: {line}", file=sys.stderr, flush=True)

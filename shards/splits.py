@@ -21,7 +21,7 @@ SPLIT_NAMES = {
 
 
 def split_named(name: str) -> str | None:
-    """The split that a name means as a whole, in any case: "Training", "val_set", "test images"; None if none."""
+    """The split that the whole name means, in any case: "Training", "val_set", "test images"; None if none."""
     words = re.sub(r"[\s_.-]*(sets?|splits?|data|images|imgs)$", "", name.strip().lower())
     return SPLIT_NAMES.get(words)
 

@@ -1,6 +1,6 @@
 """Danbooru20xx: posts as JSON, one a line, in either schema, and images in buckets, `BUCKET/ID.EXT`.
 
-To 2020 a post has `tags`: a list of {id, name, category}, category 0 general, 4 character; later it has
+Up to 2020 a post has `tags`: a list of {id, name, category}, category 0 general, 4 character; later it has
 `tag_string_general`, `tag_string_character`, names separated by blanks, as the site's API gives it. A post with exactly
 one character tag is a sample of that class; its general tags, in their order, are the text. BUCKET is ID modulo 1000 in
 four digits; `original/` keeps each post's own file type, `512px/` has JPEGs.
@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.errors import UseError
-from shards.records import LeftOut, Record
-from shards.sources import FileContent
+from shards.records import FileContent, LeftOut, Record
 
 
 def read_danbooru(metadata: Path, images: Path | None) -> list[Record | LeftOut]:
@@ -43,7 +42,7 @@ def read_danbooru(metadata: Path, images: Path | None) -> list[Record | LeftOut]
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UseError(f"{place}: not a Danbooru post with an id and tags in one of the two schemas") from None
         if len(characters) != 1:
-            left_out[f"{'several character tags' if characters else 'no character tag'}"] += 1
+            left_out["several character tags" if characters else "no character tag"] += 1
         elif number in records:
             left_out["post listed twice"] += 1
         elif (path := _image(tree, number, post.get("file_ext"))) is None:
@@ -96,7 +95,7 @@ def _tags(post: dict[str, Any], kind: str, category: str) -> list[str]:
 
 
 def _image(tree: str, number: int, extension: object) -> str | None:
-    """Path of a post's image, as it came or as the JPEG that trees of shrunk images have."""
+    """Path of a post's image: its own file type, or the JPEG that trees of shrunk images have."""
     for suffix in dict.fromkeys((extension, "jpg")):
         path = os.path.join(tree, f"{number % 1000:04d}", f"{number}.{suffix}")
         if str(suffix).isalnum() and os.path.isfile(path):
