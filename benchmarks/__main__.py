@@ -57,7 +57,7 @@ def _add_histogram(commands: argparse._SubParsersAction) -> None:
 
 
 def _histogram(options: argparse.Namespace) -> int:
-    from benchmarks.colour_histogram import colour_histogram_accuracy
+    from benchmarks.claims.histogram import colour_histogram_accuracy
 
     accuracy, samples = colour_histogram_accuracy(options.set)
     say(f"{options.set}: logistic regression on colour histograms: test top-1 {accuracy:.4f} over {samples} samples")
@@ -277,7 +277,7 @@ def _add_precision(commands: argparse._SubParsersAction) -> None:
 
 
 def _precision(options: argparse.Namespace) -> int:
-    from benchmarks.precision import measure_precisions
+    from benchmarks.claims.precision import measure_precisions
     from dist_train.cli import parse_recipe
 
     recipe, _ = parse_recipe(options.recipe_arguments)
@@ -341,7 +341,7 @@ def _add_kill(commands: argparse._SubParsersAction) -> None:
 
 
 def _kill(options: argparse.Namespace) -> int:
-    from benchmarks.kill import measure_kills
+    from benchmarks.claims.kill import measure_kills
 
     tell(
         measure_kills(

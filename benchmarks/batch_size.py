@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy import finish_runs, test_evaluation, trained_at
+from benchmarks.claims.runs import finish_runs, test_evaluation, trained_at
 from benchmarks.fit import largest_micro_batch
 from benchmarks.result import finished_rows, gpu_environment, write_result
 from benchmarks.step import PAPER_CLASSES, Arm, run_point

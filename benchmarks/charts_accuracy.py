@@ -27,7 +27,7 @@ from benchmarks.charts import (
     new_axes,
     plain,
 )
-from benchmarks.landscape_picture import shared_levels
+from benchmarks.claims.landscape_picture import shared_levels
 from benchmarks.report_study import (
     BySeed,
     Category,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.questions import difference
+from benchmarks.claims.questions import difference
 
 Row = dict[str, Any]
 BySeed = dict[int, float]

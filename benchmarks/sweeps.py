@@ -63,7 +63,7 @@ def _add_study(commands: argparse._SubParsersAction) -> None:
 
 
 def _study(options: argparse.Namespace) -> int:
-    from benchmarks.study import EXPERIMENTS, Study, per_data, run_study
+    from benchmarks.claims.study import EXPERIMENTS, Study, per_data, run_study
 
     study = Study(
         scratch=options.scratch,
@@ -184,7 +184,7 @@ def _add_paper(commands: argparse._SubParsersAction) -> None:
 
 
 def _paper(options: argparse.Namespace) -> int:
-    from benchmarks.paper import run_table
+    from benchmarks.claims.paper import run_table
 
     cells = options.cells.split(",") if options.cells else None
     name = options.name or f"{'' if options.table == 'fig3' else 'table'}{options.table}-{options.scale}"
@@ -211,7 +211,7 @@ def _add_landscape(commands: argparse._SubParsersAction) -> None:
 
 
 def _landscape(options: argparse.Namespace) -> int:
-    from benchmarks.landscape import measure_landscape
+    from benchmarks.claims.landscape import measure_landscape
 
     tell(
         measure_landscape(

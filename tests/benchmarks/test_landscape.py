@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks import landscape, result
-from benchmarks.landscape import measure_landscape
-from benchmarks.landscape_picture import draw_landscape, shared_levels
-from benchmarks.surface import (
+from benchmarks import result
+from benchmarks.claims import landscape
+from benchmarks.claims.landscape import measure_landscape
+from benchmarks.claims.landscape_picture import draw_landscape, shared_levels
+from benchmarks.claims.surface import (
     Measured,
     draw_direction,
     gaussian,
@@ -359,7 +360,7 @@ def test_a_work_file_that_is_damaged_or_of_another_measurement_is_started_over(
         np.savez(work.open("wb"), **(arrays | {"row0": np.array([None])}), allow_pickle=True)
     elif harm == "shape":
         np.savez(work.open("wb"), **(arrays | {"row0": arrays["row0"][:2]}))
-    with caplog.at_level(logging.WARNING, "benchmarks.landscape"):
+    with caplog.at_level(logging.WARNING, "benchmarks.claims.landscape"):
         (row,) = measure([runs["cls"]])["rows"]
     warnings = [record.getMessage() for record in caplog.records if str(work) in record.getMessage()]
     assert len(warnings) == 1 and "measuring from the start" in warnings[0] and "\n" not in warnings[0]
@@ -425,7 +426,7 @@ def test_without_matplotlib_the_result_is_there_and_one_line_says_how_to_get_the
 ) -> None:
     for module in ("matplotlib", "matplotlib.colors", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
-    with caplog.at_level(logging.WARNING, "benchmarks.landscape"):
+    with caplog.at_level(logging.WARNING, "benchmarks.claims.landscape"):
         measure([runs["cls"]])
     (line,) = [record.getMessage() for record in caplog.records if "matplotlib" in record.getMessage()]
     assert "pip install -e '.[benchmarks]'" in line and str(results / "small.json") in line and "\n" not in line

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.questions import (
+from benchmarks.claims.questions import (
     BASE,
     T_95,
     Estimate,

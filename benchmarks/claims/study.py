@@ -2,7 +2,7 @@
 
 A small ViT is pretrained on one cast of drawn characters, then fine-tuned by SGD at a fixed rate on another cast
 (`drawn`) and on photos (`photos`), with batch sizes from 16 to 256 and both heads. Every run is a recipe of this
-project, trained by its loop; `benchmarks/questions.py` says what the runs answer.
+project, trained by its loop; `benchmarks/claims/questions.py` says what the runs answer.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.accuracy import finish_runs, last_train_loss, read_summary, test_evaluation, trained_at
-from benchmarks.questions import answer_questions
+from benchmarks.claims.questions import answer_questions
+from benchmarks.claims.runs import finish_runs, last_train_loss, read_summary, test_evaluation, trained_at
 from benchmarks.result import read_rows, write_result
 from dist_train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from dist_train.data.manifest import MANIFEST_NAME, read_manifest

@@ -1,6 +1,6 @@
 """The picture of a landscape result: contours of every run's loss surface, and below them the surfaces themselves.
 
-`python -m benchmarks.landscape_picture RESULT.json` draws it again from the arrays beside the result.
+`python -m benchmarks.claims.landscape_picture RESULT.json` draws it again from the arrays beside the result.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def draw_landscape(result: Path) -> Path:
     except ModuleNotFoundError:
         raise UseError(
             f"no picture, as matplotlib is not installed: pip install -e '.[benchmarks]', then "
-            f"python -m benchmarks.landscape_picture {result}"
+            f"python -m benchmarks.claims.landscape_picture {result}"
         ) from None
 
     rows = json.loads(result.read_bytes())["rows"]

@@ -2,7 +2,7 @@
 
 Every run is looked at on the same samples: the first of a split, without augmentation, held in memory. The model is in
 evaluation mode (nothing is dropped), in float32, and the loss is the plain mean cross-entropy whatever the run was
-trained with. What the surface is, and how sharp, is in `benchmarks/surface.py`.
+trained with. What the surface is, and how sharp, is in `benchmarks/claims/surface.py`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from benchmarks import result
-from benchmarks.landscape_picture import draw_landscape
-from benchmarks.surface import (
+from benchmarks.claims.landscape_picture import draw_landscape
+from benchmarks.claims.surface import (
     CENTRE,
     LINE,
     Measured,

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.accuracy import finish_runs, is_finished, test_evaluation, trained_at
+from benchmarks.claims.runs import finish_runs, is_finished, test_evaluation, trained_at
 from benchmarks.result import write_result
 from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
@@ -21,7 +21,7 @@ from dist_train.data.manifest import MANIFEST_NAME
 from dist_train.data.text import WHOLE_TAGS
 from dist_train.errors import UseError
 
-RECIPES = Path(__file__).parents[1] / "launch" / "recipes" / "paper"
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes" / "paper"
 SMALL_SHARDS = Path("data/paper-small")
 SMALL_RUNS = Path("runs/paper-small")
 SMALL_PICTURES, SMALL_EPOCHS = 800, 2
@@ -78,7 +78,7 @@ def run_table(
             write_table(table, scale, cells, result_name)
     path, rows = write_table(table, scale, cells, result_name)
     if table == "fig3" and not render:
-        from benchmarks.landscape import measure_landscape
+        from benchmarks.claims.landscape import measure_landscape
 
         runs = [Path(cell.recipe.train.run) for cell in chosen]
         points, samples = (21, 256) if scale == "full" else (5, 32)

@@ -139,7 +139,7 @@ class Worker:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("a") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "benchmarks.accuracy"],
+                    [sys.executable, "-m", "benchmarks.claims.runs"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,

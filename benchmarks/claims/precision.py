@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import finish_runs, last_train_loss, test_evaluation, trained_at
+from benchmarks.claims.runs import finish_runs, last_train_loss, test_evaluation, trained_at
 from benchmarks.result import write_result
 from dist_train.config import Recipe
 

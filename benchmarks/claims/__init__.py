@@ -1,0 +1,1 @@
+"""Benchmarks of what something gains: training runs, and what they claim."""
