@@ -1,343 +1,242 @@
 """Loss surfaces around trained weights, as in Figure 3 of the paper, with the numbers that the picture suggests.
 
-Every run is looked at on the same samples: the first of a split, without augmentation, held in memory. The model is in
-evaluation mode (nothing is dropped), in float32, and the loss is the plain mean cross-entropy whatever the run was
-trained with. What the surface is, and how sharp, is in `benchmarks/claims/surface.py`.
+Every run is looked at on the same samples: the first of a split, without augmentation, held in memory, each at the
+run's own image size and with as many tags as it reads.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import logging
 import math
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
-from tqdm import tqdm
 
 from benchmarks import result
-from benchmarks.claims.landscape_picture import draw_landscape
-from benchmarks.claims.surface import (
-    CENTRE,
-    LINE,
-    Measured,
-    Point,
-    draw_direction,
-    fits_plan,
-    line_barrier,
-    measure_units,
-    move_on_line,
-    move_on_plane,
-    plan_line,
-    plan_plane,
-    sharpness,
-    surface_arrays,
-)
-from dist_train.cli import recipe_from_run
-from dist_train.config import Recipe
-from dist_train.data.draws import Draw, random_bits
-from dist_train.data.loader import Batch, EvalLoader
-from dist_train.data.manifest import Manifest
+from benchmarks.benchmark import Benchmark, Chart
+from benchmarks.charts import COLOURS, legend, new_axes, plain, png
+from benchmarks.tables import Document, Row, by, figures, short_backbone, span, text_of
 from dist_train.errors import UseError, WorkError
 from dist_train.files import write_atomically
-from dist_train.inference import TrainedModel, load_trained
-from dist_train.models.build import build_model
-from dist_train.models.saved import CHECKSUMS_NAME, newest_checkpoint
-from dist_train.train.checkpoint import read_state
-from dist_train.train.evaluate import Forward
-from dist_train.train.inputs import read_shard_set
 
-_METHOD = 1  # of the numbers in a work file: another one makes old work files useless
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    Arrays = dict[str, NDArray[np.float64]]
+
+LEVELS = 16
+CLIP_QUANTILE = 0.9  # the surfaces' corners would leave nothing to see of their middle
+COLUMNS_OF_RUNS = 4
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is measured of every run; as the arguments of `measure_landscape`."""
+class Arguments:
+    """The loss over a plane of two filter-normalised random directions (Li et al. 2018) and on the line from the
+    initial weights, the same directions and samples for all runs. Where it was stopped, the same command continues it.
+    """
 
-    split: str
-    samples: int
-    points: int
-    radius: float
-    line_points: int
-    seed: int
+    runs: list[Path] = field(metadata={"positional": True})
+    """run folders"""
+    name: str
+    """of the result: benchmarks/results/landscape/NAME.json"""
+    split: str = "test"
+    """whose samples are looked at"""
+    samples: int = 256
+    """the first of the split, or all if it has fewer"""
+    points: int = 21
+    """on each side of the plane, an odd number"""
+    radius: float = 1.0
+    """half of that side, in units of the filters' norms"""
+    line_points: int = 29
+    """on the line from the initial weights (0) to the trained ones (1), from -0.2 to 1.2"""
+    seed: int = 0
+    """of the two directions"""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is measured of every run."""
+        return {key: value for key, value in asdict(self).items() if key not in ("runs", "name")}
+
+    def __post_init__(self) -> None:
+        """Raise UseError for arguments that cannot be."""
+        if self.samples < 1:
+            raise UseError(f"--samples: {self.samples} is not at least 1")
+        if self.points < 3 or self.points % 2 == 0:
+            raise UseError(
+                f"--points: {self.points} is not an odd number from 3, with the trained weights amid them; "
+                f"use {max(3, self.points + 1)}"
+            )
+        if not (self.radius > 0 and math.isfinite(self.radius)):
+            raise UseError(f"--radius: {self.radius} is not above 0; 1 moves every filter by its own norm")
+        if self.line_points < 2:
+            raise UseError(f"--line-points: {self.line_points} is not at least 2")
 
 
-def measure_landscape(
-    runs: list[Path],
-    split: str,
-    samples: int,
-    points: int,
-    radius: float,
-    line_points: int,
-    seed: int,
-    name: str,
-) -> Path:
-    """Measure the surfaces of the runs' newest checkpoints and write the result; returns its path.
-
-    samples: the first of the split, or all if it has fewer. points: of the plane along each of its two axes, odd, over
-    [-radius, radius] in units of the filters' norms. line_points: positions t on the line from the initial to the
-    trained weights, t from -0.2 to 1.2. seed: of the two directions.
+def run(arguments: Arguments) -> Path:
+    """Measure the surfaces of the runs' newest checkpoints and write the result.
 
     Beside `NAME.json` stay the arrays of run i, `NAME-<i>-<run>.npz` (see `surface_arrays`), and the picture `NAME.png`
-    if matplotlib is installed. Until then a work file for each run holds what is finished: the same call goes on from
-    it. All runs see the same samples, each at its own image size and with as many tags as it reads.
+    if matplotlib is installed. Until then a work file for each run holds what is finished.
 
-    Raises UseError for arguments that cannot be, where there is no trained run, and for runs of different shard sets;
-    WorkError for damaged files.
+    Raises UseError where there is no trained run, and for runs of different shard sets; WorkError for damaged files.
     """
-    settings = Settings(split, samples, points, radius, line_points, seed)
-    _check_settings(settings)
-    recipes, manifest = read_runs(runs)
-    manifest.split(split)
+    from benchmarks.claims.landscape_run import measure_run, read_runs, save_arrays
+
+    recipes, manifest = read_runs(arguments.runs)
+    manifest.split(arguments.split)
     folder = result.RESULTS / "landscape"
     folder.mkdir(parents=True, exist_ok=True)
-    stems = [f"{name}-{i}-{run.resolve().name}" for i, run in enumerate(runs)]
+    stems = [f"{arguments.name}-{i}-{run.resolve().name}" for i, run in enumerate(arguments.runs)]
     works = [folder / f"{stem}.work.npz" for stem in stems]
-
-    rows, arrays = [], []
-    for run, recipe, stem, work in zip(runs, recipes, stems, works, strict=True):
-        row, measured = _measure_run(run, recipe, manifest, settings, work)
+    rows, surfaces = [], []
+    for run, recipe, stem, work in zip(arguments.runs, recipes, stems, works, strict=True):
+        row, arrays = measure_run(run, recipe, manifest, arguments, work)
         rows.append(row | {"arrays": f"{stem}.npz"})
-        arrays.append(surface_arrays(measured, points, radius, line_points))
-    for row, its in zip(rows, arrays, strict=True):
-        _save_arrays(folder / row["arrays"], its)
-    parameters = asdict(settings) | {"precision": "float32", "manifest_digest": manifest.digest}
-    path = result.write_result("landscape", name, parameters, rows)
+        surfaces.append(arrays)
+    for row, arrays in zip(rows, surfaces, strict=True):
+        save_arrays(folder / row["arrays"], arrays)
+    parameters = arguments.settings | {"precision": "float32", "manifest_digest": manifest.digest}
+    path = result.write_result("landscape", arguments.name, parameters, rows)
     for work in works:
         work.unlink()
     try:
-        draw_landscape(path)
-    except UseError as error:  # there are results without a picture
-        log.warning("%s", error)
+        for chart in charts({"rows": rows}):
+            write_atomically(path.with_name(f"{path.stem}{'-' * bool(chart.name)}{chart.name}.png"), png(chart))
+    except ModuleNotFoundError:  # there are results without a picture
+        log.warning(
+            "%s: no picture, as matplotlib is not installed: pip install -e '.[benchmarks]', then "
+            "python -m benchmarks report",
+            path,
+        )
     return path
 
 
-def _check_settings(settings: Settings) -> None:
-    if settings.samples < 1:
-        raise UseError(f"--samples: {settings.samples} is not at least 1")
-    if settings.points < 3 or settings.points % 2 == 0:
-        raise UseError(
-            f"--points: {settings.points} is not an odd number from 3, with the trained weights amid them; "
-            f"use {max(3, settings.points + 1)}"
-        )
-    if not (settings.radius > 0 and math.isfinite(settings.radius)):
-        raise UseError(f"--radius: {settings.radius} is not above 0; 1 moves every filter by its own norm")
-    if settings.line_points < 2:
-        raise UseError(f"--line-points: {settings.line_points} is not at least 2")
+# ---------------------------------------------------------------------- what the report shows
+def headline(document: Document) -> str:
+    """The range of the sharpness, for each head."""
+    sharp = {head: figures(rows, "mean_excess_loss") for head, rows in by(document["rows"], "head").items()}
+    parts = [f"{head.upper()} {span(values, '.3f')}" for head, values in sharp.items() if values]
+    return f"Mean excess loss around the weights: {', '.join(parts)}" if parts else ""
 
 
-def read_runs(runs: list[Path]) -> tuple[list[Recipe], Manifest]:
-    """The recipes of the runs, and the manifest of the shard set that all were trained on, before any is measured.
-
-    Raises UseError naming a run that has no checkpoint, whose shard set is not what it was trained on, or is another
-    than the first run's.
-    """
-    recipes: list[Recipe] = []
-    manifests: list[Manifest] = []
-    for run in runs:
-        recipe = recipe_from_run(run)
-        checkpoint = newest_checkpoint(run)
-        if checkpoint is None:
-            raise UseError(f"{run}: no complete checkpoint; train first")
-        manifest = read_shard_set(recipe)
-        trained_on = read_state(checkpoint).manifest_digest
-        if trained_on != manifest.digest:
-            raise UseError(
-                f"{run}: trained on a shard set of digest {trained_on}, but {recipe.data.shards} now has "
-                f"{manifest.digest}; put the set back, or train anew"
-            )
-        if manifests and manifest.digest != manifests[0].digest:
-            raise UseError(
-                f"{run}: its shard set {recipe.data.shards} has digest {manifest.digest}, that of {runs[0]} has "
-                f"{manifests[0].digest}; compare runs of one shard set"
-            )
-        recipes.append(recipe)
-        manifests.append(manifest)
-    if not manifests:
-        raise UseError("landscape: no run given; name at least one run folder")
-    return recipes, manifests[0]
+def charts(document: Document) -> list[Chart]:
+    """The surfaces of the runs whose arrays are there, with the same levels, and their losses on the line."""
+    # The name alone: a result does not say where else to read.
+    files = [(row, result.RESULTS / "landscape" / Path(str(row.get("arrays"))).name) for row in document["rows"]]
+    runs = [(row, read_arrays(path)) for row, path in files if path.is_file()]
+    drawn = []
+    if any(np.isfinite(arrays["loss"]).any() for _, arrays in runs):
+        caption = "Loss over two filter-normalised directions, the same levels for all runs; the cross: trained weights."
+        drawn.append(Chart("", caption, partial(draw_surfaces, runs)))
+    if lines := [(row, arrays) for row, arrays in runs if len(arrays.get("line_loss", ()))]:
+        caption = "Loss on the line through the starting weights (0) and the trained ones (1)."
+        drawn.append(Chart("line", caption, partial(draw_lines, lines)))
+    return drawn
 
 
-# ---------------------------------------------------------------------- one run
-def _measure_run(
-    run: Path, recipe: Recipe, manifest: Manifest, settings: Settings, work: Path
-) -> tuple[dict[str, Any], Measured]:
-    """The row of a run, without its arrays' name, and all that was measured."""
-    trained = load_trained(run, recipe, "last", False)
-    model = trained.model
-    batches = hold_subset(trained, recipe, manifest, settings.split, settings.samples)
-    plane, line = plan_plane(settings.points, settings.radius), plan_line(settings.line_points)
-    key = _work_key(trained, recipe, manifest, settings)
-    measured = read_work(work, key, plane | line)
-    missing = [unit for name, unit in (plane | line).items() if name not in measured]
-    note = None
-    # TensorFloat-32, cuDNN's default for the patches' convolution, has 10 bits of mantissa: not enough for differences.
-    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with (
-        exact,
-        tqdm(
-            total=sum(map(len, missing)), desc=run.resolve().name, unit="point", disable=not sys.stderr.isatty()
-        ) as bar,
-    ):
-
-        def at(move: Callable[..., None]) -> Callable[..., tuple[float, float]]:
-            def evaluate(*point: float) -> tuple[float, float]:
-                move(*point)
-                bar.update()
-                return loss_and_top1(trained.forward, batches)
-
-            return evaluate
-
-        def save(so_far: Measured) -> None:
-            _save_arrays(work, {"key": np.array(key), **so_far})
-
-        if any(name not in measured for name in plane):
-            directions = [draw_direction(model, settings.seed, number) for number in (1, 2)]
-            move = move_on_plane(model, *directions)
-            measure_units(plane, at(move), measured, save)
-            move(0.0, 0.0)  # the line ends at the trained weights
-        if LINE not in measured:
-            try:
-                initial = initial_weights(recipe, trained)
-            except (UseError, WorkError) as error:
-                note = f"no line, as the initial weights cannot be made again: {error}"
-                log.warning("%s: %s", run, note)
-            else:
-                measure_units(line, at(move_on_line(model, initial)), measured, save)
-
-    loss, top1 = measured[CENTRE][0].tolist()
-    row = {
-        "run": run.resolve().name,
-        "backbone": recipe.model.backbone,
-        "head": recipe.model.head,
-        "batch_size": recipe.train.batch_size,
-        "image_size": recipe.data.image_size,
-        "text_tokens": recipe.model.text_tokens,
-        "step": read_state(trained.checkpoint).step,
-        "samples": sum(len(batch.labels) for batch in batches),
-        "loss": _number(loss),
-        "top1": _number(top1),
-        **{key: _number(value) for key, value in sharpness(measured, settings.points, settings.radius).items()},
-        "line": settings.line_points if LINE in measured else None,
-        "line_barrier": _number(line_barrier(measured, settings.line_points)),
-    }
-    return row | ({"line_note": note} if note else {}), measured
-
-
-def hold_subset(trained: TrainedModel, recipe: Recipe, manifest: Manifest, split: str, samples: int) -> list[Batch]:
-    """Batches of the first `samples` samples of the split, in its order, as the model reads them.
-
-    A sample that cannot be used counts among the first but is not in a batch. Raises WorkError where none can be used.
-    """
-    loader = EvalLoader(
-        recipe.data,
-        manifest,
-        split,
-        trained.place,
-        batch_size=min(samples, recipe.train.eval_batch_size),
-        tokenizer=trained.tokenizer,
-    )
-    batches = []
-    left = samples
-    for batch in loader:
-        chosen = (batch.weights[:left] > 0).nonzero().squeeze(1)
-        left -= len(batch.samples[:left])
-        if len(chosen):
-            batches.append(_select(batch, chosen))
-        if left <= 0:
-            break
-    if not batches:
-        raise WorkError(
-            f"{recipe.data.shards}: none of the first {samples} samples of '{split}' can be used; "
-            "check it with `python -m shards verify`"
-        )
-    return batches
-
-
-def _select(batch: Batch, chosen: Tensor) -> Batch:
-    tensors = (batch.images, batch.labels, batch.weights, batch.text_ids, batch.text_mask)
-    return Batch(*(None if tensor is None else tensor[chosen] for tensor in tensors), batch.samples[chosen.cpu()])
-
-
-@torch.no_grad()
-def loss_and_top1(forward: Forward, batches: list[Batch]) -> tuple[float, float]:
-    """Mean cross-entropy of the samples, summed in float64, and the share whose class came first."""
-    sums = torch.zeros(2, dtype=torch.float64, device=batches[0].labels.device)
-    for batch in batches:
-        logits = forward(batch).double()
-        sums[0] += functional.cross_entropy(logits, batch.labels, reduction="sum")
-        sums[1] += (logits.argmax(dim=1) == batch.labels).sum()
-    loss, top1 = (sums / sum(len(batch.labels) for batch in batches)).tolist()
-    return loss, top1
-
-
-def initial_weights(recipe: Recipe, trained: TrainedModel) -> dict[str, Tensor]:
-    """The state that `dist_train.train.loop` began to train from, on the CPU; the global generator stays as it was.
-
-    Raises UseError or WorkError where the recipe's starting weights are no longer to be had.
-    """
-    vocab_size = trained.tokenizer.vocab_size if trained.tokenizer else 0
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(random_bits(recipe.train.seed, Draw.WEIGHTS) >> 1))
-        model, _ = build_model(recipe.model, recipe.data.image_size, len(trained.class_names), vocab_size)
-    return model.state_dict()
-
-
-# ---------------------------------------------------------------------- files
-def _work_key(trained: TrainedModel, recipe: Recipe, manifest: Manifest, settings: Settings) -> str:
-    """SHA-256 (hex) of all that the numbers depend on: the checkpoint's bytes, the recipe, the data, the settings."""
-    identity = {
-        "method": _METHOD,
-        "checkpoint": hashlib.sha256((trained.checkpoint / CHECKSUMS_NAME).read_bytes()).hexdigest(),
-        "recipe": asdict(recipe),
-        "manifest": manifest.digest,
-        "settings": asdict(settings),
-        "device": "cpu" if trained.place.device_id is None else "gpu",
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def read_work(path: Path, key: str, plan: dict[str, list[Point]]) -> Measured:
-    """The finished units in a work file; none, with a warning, where it is damaged or of another measurement."""
-    if not path.exists():
-        return {}
+def read_arrays(path: Path) -> Arrays:
+    """The arrays of a run. Raises WorkError where they cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            units = dict(_items(arrays))
+            return {name: np.asarray(arrays[name], np.float64) for name in arrays.files}
     except Exception as error:  # zip, zlib and numpy each have errors of their own
-        log.warning("%s cannot be read (%s); measuring from the start", path, " ".join(str(error).split()))
-        return {}
-    if str(units.pop("key", "")) != key or not fits_plan(units, plan):
-        log.warning("%s is of another checkpoint or other settings; measuring from the start", path)
-        return {}
-    return units
+        raise WorkError(f"{path}: cannot be read ({' '.join(str(error).split())}); measure again") from None
 
 
-def _items(arrays: Any) -> Iterator[tuple[str, NDArray[Any]]]:
-    for name in arrays.files:
-        yield name, arrays[name]
+def draw_surfaces(runs: Sequence[tuple[Row, Arrays]]) -> Figure:
+    """Contours of every run's surface, and below them the surface itself.
+
+    Log-spaced levels and colours are shared by all runs, so that the same colour is the same loss; the surfaces end at
+    a shared height, the 0.9 quantile of all losses. A loss that is no finite number is left blank.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    every = np.concatenate([arrays["loss"].ravel() for _, arrays in runs])
+    every = every[np.isfinite(every)]
+    levels, top = shared_levels(every), float(np.quantile(every, CLIP_QUANTILE))
+    colours = {"norm": LogNorm(levels[0], levels[-1]), "cmap": "viridis"}
+    columns = min(COLUMNS_OF_RUNS, len(runs))
+    lines = math.ceil(len(runs) / columns)
+    figure = Figure(figsize=(1.2 + 3.6 * columns, 7.6 * lines), layout="constrained")
+    flat = []
+    for i, (row, arrays) in enumerate(runs):
+        a, b = arrays["a"], arrays["b"]
+        loss = np.where(np.isfinite(arrays["loss"]), arrays["loss"], np.nan).T  # contours have x along the columns
+        place = 1 + 2 * columns * (i // columns) + i % columns
+        axes = figure.add_subplot(2 * lines, columns, place)
+        filled = axes.contourf(a, b, np.maximum(loss, levels[0]), levels, **colours)
+        axes.clabel(axes.contour(a, b, loss, levels[1:-1:2], colors="white", linewidths=0.6), fmt="%.3g", fontsize=7)
+        axes.plot(0, 0, "+", color="red", markersize=8)
+        axes.set_aspect("equal")
+        axes.set_title(_title(row), fontsize=9)
+        flat.append(axes)
+        deep = figure.add_subplot(2 * lines, columns, place + columns, projection="3d")
+        deep.plot_surface(*np.meshgrid(a, b), np.minimum(loss, top), rstride=1, cstride=1, linewidth=0, **colours)
+        deep.set_zlim(float(levels[0]), top)
+        deep.set_zlabel("loss", fontsize=8)
+        for each in (axes, deep):
+            each.set_xlabel("a", fontsize=8)
+            each.set_ylabel("b", fontsize=8)
+            each.set_xticks(np.linspace(a[0], a[-1], 3))
+            each.set_yticks(np.linspace(b[0], b[-1], 3))
+            each.tick_params(labelsize=7)
+    bar = figure.colorbar(filled, ax=flat, ticks=levels[::3], format="%.3g", shrink=0.9)
+    bar.set_label("cross-entropy", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    bar.ax.minorticks_off()
+    return figure
 
 
-def _save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    try:
-        write_atomically(path, content.getvalue())
-    except OSError as error:
-        raise WorkError(f"{path}: cannot be written ({error.strerror}); make room, then start again") from None
+def shared_levels(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Log-spaced contour levels from the lowest to the highest of the finite losses, ascending."""
+    lowest = max(float(losses.min()), 1e-6)  # a logarithm ends above 0
+    return np.geomspace(lowest, max(float(losses.max()), 1.001 * lowest), LEVELS)
 
 
-def _number(value: float | None) -> float | None:
-    """Seven digits, as float32 has no more; None for what JSON has no number for."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.7g}")
+def draw_lines(runs: Sequence[tuple[Row, Arrays]]) -> Figure:
+    """Loss of every run over the position on the line."""
+    figure, axes = new_axes(3.3 + 0.2 * len(runs))
+    for i, (row, arrays) in enumerate(runs):
+        name = [short_backbone(row.get("backbone") or ""), text_of(row.get("head")).upper()]
+        name += [f"{key} {row[of]}" for of, key in (("batch_size", "batch"), ("seed", "seed")) if of in row]
+        label = plain(", ".join(filter(None, name)))
+        axes.plot(arrays["t"], arrays["line_loss"], color=COLOURS[i % len(COLOURS)], label=label)
+    axes.set_xlabel("t: 0 starting weights, 1 trained weights")
+    axes.set_ylabel("cross-entropy")
+    legend(figure, len(runs))
+    return figure
+
+
+def _title(row: Row) -> str:
+    loss, top1 = (text_of(row.get(key), ".3g") or "-" for key in ("loss", "top1"))
+    model = f"{text_of(row.get('head'))} head, batch {text_of(row.get('batch_size'))}, {text_of(row.get('image_size'))} px"
+    return plain("\n".join([textwrap.fill(text_of(row.get("run")), 36), model, f"loss {loss}, top-1 {top1}"]))
+
+
+COLUMNS = [
+    ("run", "run", ""),
+    ("backbone", "backbone", ""),
+    ("head", "head", ""),
+    ("batch_size", "batch", ",d"),
+    ("image_size", "px", "d"),
+    ("text_tokens", "text tokens", "d"),
+    ("seed", "seed", "d"),
+    ("loss", "loss", ".4f"),
+    ("top1", "top-1", ".2%"),
+    ("mean_excess_loss", "mean excess loss", ".4f"),
+    ("max_excess_loss_half_radius", "highest excess within half the radius", ".4f"),
+    ("curvature", "curvature", ",.4g"),
+    ("line_barrier", "barrier on the line", ".4f"),
+]
+BENCHMARK = Benchmark(
+    "landscape", "Loss surfaces around trained weights", Arguments, run, COLUMNS, headline, charts, pictured=True
+)

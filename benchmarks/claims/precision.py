@@ -5,34 +5,52 @@ Order, augmentation and initial weights of a seed are the same in every precisio
 
 from __future__ import annotations
 
-import statistics
-from dataclasses import asdict, replace
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast, get_args
 
+from benchmarks.arguments import check_words, words
+from benchmarks.benchmark import Benchmark
 from benchmarks.claims.runs import finish_runs, last_train_loss, test_evaluation, trained_at
+from benchmarks.claims.study_runs import Seeds
 from benchmarks.result import write_result
-from dist_train.config import Recipe
+from benchmarks.tables import Document, Row, having
+from dist_train.config import Precision, Recipe
 
 
-def measure_precisions(base: Recipe, precisions: list[str], seeds: int, jobs: int, name: str) -> Path:
-    """Train every precision with seeds 0, 1, ..., the first of `precisions` being what others are compared with.
+@dataclass(frozen=True)
+class Arguments:
+    """Train a recipe to its end in several precisions with the same seeds, and compare test accuracies in pairs."""
 
-    Writes the result after every run, goes on where it was stopped, and returns the result's path.
-    """
-    recipes = {
-        (precision, seed): replace(
+    name: str
+    """of the result: benchmarks/results/precision/NAME.json"""
+    precisions: str = "float32,bf16_autocast,bf16"
+    """separated by commas; the first is what the others are compared with"""
+    seeds: int = 3
+    """runs of each: seeds 0, 1, ..."""
+    jobs: int = 1
+    """runs at a time, a GPU each if there are any"""
+
+
+def run(arguments: Arguments, base: Recipe) -> Path:
+    """Train every precision with every seed. Writes the result after each run, and continues where it was stopped."""
+    precisions = cast(list[Precision], words(arguments.precisions))
+    check_words("--precisions", "precision", precisions, get_args(Precision))
+    recipes = [
+        replace(
             base,
             deepspeed=replace(base.deepspeed, precision=precision),
             train=replace(base.train, seed=seed, run=str(Path(base.train.run) / f"{precision}-seed{seed}")),
         )
-        for seed in range(seeds)
+        for seed in range(arguments.seeds)
         for precision in precisions
-    }
-    parameters = {"recipe": asdict(base), "precisions": precisions, "seeds": seeds}
-    rows: list[dict[str, Any]] = []
-    path = write_result("precision", name, parameters, rows)
-    for recipe in finish_runs(list(recipes.values()), jobs, "precision"):
+    ]
+    parameters = {"recipe": asdict(base), "precisions": precisions, "seeds": arguments.seeds}
+    rows: list[Row] = []
+    path = write_result("precision", arguments.name, parameters, rows)
+    for recipe in finish_runs(recipes, arguments.jobs, "precision"):
         test = test_evaluation(recipe)
         rows.append(
             {
@@ -45,26 +63,40 @@ def measure_precisions(base: Recipe, precisions: list[str], seeds: int, jobs: in
             }
         )
         rows.sort(key=lambda row: (precisions.index(row["precision"]), row["seed"]))
-        path = write_result("precision", name, parameters, rows, {"differences": differences(rows, precisions)})
+        more = {"differences": differences(rows, precisions)}
+        path = write_result("precision", arguments.name, parameters, rows, more)
     return path
 
 
-def differences(rows: list[dict[str, Any]], precisions: list[str]) -> list[dict[str, Any]]:
+def differences(rows: list[Row], precisions: Sequence[str]) -> list[Row]:
     """Each precision's test accuracy less that of the first with the same seed, in points: mean and standard error."""
-    top1 = {(row["precision"], row["seed"]): 100 * row["top1"] for row in rows}
-    found = []
-    for precision in precisions[1:]:
-        seeds = [seed for name, seed in top1 if name == precision and (precisions[0], seed) in top1]
-        pairs = [top1[precision, seed] - top1[precisions[0], seed] for seed in seeds]
-        if pairs:
-            error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else None
+    first, *others = (
+        Seeds({row["seed"]: 100 * row["top1"] for row in rows if row["precision"] == precision})
+        for precision in precisions
+    )
+    found: list[Row] = []
+    for precision, seeds in zip(precisions[1:], others, strict=True):
+        if points := seeds - first:
             found.append(
                 {
                     "precision": precision,
                     "compared_with": precisions[0],
-                    "pairs": len(pairs),
-                    "points": round(statistics.mean(pairs), 3),
-                    "standard_error": None if error is None else round(error, 3),
+                    "pairs": len(points),
+                    "points": round(points.mean, 3),
+                    "standard_error": None if math.isnan(points.error) else round(points.error, 3),
                 }
             )
     return found
+
+
+def headline(document: Document) -> str:
+    """Each precision's distance from the first."""
+    return ", ".join(
+        f"{row['precision']} is {row['points']:+.2f} +- {row['standard_error']:.2f} points from {row['compared_with']}"
+        for row in having(document.get("differences") or [], "points", "standard_error")
+    )
+
+
+BENCHMARK = Benchmark(
+    "precision", "What a precision costs in accuracy", Arguments, run, headline=headline, takes_recipe=True
+)

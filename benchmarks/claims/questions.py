@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.claims.study_runs import BASE, DRAWN, HEADS, Row, Seeds, accuracies, is_run, slope_per_doubling
+from benchmarks.claims.study_runs import BASE, DRAWN, HEADS, Seeds, accuracies, is_run, slope_per_doubling
+from benchmarks.tables import Row
 
 Answer = dict[str, str]
 Changes = dict[str, dict[str, Any]]

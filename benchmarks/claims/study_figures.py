@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.benchmark import Chart
 from benchmarks.charts import GREY, HEAD_COLOURS, HEAD_MARKERS, HEIGHT, batch_axis, legend, new_axes, plain
-from benchmarks.claims.study_runs import BASE, Row, Seeds, is_run, with_spread
-from benchmarks.tables import Table, by, short_backbone, text_of
+from benchmarks.claims.study_runs import BASE, Seeds, is_run, with_spread
+from benchmarks.tables import Row, Table, by, short_backbone, text_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-Row = dict[str, Any]
+from benchmarks.tables import Row
+from dist_train.config import Head, HeadInit, LrScaling
 
 DRAWN, PHOTOS = "drawn", "photos"
-HEADS = ("cls", "ifa")
+HEADS: tuple[Head, ...] = ("cls", "ifa")
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,14 @@ class Run:
 
     experiment: str
     data: str
-    head: str
+    head: Head
     batch_size: int
     seed: int
     backbone: str = "vit_tiny_patch32"
-    head_init: str = "reference"
+    head_init: HeadInit = "reference"
     image_size: int = 64
     text_tokens: int = 0
-    lr_scaling: str = "none"
+    lr_scaling: LrScaling = "none"
     budget: str = "epochs"
 
     @property
