@@ -1,4 +1,4 @@
-"""A rank of the run that `benchmarks/claims/kill.py` kills: it says where it is, and records the samples of its steps."""
+"""A rank of the run that `benchmarks/claims/kill.py` kills: it says where it is, and records its steps' samples."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ run's own image size and with as many tags as it reads.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import textwrap
@@ -134,7 +133,7 @@ def charts(document: Document) -> list[Chart]:
     runs = [(row, read_arrays(path)) for row, path in files if path.is_file()]
     drawn = []
     if any(np.isfinite(arrays["loss"]).any() for _, arrays in runs):
-        caption = "Loss over two filter-normalised directions, the same levels for all runs; the cross: trained weights."
+        caption = "Loss over two filter-normalised directions, the same levels for all runs."
         drawn.append(Chart("", caption, partial(draw_surfaces, runs)))
     if lines := [(row, arrays) for row, arrays in runs if len(arrays.get("line_loss", ()))]:
         caption = "Loss on the line through the starting weights (0) and the trained ones (1)."
@@ -218,7 +217,8 @@ def draw_lines(runs: Sequence[tuple[Row, Arrays]]) -> Figure:
 
 def _title(row: Row) -> str:
     loss, top1 = (text_of(row.get(key), ".3g") or "-" for key in ("loss", "top1"))
-    model = f"{text_of(row.get('head'))} head, batch {text_of(row.get('batch_size'))}, {text_of(row.get('image_size'))} px"
+    head, batch, side = (text_of(row.get(key)) for key in ("head", "batch_size", "image_size"))
+    model = f"{head} head, batch {batch}, {side} px"
     return plain("\n".join([textwrap.fill(text_of(row.get("run")), 36), model, f"loss {loss}, top-1 {top1}"]))
 
 

@@ -7,12 +7,11 @@ project, trained by its loop; `benchmarks/claims/questions.py` says what the run
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from benchmarks.arguments import check_words, numbers
 from benchmarks.benchmark import Benchmark, Chart
@@ -74,7 +73,6 @@ class Arguments:
     """on those pictures"""
     jobs: int = 1
     """runs at a time, a GPU each if there are any"""
-
 
     def __post_init__(self) -> None:
         """Raise UseError for values that cannot be, before anything is trained."""

@@ -142,7 +142,8 @@ def comparison(rows: Sequence[Row], experiment: str) -> dict[str, ByHead]:
         return same and tuple(here.values()) in wanted
 
     def order(place: tuple[Any, ...]) -> list[tuple[bool, Any]]:
-        return [(isinstance(value, str) and value != BASE[key], value) for key, value in zip(varied, place, strict=True)]
+        pairs = zip(varied, place, strict=True)
+        return [(isinstance(value, str) and value != BASE[key], value) for key, value in pairs]
 
     found = grouped([row for row in rows if is_compared(row)], varied) if own else {}
     return {_label(varied, place): found[place] for place in sorted(found, key=order)}
