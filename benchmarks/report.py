@@ -238,8 +238,6 @@ def _section(one: Result) -> Iterator[str]:
         f"[{markdown(one.path.name)}]({one.link})"
     )
     pictures = [(chart.caption, path) for chart, path in one.pictures]
-    if not pictures and one.path.with_suffix(".png").exists():  # the benchmark itself has drawn it
-        pictures = [(one.benchmark.title, one.path.with_suffix(".png"))]
     if pictures:
         folder = f"results/{one.benchmark.name}"
         yield "\n".join(f"![{_alternative(c)}]({quote(f'{folder}/{path.name}')})" for c, path in pictures)
