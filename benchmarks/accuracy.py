@@ -21,8 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.points import environment_of_one_process, gpu_environment
-from benchmarks.step import recipe_from_dict
+from benchmarks.points import environment_of_one_process, gpu_environment, recipe_from_dict
 from dist_train.cli import recipe_from_run
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError, run_command

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import report, result
 from benchmarks.__main__ import main
-from benchmarks.old_charts import cheapest
+from benchmarks.speed.batch_size import cheapest
 from benchmarks.tables import Table
 from tests.benchmarks.test_report_study import study_rows
 
