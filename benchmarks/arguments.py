@@ -108,6 +108,6 @@ def numbers(option: str, text: str) -> list[int]:
 
 
 def check_words(option: str, kind: str, asked: list[str], known: tuple[str, ...]) -> None:
-    """Raise UseError where one of the words asked for is not known."""
+    """Raise UseError where one of the words asked for is not known. kind: of what, "arm " or nothing."""
     if unknown := set(asked) - set(known):
-        raise UseError(f"{option}: no {kind} '{min(unknown)}'; there are {', '.join(known)}")
+        raise UseError(f"{option}: no {kind}'{min(unknown)}'; there are {', '.join(known)}")

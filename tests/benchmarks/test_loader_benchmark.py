@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks import report, result
 from benchmarks.__main__ import main
-from benchmarks.loader import CONTESTANTS, LIMITS, check_limits
 from benchmarks.speed import scale
+from benchmarks.speed.loader import CONTESTANTS, LIMITS, check_limits
 from benchmarks.speed.scale_point import most_at_once
 from dist_train.errors import WorkError
 from tests.conftest import REPOSITORY

@@ -15,7 +15,8 @@ import pytest
 
 from benchmarks import report, result
 from benchmarks.__main__ import main
-from benchmarks.old_charts import cheapest
+from benchmarks.catalogue import BENCHMARKS
+from benchmarks.speed.batch_size import cheapest
 from benchmarks.tables import Table
 from tests.benchmarks.test_report_study import study_rows
 
@@ -23,7 +24,7 @@ pytest.importorskip("matplotlib")
 
 HOSTILE = '<script>alert(1)</script> | a\nb `c` & "d" $x_{$ </svg> {e} \\1'
 VOID = {"meta", "br"}
-KNOWN = {benchmark.name: benchmark for benchmark in report.known_benchmarks()}
+KNOWN = {benchmark.name: benchmark for benchmark in BENCHMARKS}
 COLUMNS = {name: benchmark.columns for name, benchmark in KNOWN.items() if benchmark.columns is not None}
 YES_OR_NO = {"pareto", "recommended", "identical_weights", "each_sample_once"}
 
