@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from benchmarks import old, report
+from benchmarks import report
 from benchmarks.arguments import Command
 from benchmarks.arguments import parse as parse_arguments
 from benchmarks.catalogue import BENCHMARKS
@@ -22,8 +22,6 @@ def main(arguments: list[str] | None = None) -> int:
         asked = parse(arguments)  # --help goes to standard output: before that is kept for results
         if arguments is None:
             keep_stdout()
-        if not isinstance(asked, Command):
-            return asked.command(asked)
         benchmark = asked.benchmark
         path = benchmark.run(asked.arguments, *([asked.recipe] if benchmark.takes_recipe else []))
         if path is not None:
@@ -42,8 +40,6 @@ def parse(arguments: list[str] | None = None) -> Command:
         print(f"usage: python -m benchmarks BENCHMARK [--help] ...\n\nWhat things cost and gain.\n\n{listed}")
         raise SystemExit(0)
     if name not in COMMANDS:
-        if name in old.COMMANDS:
-            return old.parse([name, *words])
         raise UseError(f"benchmarks: there is no '{name}'; there are {', '.join(COMMANDS)}")
     return parse_arguments(COMMANDS[name], words)
 

@@ -108,6 +108,7 @@ def numbers(option: str, text: str) -> list[int]:
 
 
 def check_words(option: str, kind: str, asked: list[str], known: tuple[str, ...]) -> None:
-    """Raise UseError where one of the words asked for is not known. kind: of what, "arm " or nothing."""
+    """Raise UseError where one of the words asked for is not known. kind: what they name, or "" for a mere value."""
     if unknown := set(asked) - set(known):
-        raise UseError(f"{option}: no {kind}'{min(unknown)}'; there are {', '.join(known)}")
+        named = f"{kind} '{min(unknown)}'".strip()
+        raise UseError(f"{option}: no {named}; there are {', '.join(known)}")

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from benchmarks.benchmark import Benchmark
+from benchmarks.claims import histogram, kill, landscape, paper, precision, study
 from benchmarks.speed import batch_size, engine, exchange, gpu, ifa, loader, scale, step
 
+CLAIMS: tuple[Benchmark, ...] = (
+    study.BENCHMARK,
+    paper.BENCHMARK,
+    landscape.BENCHMARK,
+    precision.BENCHMARK,
+    kill.BENCHMARK,
+    histogram.BENCHMARK,
+)
 SPEED: tuple[Benchmark, ...] = (
     batch_size.BENCHMARK,
     ifa.BENCHMARK,
@@ -15,5 +24,4 @@ SPEED: tuple[Benchmark, ...] = (
     loader.BENCHMARK,
     scale.BENCHMARK,
 )
-CLAIMS: tuple[Benchmark, ...] = ()
 BENCHMARKS = (*CLAIMS, *SPEED)

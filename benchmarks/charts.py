@@ -67,14 +67,12 @@ def bars(
     """Horizontal bars from top to bottom with their values; ranges: the lowest and highest of each, as whiskers."""
     figure, axes = new_axes(0.36 * len(names) + 0.8)
     places = range(len(names))
-    drawn = axes.barh(places, values, height=0.6, color=colours)
-    if ranges:
-        spread = [(value - low, high - value) for value, (low, high) in zip(values, ranges, strict=True)]
-        axes.errorbar(values, places, xerr=list(zip(*spread, strict=True)), fmt="none", ecolor="#222222", capsize=3)
+    axes.barh(places, values, height=0.6, color=colours)
+    for place, (low, high) in zip(places, ranges or (), strict=False):
+        axes.plot([low, high], [place, place], color="#222222", linewidth=1.2, marker="|")
     reach = [high for _, high in ranges] if ranges else values
     for place, value, end in zip(places, values, reach, strict=True):
         axes.annotate(format(value, form), (max(end, 0), place), (5, 0), textcoords="offset points", va="center")
-    del drawn
     axes.set_yticks(places, [plain(name) for name in names])
     axes.invert_yaxis()
     axes.margins(x=0.18)

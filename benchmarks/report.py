@@ -149,7 +149,7 @@ def read_results() -> list[Result]:
         if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
             raise WorkError(f"{path}: not a benchmark result: it has no list of rows")
         found.append(Result(benchmark_of(path.parent.name), path, document))
-    order = [benchmark.name for benchmark in known_benchmarks()]
+    order = [benchmark.name for benchmark in BENCHMARKS]
 
     def place(one: Result) -> tuple[int, str, str]:
         name = one.benchmark.name
@@ -160,15 +160,8 @@ def read_results() -> list[Result]:
 
 def benchmark_of(name: str) -> Benchmark:
     """The benchmark of that name; one that is unknown has every key of its rows as a column."""
-    known = {benchmark.name: benchmark for benchmark in known_benchmarks()}
+    known = {benchmark.name: benchmark for benchmark in BENCHMARKS}
     return known.get(name) or Benchmark(name, name.replace("_", " "), object, no_result)
-
-
-def known_benchmarks() -> tuple[Benchmark, ...]:
-    """Every benchmark, in the order of the report."""
-    from benchmarks import old
-
-    return (*old.benchmarks(), *BENCHMARKS)
 
 
 def write_report() -> Path:
@@ -238,8 +231,6 @@ def _section(one: Result) -> Iterator[str]:
         f"[{markdown(one.path.name)}]({one.link})"
     )
     pictures = [(chart.caption, path) for chart, path in one.pictures]
-    if not pictures and one.path.with_suffix(".png").exists():  # the benchmark itself has drawn it
-        pictures = [(one.benchmark.title, one.path.with_suffix(".png"))]
     if pictures:
         folder = f"results/{one.benchmark.name}"
         yield "\n".join(f"![{_alternative(c)}]({quote(f'{folder}/{path.name}')})" for c, path in pictures)

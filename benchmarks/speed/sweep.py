@@ -87,7 +87,7 @@ def measure_batch_sizes(base: Recipe, sweep: Sweep, jobs: int, name: str) -> Pat
     for _ in search_micro_batches(rows, recipes, sweep) if sweep.search else ():
         path = write_result("batch_size", name, parameters, rows)
     if sweep.accuracy:
-        from benchmarks.accuracy import finish_runs
+        from benchmarks.claims.runs import finish_runs
 
         for recipe in finish_runs(recipes_to_train(recipes, rows), jobs, "accuracy"):
             add_accuracy(rows, recipe)
@@ -242,7 +242,7 @@ def recipes_to_train(recipes: list[Recipe], rows: list[Row]) -> list[Recipe]:
 
 def add_accuracy(rows: list[Row], recipe: Recipe) -> None:
     """Put the test accuracy of a finished run into its row, and into those of the same batch made in other ways."""
-    from benchmarks.accuracy import test_evaluation, trained_at
+    from benchmarks.claims.runs import test_evaluation, trained_at
 
     top1 = test_evaluation(recipe)["top1"]
     point = describe(recipe)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.kill import study_kills
+from benchmarks.claims.kill import study_kills
 from tests.conftest import write_shard_set
 
 

@@ -18,9 +18,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import accuracy, paper, points, result
+from benchmarks import points, result
 from benchmarks.__main__ import main
-from benchmarks.paper import row_of, table_cells
+from benchmarks.claims import paper
+from benchmarks.claims.paper import row_of, table_cells
+from benchmarks.claims.runs import finish_runs
 from benchmarks.report import benchmark_of, tables_of
 from benchmarks.speed import fit, step_point, sweep
 from benchmarks.speed.fit import largest_micro_batch
@@ -55,7 +57,7 @@ def small(shards: Path, run: Path, *more: str) -> Recipe:
 def test_a_run_is_the_same_after_others_in_one_process_and_alone(shards: Path, tmp_path: Path) -> None:
     """Bit for bit; finished runs are not trained again, and another recipe's folder is refused."""
     first, second = (small(shards, tmp_path / name, "--train.seed", seed) for name, seed in (("a", "1"), ("b", "2")))
-    assert {r.train.run for r in accuracy.finish_runs([first, second], 1, "runs")} == {
+    assert {r.train.run for r in finish_runs([first, second], 1, "runs")} == {
         first.train.run,
         second.train.run,
     }
@@ -67,10 +69,10 @@ def test_a_run_is_the_same_after_others_in_one_process_and_alone(shards: Path, t
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
     written = {run: (tmp_path / run / "summary.json").stat().st_mtime_ns for run in "ab"}
-    assert len(list(accuracy.finish_runs([first, second], 2, "runs"))) == 2
+    assert len(list(finish_runs([first, second], 2, "runs"))) == 2
     assert written == {run: (tmp_path / run / "summary.json").stat().st_mtime_ns for run in "ab"}
     with pytest.raises(UseError, match=r"/a: holds a run of another recipe"):
-        list(accuracy.finish_runs([replace(first, train=replace(first.train, epochs=2))], 1, "runs"))
+        list(finish_runs([replace(first, train=replace(first.train, epochs=2))], 1, "runs"))
 
 
 def test_a_commit_is_marked_where_the_code_has_changes_not_where_a_result_has(
@@ -101,7 +103,7 @@ def test_a_commit_is_marked_where_the_code_has_changes_not_where_a_result_has(
 @pytest.mark.launch
 def test_where_the_caller_stops_no_further_run_begins(shards: Path, tmp_path: Path) -> None:
     recipes = [small(shards, tmp_path / name) for name in ("a", "b", "c", "d")]
-    runs = accuracy.finish_runs(recipes, 1, "runs")
+    runs = finish_runs(recipes, 1, "runs")
     assert next(runs) is recipes[0]
     runs.close()
     begun = [name for name in "abcd" if (tmp_path / name / "recipe.yaml").exists()]
@@ -113,7 +115,7 @@ def test_where_the_caller_stops_no_further_run_begins(shards: Path, tmp_path: Pa
 def test_a_set_without_a_test_split_is_named(shard_set: Callable[..., Path], tmp_path: Path) -> None:
     recipe = small(shard_set({"train": [8]}, "untested", baked=40), tmp_path / "run")
     with pytest.raises(UseError, match=r"untested: no test split, so .*run has no accuracy"):
-        list(accuracy.finish_runs([recipe], 1, "runs"))
+        list(finish_runs([recipe], 1, "runs"))
 
 
 @pytest.mark.launch
@@ -124,7 +126,7 @@ def test_a_run_that_fails_or_is_killed_stops_no_other(
     good = small(shards, tmp_path / "good")
     finished = []
     with pytest.raises(WorkError, match=r"1 of 2 runs failed.*none\.safetensors"):
-        for recipe in accuracy.finish_runs([bad, good], 1, "runs"):
+        for recipe in finish_runs([bad, good], 1, "runs"):
             finished.append(recipe.train.run)
     assert (tmp_path / "good/summary.json").exists() and finished == [good.train.run]
 
@@ -139,9 +141,9 @@ def test_a_run_that_fails_or_is_killed_stops_no_other(
     killed = small(shards, tmp_path / "killed")
     monkeypatch.setattr(subprocess, "Popen", start_and_kill)
     with pytest.raises(WorkError, match=r"killed: its process ended with status -9; see .*worker-0\.log"):
-        list(accuracy.finish_runs([killed], 1, "runs"))
+        list(finish_runs([killed], 1, "runs"))
     monkeypatch.undo()
-    assert len(list(accuracy.finish_runs([killed], 1, "runs"))) == 1
+    assert len(list(finish_runs([killed], 1, "runs"))) == 1
 
 
 @pytest.mark.parametrize(

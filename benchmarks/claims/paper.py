@@ -6,22 +6,33 @@ relative and its baselines are mixed; here differences are in points and each na
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from benchmarks.accuracy import finish_runs, is_finished, test_evaluation, trained_at
+from benchmarks.arguments import words
+from benchmarks.benchmark import Benchmark, Chart
+from benchmarks.charts import COLOURS, GREY, HEIGHT, MARKERS, legend, new_axes, plain
+from benchmarks.claims import landscape
+from benchmarks.claims.runs import finish_runs, is_finished, test_evaluation, trained_at
 from benchmarks.result import write_result
-from dist_train.cli import parse_recipe
+from benchmarks.tables import Document, Row, by, figures, having, table_of
 from dist_train.config import Recipe
 from dist_train.data.manifest import MANIFEST_NAME
-from dist_train.data.text import WHOLE_TAGS
+from dist_train.data.vocabulary import WHOLE_TAGS
 from dist_train.errors import UseError
+from dist_train.output import say
+from dist_train.parse import parse_recipe
 
-RECIPES = Path(__file__).parents[1] / "launch" / "recipes" / "paper"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes" / "paper"
 SMALL_SHARDS = Path("data/paper-small")
 SMALL_RUNS = Path("runs/paper-small")
 SMALL_PICTURES, SMALL_EPOCHS = 800, 2
@@ -40,6 +51,32 @@ FIGURE_3 = (
 
 
 @dataclass(frozen=True)
+class Arguments:
+    """Train the cells of a table by their recipes, or continue them, and print the paper's number beside ours in each;
+    blank where a cell was not run."""
+
+    table: Literal["1", "2", "3", "4", "5", "6", "fig3"]
+    """of the paper"""
+    name: str | None = None
+    """of the result: benchmarks/results/paper/NAME.json (default: the table and scale)"""
+    scale: Literal["full", "small"] = "full"
+    """small: tiny ViTs on drawn characters, to see that every recipe runs"""
+    cells: str | None = None
+    """run these cells only, separated by commas (default: all)"""
+    render: bool = False
+    """run nothing, only print what is finished"""
+    vocabulary: Path | None = None
+    """WordPiece vocab.txt instead of the hub's"""
+    jobs: int = 1
+    """runs at a time, a GPU each if there are any"""
+
+    @property
+    def result_name(self) -> str:
+        """The name given, or `table5-small`, `fig3-full`."""
+        return self.name or f"{'' if self.table == 'fig3' else 'table'}{self.table}-{self.scale}"
+
+
+@dataclass(frozen=True)
 class Cell:
     """One cell of a table. baseline: the cell (or words) that the paper's difference is to, with its accuracy."""
 
@@ -52,38 +89,30 @@ class Cell:
     own_baseline: Recipe | None = None
 
 
-def run_table(
-    table: str,
-    scale: str,
-    names: list[str] | None,
-    render: bool,
-    vocabulary: Path | None,
-    jobs: int,
-    result_name: str,
-) -> str:
-    """Run the cells of a table (1 to 6, fig3) that are not finished, write the result, and return it as text.
-
-    names: these cells only. render: run nothing. Raises UseError for cells that are not in the table.
-    """
-    cells = table_cells(table, scale, vocabulary)
-    if unknown := set(names or ()) - {cell.name for cell in cells}:
+def run(arguments: Arguments) -> Path:
+    """Run the cells that are not finished, write the result, and print it. Raises UseError for unknown cells."""
+    table, scale = arguments.table, arguments.scale
+    cells = table_cells(table, scale, arguments.vocabulary)
+    names = words(arguments.cells) if arguments.cells else [cell.name for cell in cells]
+    if unknown := set(names) - {cell.name for cell in cells}:
         raise UseError(
             f"--cells: table {table} has no cell '{min(unknown)}'; it has {', '.join(c.name for c in cells)}"
         )
-    chosen = [cell for cell in cells if names is None or cell.name in names]
-    if not render:
+    chosen = [cell for cell in cells if cell.name in names]
+    if not arguments.render:
         if scale == "small":
             draw_small_set()
-        for _ in finish_runs([cell.recipe for cell in chosen], jobs, f"table {table}"):
-            write_table(table, scale, cells, result_name)
-    path, rows = write_table(table, scale, cells, result_name)
-    if table == "fig3" and not render:
-        from benchmarks.landscape import measure_landscape
-
+        for _ in finish_runs([cell.recipe for cell in chosen], arguments.jobs, f"table {table}"):
+            write_table(table, scale, cells, arguments.result_name)
+    path, rows = write_table(table, scale, cells, arguments.result_name)
+    if table == "fig3" and not arguments.render:
         runs = [Path(cell.recipe.train.run) for cell in chosen]
         points, samples = (21, 256) if scale == "full" else (5, 32)
-        measure_landscape(runs, "test", samples, points, 1.0, points, 0, result_name)
-    return f"{as_text(rows)}\n{path}"
+        landscape.run(
+            landscape.Arguments(runs, arguments.result_name, samples=samples, points=points, line_points=points)
+        )
+    say(as_text(rows))
+    return path
 
 
 def table_cells(table: str, scale: str, vocabulary: Path | None) -> list[Cell]:
@@ -162,7 +191,7 @@ def draw_small_set() -> None:
         build_shard_set(demo_records(20, SMALL_PICTURES, 72, 3), SMALL_SHARDS, BuildOptions(size=72))
 
 
-def write_table(table: str, scale: str, cells: list[Cell], name: str) -> tuple[Path, list[dict[str, Any]]]:
+def write_table(table: str, scale: str, cells: list[Cell], name: str) -> tuple[Path, list[Row]]:
     """Write what is finished; the path of the result, and its rows."""
     rows = [row_of(cell, scale) for cell in cells]
     parameters = {"table": table, "scale": scale}
@@ -175,7 +204,7 @@ def write_table(table: str, scale: str, cells: list[Cell], name: str) -> tuple[P
     return write_result("paper", name, parameters, rows), rows
 
 
-def row_of(cell: Cell, scale: str) -> dict[str, Any]:
+def row_of(cell: Cell, scale: str) -> Row:
     """A cell: the paper's number, and ours or null. Accuracies in percent.
 
     At small scale ours is another model's on other data, so nothing is subtracted from it but our own baseline.
@@ -205,20 +234,81 @@ def minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else round(a - b, 2)
 
 
-def as_text(rows: Iterable[dict[str, Any]]) -> str:
-    """A table of columns for the terminal; blank where a cell was not run."""
-    columns = {
-        "cell": "cell",
-        "paper_top1": "paper",
-        "top1": "ours",
-        "difference_points": "ours - paper",
-        "baseline": "baseline",
-        "paper_difference_points": "paper - baseline",
-        "our_difference_points": "ours - our baseline",
-    }
-    rows = list(rows)
-    shown = [key for key in columns if any(row[key] is not None for row in rows) or key == "top1"]
-    cells = [[columns[key] for key in shown]]
-    cells += [["" if row[key] is None else str(row[key]) for key in shown] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(shown))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
+def as_text(rows: Sequence[Row]) -> str:
+    """A table for the terminal; blank where a cell was not run."""
+    columns = [
+        ("cell", "cell", ""),
+        ("paper_top1", "paper", ".2f"),
+        ("top1", "ours", ".2f"),
+        ("difference_points", "ours - paper", "+.2f"),
+        ("baseline", "baseline", ""),
+        ("paper_difference_points", "paper - baseline", "+.2f"),
+        ("our_difference_points", "ours - our baseline", "+.2f"),
+    ]
+    table = table_of("", columns, rows)
+    lines = [table.headings, *table.cells]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(text.ljust(n) for text, n in zip(line, widths, strict=True)) for line in lines)
+
+
+# ---------------------------------------------------------------------- what the report shows
+def headline(document: Document) -> str:
+    """How many cells were run at each scale, and how far they are from the paper's."""
+    rows = document["rows"]
+    parts = []
+    for scale, its in by(rows, "scale").items():
+        if run := having(its, "top1"):
+            # Only runs at full scale can be compared with the paper's.
+            distances = [abs(distance) for distance in figures(run, "difference_points")]
+            distance = f", on average {fmean(distances):.1f} points from the paper's" if distances else ""
+            parts.append(f"{len(run)} of {len(its)} cells run at {scale} scale{distance}")
+    return "; ".join(parts) or (f"{len(rows)} cells of the paper, none run" if rows else "")
+
+
+def charts(document: Document) -> list[Chart]:
+    """Of the runs at full scale: another scale's cannot be compared with the paper's."""
+    full = [row for row in document["rows"] if row.get("scale") == "full"]
+    return [
+        Chart(name, caption, partial(_draw_beside_paper, rows, theirs, ours, what))
+        for name, theirs, ours, what, caption in (
+            ("top1", "paper_top1", "top1", "top-1, %", "Our top-1 over the paper's, a point for each cell."),
+            (
+                "differences",
+                "paper_difference_points",
+                "our_difference_points",
+                "difference, points",
+                "What a cell gains over its baseline: ours over the paper's.",
+            ),
+        )
+        if (rows := having(full, theirs, ours))
+    ]
+
+
+def _draw_beside_paper(rows: Sequence[Row], theirs: str, ours: str, what: str) -> Figure:
+    figure, axes = new_axes(HEIGHT + 1)
+    for i, (table, its) in enumerate(by(rows, "table").items()):
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": "none"}
+        label = plain(f"table {table}" if table.isdigit() else table)
+        axes.plot(figures(its, theirs), figures(its, ours), label=label, **style)
+    ends = [row[key] for row in rows for key in (theirs, ours)]
+    axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color=GREY, linewidth=1)
+    axes.set_xlabel(f"the paper's {what}")
+    axes.set_ylabel(f"our {what}")
+    legend(figure, len(by(rows, "table")))
+    return figure
+
+
+COLUMNS = [
+    ("table", "table", ""),
+    ("cell", "cell", ""),
+    ("paper_top1", "paper's top-1 %", ".2f"),
+    ("top1", "ours %", ".2f"),
+    ("difference_points", "ours - paper, points", "+.2f"),
+    ("scale", "scale", ""),
+    ("baseline", "paper's difference is to", ""),
+    ("paper_difference_percent", "paper's difference %", "+.2f"),
+    ("paper_difference_points", "in points", "+.2f"),
+    ("our_difference_points", "our difference, points", "+.2f"),
+    ("trained_at", "trained at", ""),
+]
+BENCHMARK = Benchmark("paper", "The paper's tables, its numbers beside ours", Arguments, run, COLUMNS, headline, charts)

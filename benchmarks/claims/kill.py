@@ -1,61 +1,96 @@
 """A run that is killed again and again: does it end as if nothing had happened?
 
 A tiny model is trained twice on the same shard set: undisturbed, and killed with SIGKILL at random moments within
-steps, evaluations and the writing of checkpoints, going on each time with --resume auto. Weights must be equal bit for
-bit, and the samples of all steps that count must be each sample once per epoch.
+steps, evaluations and the writing of checkpoints, and continued each time with --resume auto. Weights must be equal bit
+for bit, and the samples of all steps that count must be each sample once per epoch.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import signal
 import socket
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
+from benchmarks.benchmark import Benchmark
 from benchmarks.result import write_result
-from dist_train.data.loader import Batch, TrainLoader
+from benchmarks.tables import Document, Row, figures
 from dist_train.data.manifest import read_manifest
-from dist_train.errors import WorkError, run_command
-from dist_train.files import write_atomically
-from dist_train.models.saved import list_checkpoints, newest_checkpoint, read_weights
+from dist_train.errors import WorkError
 
 PHASES = {"step": 0.03, "evaluation": 0.04, "checkpoint": 0.03}  # the longest delay of a kill into it, seconds
-_BATCH = 24
+BATCH = 24
 
 
-def measure_kills(shards: Path, ranks: int, kills: int, epochs: int, seed: int, scratch: Path, name: str) -> Path:
-    """Run the study on a shard set and write its result; returns the result's path.
+@dataclass(frozen=True)
+class Arguments:
+    """Kill a tiny run with SIGKILL at random moments, resume it each time, and compare how it ends."""
+
+    shards: Path
+    """a shard set with a train and a val split"""
+    name: str
+    """of the result: benchmarks/results/kill/NAME.json"""
+    ranks: int = 1
+    """of the run"""
+    kills: int = 20
+    """of all ranks at once"""
+    epochs: int = 60
+    """of the run, several a kill"""
+    seed: int = 0
+    """of the moments"""
+    scratch: Path = Path("runs/kill")
+    """folder for the two runs"""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a run is killed: in which phase, its number in the process from 1, and seconds into it."""
+
+    phase: str
+    number: int
+    delay: float
+
+
+def run(arguments: Arguments) -> Path:
+    """Run the study on a shard set and write its result.
 
     Raises WorkError where weights or samples differ, or the run was complete before it was killed `kills` times.
     """
-    row = study_kills(shards, ranks, kills, epochs, seed, scratch)
-    path = write_result("kill", name, {"shards": str(shards), "epochs": epochs, "batch": _BATCH, "seed": seed}, [row])
+    row = study_kills(
+        arguments.shards,
+        arguments.ranks,
+        arguments.kills,
+        arguments.epochs,
+        arguments.seed,
+        arguments.scratch / f"{arguments.ranks}-ranks",
+    )
+    parameters = {"shards": str(arguments.shards), "epochs": arguments.epochs, "batch": BATCH, "seed": arguments.seed}
+    path = write_result("kill", arguments.name, parameters, [row])
     if not (row["identical_weights"] and row["each_sample_once"]):
         raise WorkError(f"{path}: the killed run did not end as the undisturbed one")
     return path
 
 
-def study_kills(shards: Path, ranks: int, kills: int, epochs: int, seed: int, scratch: Path) -> dict[str, Any]:
+def study_kills(shards: Path, ranks: int, kills: int, epochs: int, seed: int, scratch: Path) -> Row:
     """The row of the result: what was killed, and whether the killed run ended as the undisturbed one."""
+    from dist_train.models.saved import list_checkpoints, read_weights
+
     started = time.perf_counter()
     straight, killed = scratch / "straight", scratch / "killed"
     for run in (straight, killed):
         shutil.rmtree(run, ignore_errors=True)
     _train(shards, straight, ranks, epochs, None)
-    moments = _moments(kills, seed)
     within: Counter[str] = Counter()
     half_written = steps_lost = 0
-    for moment in moments:
+    for moment in _moments(kills, seed):
         open_phases = _train(shards, killed, ranks, epochs, moment)
         if open_phases is None:
             raise WorkError(f"the run was complete after {within.total()} of {kills} kills; give it more --epochs")
@@ -64,7 +99,7 @@ def study_kills(shards: Path, ranks: int, kills: int, epochs: int, seed: int, sc
         kept = int(list_checkpoints(killed)[-1].name.removeprefix("step-")) if list_checkpoints(killed) else 0
         steps_lost += max(_read_samples(killed, 0), default=0) - kept
     _train(shards, killed, ranks, epochs, None)
-    one, other = (read_weights(newest_checkpoint(run)) for run in (straight, killed))
+    one, other = (read_weights(list_checkpoints(run)[-1]) for run in (straight, killed))
     return {
         "ranks": ranks,
         "kills": kills,
@@ -79,29 +114,33 @@ def study_kills(shards: Path, ranks: int, kills: int, epochs: int, seed: int, sc
     }
 
 
-def _moments(kills: int, seed: int) -> list[tuple[str, int, float]]:
-    """(phase, the how-manieth of the process, seconds into it), each phase as often as the others."""
+def _moments(kills: int, seed: int) -> list[Moment]:
+    """Each phase as often as the others."""
     draw = random.Random(seed)
     phases = [list(PHASES)[i % len(PHASES)] for i in range(kills)]
     draw.shuffle(phases)
-    return [(phase, draw.randint(1, 10 if phase == "step" else 2), draw.uniform(0, PHASES[phase])) for phase in phases]
+    return [Moment(p, draw.randint(1, 10 if p == "step" else 2), draw.uniform(0, PHASES[p])) for p in phases]
 
 
-def _train(shards: Path, run: Path, ranks: int, epochs: int, moment: tuple[str, int, float] | None) -> list[str] | None:
-    """Start or go on with the run; kill all of its ranks at the moment. Returns the phases that rank 0 was in when it
+def _train(shards: Path, run: Path, ranks: int, epochs: int, moment: Moment | None) -> list[str] | None:
+    """Start the run or continue it; kill all of its ranks at the moment. Returns the phases that rank 0 was in when it
     was killed, None if the run came to its end."""
+    from benchmarks.claims.kill_rank import run_rank
+
     # Forked from a process that has imported everything: a start costs a second instead of ten.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dist_train.cli", "dist_train.train.loop", __name__])
+    context.set_forkserver_preload(["dist_train.cli", "benchmarks.claims.kill_rank"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     marks, send = context.Pipe(duplex=False)
-    options = _options(shards, run, epochs)
-    processes = [
-        context.Process(target=_run_rank, args=(rank, ranks, port, run, options, send if rank == 0 else None))
-        for rank in range(ranks)
-    ]
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {key: str(value) for key, value in place.items()}
+        arguments = (environment, _samples_file(run, rank), _options(shards, run, epochs), None if rank else send)
+        processes.append(context.Process(target=run_rank, args=arguments))
     for process in processes:
         process.start()
     send.close()
@@ -109,10 +148,10 @@ def _train(shards: Path, run: Path, ranks: int, epochs: int, moment: tuple[str, 
     left: Counter[str] = Counter()
     for phase, event in _received(marks):
         (entered if event == "begin" else left)[phase] += 1
-        if moment and event == "begin" and (phase, entered[phase]) == moment[:2]:
-            time.sleep(moment[2])
+        if moment and event == "begin" and (phase, entered[phase]) == (moment.phase, moment.number):
+            time.sleep(moment.delay)
             for process in processes:
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
             moment = None
     for process in processes:
         process.join()
@@ -144,55 +183,10 @@ def _options(shards: Path, run: Path, epochs: int) -> list[str]:
         "optim.name": "adamw",
         "train.run": run,
         "train.epochs": epochs,
-        "train.batch_size": _BATCH,
+        "train.batch_size": BATCH,
         "train.log_every": 1,
     }
     return [*(f"--{key}={value}" for key, value in keys.items()), "--resume=auto"]
-
-
-# ---------------------------------------------------------------------- within a rank
-def _run_rank(rank: int, ranks: int, port: int, run: Path, options: list[str], marks: Connection | None) -> None:
-    """One rank of the run: says through `marks` where it is and records the samples of each of its steps."""
-    from dist_train.cli import run_training
-    from dist_train.train import loop
-    from dist_train.train.checkpoint import CheckpointWriter
-    from dist_train.train.step import TrainStep
-
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    os.environ.update({key: str(value) for key, value in place.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    sys.stderr = open(os.devnull, "w")
-    loop.TrainLoader = type("RecordedLoader", (_RecordedLoader,), {"file": _samples_file(run, rank)})
-    if marks is not None:
-        TrainStep.__call__ = _marked("step", TrainStep.__call__, marks)
-        loop.evaluate_split = _marked("evaluation", loop.evaluate_split, marks)
-        CheckpointWriter._write = _marked("checkpoint", CheckpointWriter._write, marks)
-    sys.exit(run_command(lambda: run_training(options)))
-
-
-def _marked(phase: str, function: Callable[..., Any], marks: Connection) -> Callable[..., Any]:
-    def marked(*arguments: Any, **named: Any) -> Any:
-        marks.send((phase, "begin"))
-        answer = function(*arguments, **named)
-        marks.send((phase, "end"))
-        return answer
-
-    return marked
-
-
-class _RecordedLoader(TrainLoader):
-    """Appends a line per micro-batch, the step and its samples, to a file, without those after the resumed step."""
-
-    file: Path
-
-    def __iter__(self) -> Iterator[Batch]:
-        done = self.start // self.plan.batch_size
-        before = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
-        write_atomically(self.file, "".join(line for line in before if json.loads(line)[0] <= done).encode())
-        with open(self.file, "a", buffering=1) as file:
-            for step, batch in enumerate(super().__iter__(), done + 1):
-                file.write(json.dumps([step, batch.samples.tolist()]) + "\n")
-                yield batch
 
 
 def _samples_file(run: Path, rank: int) -> Path:
@@ -215,7 +209,38 @@ def _each_once(run: Path, ranks: int, samples: int) -> bool:
     for step in range(1, len(by_rank[0]) + 1):
         for sample in (sample for rank in by_rank for sample in rank[step]):
             times[sample] += 1
-        epochs = step * _BATCH // samples
+        epochs = step * BATCH // samples
         if set(times.values()) - {epochs, epochs + 1}:
             return False
     return len(times) == samples
+
+
+def headline(document: Document) -> str:
+    """How often was killed what, and how it ended."""
+    rows = document["rows"]
+    kills = figures(rows, "kills")
+    if not kills:
+        return ""
+    same = all(row.get("identical_weights") is True and row.get("each_sample_once") is True for row in rows)
+    end = "weights bit-identical, each sample once per epoch" if same else "not all ended as the undisturbed run"
+    ranks = ", ".join(f"{rank:g} rank{'s' * (rank != 1)}" for rank in figures(rows, "ranks"))
+    return f"{sum(kills):,} kills{f' on {ranks}' if ranks else ''}: {end}"
+
+
+COLUMNS = [
+    ("ranks", "ranks", "d"),
+    ("kills", "kills", "d"),
+    ("in_step", "in a step", "d"),
+    ("in_evaluation", "in an evaluation", "d"),
+    ("in_checkpoint", "in a checkpoint", "d"),
+    ("in_between", "between", "d"),
+    ("half_written", "checkpoints left half-written", "d"),
+    ("steps", "steps", "d"),
+    ("steps_lost", "steps made again", "d"),
+    ("identical_weights", "weights bit-identical", ""),
+    ("each_sample_once", "each sample once per epoch", ""),
+    ("seconds", "seconds", ",d"),
+]
+BENCHMARK = Benchmark(
+    "kill", "A run killed again and again beside an undisturbed one", Arguments, run, COLUMNS, headline
+)

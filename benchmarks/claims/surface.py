@@ -4,9 +4,6 @@ The plane is that of Li et al. 2018, "Visualizing the Loss Landscape of Neural N
 w, two random directions d1 and d2, and the loss of w + a d1 + b d2. Each direction is Gaussian and filter-normalised:
 every filter of d has the norm of the same filter of w, so that a and b mean the same for networks whose weights are of
 different size.
-
-What is measured comes in units (five points about the centre, a row of the plane, the line), each of which is computed
-whole or not at all; a unit that is known already is not computed again.
 """
 
 from __future__ import annotations
@@ -22,15 +19,12 @@ from torch import Tensor, nn
 
 from dist_train.models.parameter_groups import is_decayed
 
-Point = tuple[float, ...]
-Evaluate = Callable[..., tuple[float, float]]
-"""(loss, top-1) at a point: of (a, b) on the plane, of (t,) on the line."""
-Measured = dict[str, NDArray[np.float64]]
-"""Units by name: (points of the unit, 2), loss and top-1 of each."""
+Floats = NDArray[np.float64]
+Point = tuple[float, float]
 
-CENTRE, LINE = "centre", "line"
 LINE_BEGIN, LINE_END = -0.2, 1.2
 _CURVATURE_STEP = 1 / 20  # of the radius
+_NEAR = 5  # points of the plane before its grid: the centre and its neighbours
 
 
 # ---------------------------------------------------------------------- directions
@@ -51,7 +45,7 @@ def draw_direction(model: nn.Module, seed: int, direction: int) -> dict[str, Ten
     word's embedding), d_i <- d_i |w_i| / |d_i| in the Frobenius norm (Li et al. 2018, section 4). Biases and norms do
     not move, as in Li's code, which takes what has one axis for such. Neither do the [CLS] token, the position
     embeddings and the token type: like biases they are added to what the filters give, and have no filters of their
-    own. In all, what moves is what weight decay is meant for (`models.layers.is_decayed`). A filter that is zero stays.
+    own. In all, what moves is what weight decay is meant for (`is_decayed`). A filter that is zero stays.
     """
     drawn = {}
     for name, parameter in model.named_parameters():
@@ -99,67 +93,45 @@ def move_on_line(model: nn.Module, initial: dict[str, Tensor]) -> Callable[[floa
     return move
 
 
-# ---------------------------------------------------------------------- units
-def grid(points: int, radius: float) -> NDArray[np.float64]:
+# ---------------------------------------------------------------------- points
+def grid(points: int, radius: float) -> Floats:
     """(points,) coordinates of the plane along one axis, from -radius to radius; `points` odd, exactly 0 amid them."""
     half = points // 2
     return radius * np.arange(-half, half + 1) / half
 
 
-def line_positions(line_points: int) -> NDArray[np.float64]:
+def line_positions(line_points: int) -> Floats:
     """(line_points,) positions t on the line."""
     return np.linspace(LINE_BEGIN, LINE_END, line_points)
 
 
-def plan_plane(points: int, radius: float) -> dict[str, list[Point]]:
-    """The units of the plane: the centre with its four neighbours, and a row for each a."""
+def plane_points(points: int, radius: float) -> list[Point]:
+    """(a, b) of what is measured on the plane: the centre, its four neighbours, and the grid, one row for each a."""
     h = _CURVATURE_STEP * radius
     axis = grid(points, radius).tolist()
-    rows = {_row_name(i): [(a, b) for b in axis] for i, a in enumerate(axis)}
-    return {CENTRE: [(0.0, 0.0), (h, 0.0), (-h, 0.0), (0.0, h), (0.0, -h)], **rows}
+    return [(0.0, 0.0), (h, 0.0), (-h, 0.0), (0.0, h), (0.0, -h), *((a, b) for a in axis for b in axis)]
 
 
-def plan_line(line_points: int) -> dict[str, list[Point]]:
-    """The unit of the line: its positions, and after them its two ends, which need not be among them."""
-    return {LINE: [(t,) for t in [*line_positions(line_points).tolist(), 0.0, 1.0]]}
+def all_line_positions(line_points: int) -> list[float]:
+    """What is measured on the line: its positions, and after them its two ends, which need not be among them."""
+    return [*line_positions(line_points).tolist(), 0.0, 1.0]
 
 
-def fits_plan(measured: Measured, plan: dict[str, list[Point]]) -> bool:
-    """Whether every unit is one of the plan's and has its points."""
-    return all(name in plan and unit.shape == (len(plan[name]), 2) for name, unit in measured.items())
+def surface_arrays(plane: Floats, line: Floats, points: int, radius: float) -> dict[str, Floats]:
+    """`a`, `b` (points,) the plane's coordinates, `loss`, `top1` (points, points) at [a, b], `t`, `line_loss` (line
+    points,), both empty where no line was measured.
 
-
-def measure_units(
-    plan: dict[str, list[Point]], evaluate: Evaluate, measured: Measured, save: Callable[[Measured], None]
-) -> None:
-    """Add to `measured` the units of the plan that it lacks, and save it after each."""
-    for name, unit in plan.items():
-        if name not in measured:
-            measured[name] = np.array([evaluate(*point) for point in unit], np.float64)
-            save(measured)
-
-
-def surface_arrays(measured: Measured, points: int, radius: float, line_points: int) -> dict[str, NDArray[np.float64]]:
-    """a, b (points,); loss, top1 (points, points) at a[i], b[j]; t, line_loss (line_points,), (0,) without a line."""
-    plane = np.stack([measured[_row_name(i)] for i in range(points)])
-    line = measured.get(LINE, np.empty((2, 2)))[:-2, 0]
+    plane, line: (loss, top-1) at each of `plane_points` and `all_line_positions`; the line without points if none.
+    """
     axis = grid(points, radius)
-    return {
-        "a": axis,
-        "b": axis,
-        "loss": plane[..., 0],
-        "top1": plane[..., 1],
-        "t": line_positions(line_points)[: len(line)],
-        "line_loss": line,
-    }
-
-
-def _row_name(i: int) -> str:
-    return f"row{i}"
+    loss, top1 = plane[_NEAR:].reshape(points, points, 2).transpose(2, 0, 1)
+    line_loss = line[:-2, 0]
+    t = line_positions(len(line_loss))
+    return {"a": axis, "b": axis, "loss": loss, "top1": top1, "t": t, "line_loss": line_loss}
 
 
 # ---------------------------------------------------------------------- how sharp
-def sharpness(measured: Measured, points: int, radius: float) -> dict[str, float]:
+def sharpness(plane: Floats, points: int, radius: float) -> dict[str, float]:
     """Three numbers for the plane; L is the loss, L0 that of the trained weights, r the radius.
 
     mean_excess_loss: the mean of L(a, b) - L0 over the grid's points with a^2 + b^2 <= r^2; the expected sharpness of
@@ -170,28 +142,28 @@ def sharpness(measured: Measured, points: int, radius: float) -> dict[str, float
     central difference for d^T H d, H the Hessian.
     """
     axis = grid(points, radius)
-    distance = np.hypot(axis[:, None], axis[None, :])
-    centre, a_plus, a_minus, b_plus, b_minus = measured[CENTRE][:, 0].tolist()
-    excess = surface_arrays(measured, points, radius, 0)["loss"] - centre
+    distance = np.hypot(axis[:, None], axis[None, :]).ravel()
+    centre, *neighbours = plane[:_NEAR, 0].tolist()
+    excess = plane[_NEAR:, 0] - centre
     within = radius * (1 + 1e-9)  # points on the rim count, however they were rounded
     h = _CURVATURE_STEP * radius
     return {
         "mean_excess_loss": float(excess[distance <= within].mean()),
         "max_excess_loss_half_radius": float(excess[distance <= within / 2].max()),
-        "curvature": (a_plus + a_minus + b_plus + b_minus - 4 * centre) / (2 * h * h),
+        "curvature": (sum(neighbours) - 4 * centre) / (2 * h * h),
     }
 
 
-def line_barrier(measured: Measured, line_points: int) -> float | None:
+def line_barrier(line: Floats) -> float | None:
     """The highest L(t) - ((1 - t) L(0) + t L(1)) over the positions t in [0, 1], the ends among them, so never below 0;
     None without a line. With its ends at two solutions it is the error barrier of Frankle et al. 2020 (arXiv
     1912.05671); from the initial weights, as in Goodfellow et al. 2015 (arXiv 1412.6544), above 0 only where the loss
     on the way is higher than a straight descent's.
     """
-    if LINE not in measured:
+    if not len(line):
         return None
-    *losses, first, last = measured[LINE][:, 0].tolist()
-    between = [(t, loss) for t, loss in zip(line_positions(line_points).tolist(), losses, strict=True) if 0 < t < 1]
+    *losses, first, last = line[:, 0].tolist()
+    between = [(t, loss) for t, loss in zip(line_positions(len(losses)).tolist(), losses, strict=True) if 0 < t < 1]
     above = [loss - ((1 - t) * first + t * last) for t, loss in between]
     # A loss that is no number is no reason to call the way flat.
     return math.nan if any(map(math.isnan, [*above, first, last])) else max([0.0, *above])
