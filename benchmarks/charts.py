@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 5.6, 3.5  # inches
-STYLE = {
+STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -77,7 +77,7 @@ def bars(
     axes.invert_yaxis()
     axes.margins(x=0.18)
     axes.grid(False, axis="y")
-    axes.set_xlabel(label)
+    axes.set_xlabel(plain(label))
     return figure
 
 
@@ -88,12 +88,13 @@ def lines(
     zero: whether the axis of the values begins there."""
     figure, axes = new_axes(HEIGHT + 0.2 * len(series))
     for i, (name, points) in enumerate(series.items()):
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        axes.plot(*zip(*points, strict=True), label=plain(name), **style)
+        x, y = zip(*points, strict=True)
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        axes.plot(x, y, label=plain(name), color=colour, marker=marker)
     for batch in sorted(set(crosses)):
         axes.plot(batch, 0.97, "x", color=RED, markersize=8, transform=axes.get_xaxis_transform())
     batch_axis(axes, [*(batch for points in series.values() for batch, _ in points), *crosses])
-    axes.set_ylabel(label)
+    axes.set_ylabel(plain(label))
     if zero:
         axes.set_ylim(bottom=0)
     legend(figure, len(series))
