@@ -6,6 +6,7 @@ Nothing here imports torch: --help and a misspelt option are answered at once.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -60,12 +61,10 @@ def parser_of(benchmark: Benchmark) -> jsonargparse.ArgumentParser:
     for field in fields(benchmark.arguments):
         kind, about = kinds[field.name], said.get(field.name, "")
         if field.metadata.get("positional"):
-            several = get_origin(kind) is list
-            shown = {"metavar": field.name.removesuffix("s").upper(), "help": about}
-            if several:
-                parser.add_argument(field.name, type=get_args(kind)[0], nargs="+", **shown)
-            else:
-                parser.add_argument(field.name, type=kind, **shown)
+            shown: dict[str, Any] = {"metavar": field.name.removesuffix("s").upper(), "help": about}
+            if get_origin(kind) is list:
+                kind, shown["nargs"] = get_args(kind)[0], "+"
+            parser.add_argument(field.name, type=kind, **shown)
             continue
         option = f"--{field.name.replace('_', '-')}"
         if kind is bool:
@@ -107,7 +106,8 @@ def numbers(option: str, text: str) -> list[int]:
         raise UseError(f"{option}: numbers separated by commas are expected, not '{text}'") from None
 
 
-def check_words(option: str, kind: str, asked: list[str], known: tuple[str, ...]) -> None:
-    """Raise UseError where one of the words asked for is not known. kind: of what, "arm " or nothing."""
+def check_words(option: str, kind: str, asked: Sequence[str], known: Sequence[str]) -> None:
+    """Raise UseError where one of the words asked for is not known. kind: what they name, or "" for a mere value."""
     if unknown := set(asked) - set(known):
-        raise UseError(f"{option}: no {kind}'{min(unknown)}'; there are {', '.join(known)}")
+        named = f"{kind} '{min(unknown)}'".strip()
+        raise UseError(f"{option}: no {named}; there are {', '.join(known)}")

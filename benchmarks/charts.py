@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 5.6, 3.5  # inches
-STYLE = {
+STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -67,19 +67,17 @@ def bars(
     """Horizontal bars from top to bottom with their values; ranges: the lowest and highest of each, as whiskers."""
     figure, axes = new_axes(0.36 * len(names) + 0.8)
     places = range(len(names))
-    drawn = axes.barh(places, values, height=0.6, color=colours)
-    if ranges:
-        spread = [(value - low, high - value) for value, (low, high) in zip(values, ranges, strict=True)]
-        axes.errorbar(values, places, xerr=list(zip(*spread, strict=True)), fmt="none", ecolor="#222222", capsize=3)
+    axes.barh(places, values, height=0.6, color=colours)
+    for place, (low, high) in zip(places, ranges or (), strict=False):
+        axes.plot([low, high], [place, place], color="#222222", linewidth=1.2, marker="|")
     reach = [high for _, high in ranges] if ranges else values
     for place, value, end in zip(places, values, reach, strict=True):
         axes.annotate(format(value, form), (max(end, 0), place), (5, 0), textcoords="offset points", va="center")
-    del drawn
     axes.set_yticks(places, [plain(name) for name in names])
     axes.invert_yaxis()
     axes.margins(x=0.18)
     axes.grid(False, axis="y")
-    axes.set_xlabel(label)
+    axes.set_xlabel(plain(label))
     return figure
 
 
@@ -90,12 +88,13 @@ def lines(
     zero: whether the axis of the values begins there."""
     figure, axes = new_axes(HEIGHT + 0.2 * len(series))
     for i, (name, points) in enumerate(series.items()):
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        axes.plot(*zip(*points, strict=True), label=plain(name), **style)
+        x, y = zip(*points, strict=True)
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        axes.plot(x, y, label=plain(name), color=colour, marker=marker)
     for batch in sorted(set(crosses)):
         axes.plot(batch, 0.97, "x", color=RED, markersize=8, transform=axes.get_xaxis_transform())
     batch_axis(axes, [*(batch for points in series.values() for batch, _ in points), *crosses])
-    axes.set_ylabel(label)
+    axes.set_ylabel(plain(label))
     if zero:
         axes.set_ylim(bottom=0)
     legend(figure, len(series))

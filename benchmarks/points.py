@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import psutil
 
@@ -63,7 +63,7 @@ class Child:
         self.command = within([sys.executable, "-m", "benchmarks.points", function])
         self.environment = environment_of_one_process() | dict(environment or {})
         self.process: subprocess.Popen[str] | None = None
-        self._log: TextIO | None = None
+        self._log: IO[str] | None = None
         self._log_path, self._asked_at = log, 0
 
     def __enter__(self) -> Child:
@@ -144,13 +144,13 @@ class Child:
 
     def _start(self) -> None:
         self.close()
-        if self._log is None and self._log_path is None:
-            self._log = tempfile.NamedTemporaryFile("r", errors="replace")
-        elif self._log is None:
-            assert self._log_path is not None
-            self._log_path.parent.mkdir(parents=True, exist_ok=True)
-            self._log_path.touch()
-            self._log = self._log_path.open(errors="replace")
+        if self._log is None:
+            if self._log_path is None:
+                self._log = tempfile.NamedTemporaryFile("r", errors="replace")
+            else:
+                self._log_path.parent.mkdir(parents=True, exist_ok=True)
+                self._log_path.touch()
+                self._log = self._log_path.open(errors="replace")
         with open(self._log.name, "a") as log:  # both ends have a place of their own in the file
             self.process = subprocess.Popen(
                 self.command,

@@ -88,12 +88,16 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str:
     """The commit of the working tree, with "+" if it has changes beside the results; "" outside of git."""
-    here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    # A sweep rewrites its result row by row: that result is no change of what measures.
+    code = (":/", *(f":!{name}" for name in ("results", "results.html", "RESULTS.md")))
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **here)
-        # A sweep rewrites its result row by row: that result is no change of what measures.
-        code = (":/", *(f":!{name}" for name in ("results", "results.html", "RESULTS.md")))
-        changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "--", *code], **here)
+        commit = git("rev-parse", "--short", "HEAD")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", *code)
     except FileNotFoundError:  # no git here
         return ""
-    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+    return commit + ("+" if changes else "")

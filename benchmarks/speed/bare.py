@@ -36,7 +36,7 @@ def bare_step(
     optimizer = torch.optim.SGD(network.parameters(), 1e-3, 0.9, fused=True)
     forward: Callable[[Tensor], Tensor] = network
     if compile == "blocks":
-        for block in network.blocks:
+        for block in network.get_submodule("blocks").children():
             block.compile(dynamic=False)
     elif compile != "none":
         mode = "reduce-overhead" if compile == "reduce-overhead" else None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from benchmarks.arguments import check_words, numbers, words
 from benchmarks.benchmark import Benchmark, Chart
@@ -19,7 +19,7 @@ from benchmarks.charts import COLOURS, GREY, MARKERS, RED, legend, lines, new_ax
 from benchmarks.speed.batch_charts import over_batches, points_of, series_of
 from benchmarks.speed.sweep import Sweep, measure_batch_sizes
 from benchmarks.tables import Document, Row, figures, having, rate, short_backbone, span, text_of
-from dist_train.config import Recipe
+from dist_train.config import Compile, Head, Recipe
 from dist_train.errors import UseError
 
 if TYPE_CHECKING:
@@ -74,12 +74,14 @@ def run(arguments: Arguments, recipe: Recipe) -> Path:
     gpus = torch.cuda.device_count()
     compile = words(arguments.compile or ("none,graphs" if gpus else "none"))
     check_words("--compile", "", compile, COMPILE)
+    heads = words(arguments.heads)
+    check_words("--heads", "head", heads, get_args(Head))
     sweep = Sweep(
         backbones=tuple(words(arguments.backbones or recipe.model.backbone)),
-        heads=tuple(words(arguments.heads)),
+        heads=tuple(cast(list[Head], heads)),
         batches=tuple(numbers("--batches", arguments.batches)),
         sizes=tuple(numbers("--sizes", arguments.sizes)) if arguments.sizes else (recipe.data.image_size,),
-        compile=tuple(compile),
+        compile=tuple(cast(list[Compile], compile)),
         arm=arguments.arm,
         micro_batch=arguments.micro_batch,
         search=arguments.search,

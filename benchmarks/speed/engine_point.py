@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import count, repeat
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed.engine import HOST_BATCH, HOST_SIZE, PHASES
-from dist_train.config import ModelConfig, Recipe
+from dist_train.config import ModelConfig, Recipe, ZeroStage
 from dist_train.data.loader import Batch
 from dist_train.models.backbones import TokenTransformer, ViTShape
 from dist_train.models.build import Classifier, build_model
@@ -67,7 +68,7 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
     images = torch.randn(point["micro_batch"], 3, point["size"], point["size"])
     labels = torch.arange(point["micro_batch"]) % CLASSES
 
-    def model() -> nn.Module:
+    def model() -> Classifier:
         torch.manual_seed(0)
         return build_model(recipe.model, point["size"], CLASSES, 0)[0]
 
@@ -88,7 +89,7 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
             where | {"turned_back": what} | figures(turns, millions, {"ours": "ours", "it": what})
             for what in TURNED_BACK
         ]
-    spent = {which: spending(lambda step=step: step(images, labels)) for which, step in loops.items()}
+    spent = {which: spending(partial(step, images, labels)) for which, step in loops.items()}
     spent_on = {
         f"{which}_{what}_ms_per_million": round((spent[which][what] - spent["bare"][what]) / millions, 3)
         for which in ("ours", "default")
@@ -194,7 +195,7 @@ def figures(turns: dict[str, list[dict[str, float]]], millions: float, named: di
     return row
 
 
-def make_recipe(backbone: str, micro_batch: int, zero_stage: int) -> Recipe:
+def make_recipe(backbone: str, micro_batch: int, zero_stage: ZeroStage) -> Recipe:
     """SGD with momentum at a rate that changes next to nothing."""
     recipe = Recipe()
     return replace(

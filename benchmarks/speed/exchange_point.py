@@ -28,8 +28,8 @@ from benchmarks.speed.engine_point import (
     timed_step,
     updating,
 )
-from dist_train.config import Recipe
-from dist_train.models.build import build_model
+from dist_train.config import Recipe, ZeroStage
+from dist_train.models.build import Classifier, build_model
 from dist_train.train.engine import build_optimizer, init_process_group
 from dist_train.train.exchange import GradientExchange, forward_order
 
@@ -87,14 +87,14 @@ def measure_rank(point: dict[str, Any]) -> dict[str, Any]:
 def contestants(point: dict[str, Any]) -> tuple[dict[str, AnyStep], int]:
     """A step of each contestant by name, and the bytes of the gradients."""
 
-    def recipe(stage: int) -> Recipe:
+    def recipe(stage: ZeroStage) -> Recipe:
         return make_recipe(point["backbone"], 2 * point["micro_batch"], stage)
 
-    def model() -> nn.Module:
+    def model() -> Classifier:
         torch.manual_seed(0)
         return build_model(recipe(0).model, point["size"], CLASSES, 0)[0]
 
-    def engine(stage: int, **changes: Any) -> Step:
+    def engine(stage: ZeroStage, **changes: Any) -> Step:
         return engine_loop(changed_engine(model(), recipe(stage), 2, point["micro_batch"], changes))
 
     gradient_bytes = sum(parameter.nbytes for parameter in model().parameters())
@@ -117,7 +117,7 @@ def contestants(point: dict[str, Any]) -> tuple[dict[str, AnyStep], int]:
     return loops, gradient_bytes
 
 
-def our_loop(model: nn.Module, recipe: Recipe, **options: float) -> Step:
+def our_loop(model: Classifier, recipe: Recipe, **options: float) -> Step:
     """A step with `GradientExchange`."""
     optimizer = build_optimizer(recipe.optim, model)
     exchange = GradientExchange(forward_order(model), 2, **options)

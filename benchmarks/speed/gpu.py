@@ -148,8 +148,10 @@ def _row(point: Point, left: float, expected: float, gpu: bool, measure: Callabl
     try:
         figures = measure(point, min(left, limit))
     except TimeoutError:
-        figures = {"error": f"no result after {limit:g} s"} if left > limit else None
-    return {"skipped": "out of time"} if figures is None else figures | {"seconds": round(time.monotonic() - begin, 2)}
+        if left <= limit:
+            return {"skipped": "out of time"}
+        figures = {"error": f"no result after {limit:g} s"}
+    return figures | {"seconds": round(time.monotonic() - begin, 2)}
 
 
 def headline(document: Document) -> str:

@@ -18,7 +18,17 @@ from torch.nn import functional
 
 from benchmarks.speed.gpu_loader import decoder
 from benchmarks.speed.own_step import OwnStep, synthetic_batch
-from dist_train.config import DataConfig, DeepSpeedConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
+from dist_train.config import (
+    DataConfig,
+    DeepSpeedConfig,
+    Head,
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    Recipe,
+    TrainConfig,
+    ZeroStage,
+)
 from dist_train.data.augment import draw_augmentation, no_augmentation
 from dist_train.data.colour_torch import fastest_colour_change
 from dist_train.data.fetch import ShardFetcher
@@ -35,8 +45,8 @@ from dist_train.train.step import make_forward
 
 SMALL_BACKBONE, SMALL_SIZE, SMALL_BATCH, SMALL_CLASSES = "vit_tiny_patch16", 64, 16, 100
 SMALL_TOKENS, SMALL_VOCABULARY = 8, 2000  # `synthetic_batch` draws ids below 2,000
-SMALL_MODELS = {"cls": ("cls", 0), "ifa": ("ifa", 0), "vilt": ("cls", SMALL_TOKENS)}
-LOSS_LIMITS = {"float32": 1e-5, "bf16": 2e-2, "bf16_autocast": 2e-2}
+SMALL_MODELS: dict[str, tuple[Head, int]] = {"cls": ("cls", 0), "ifa": ("ifa", 0), "vilt": ("cls", SMALL_TOKENS)}
+LOSS_LIMITS: dict[Precision, float] = {"float32": 1e-5, "bf16": 2e-2, "bf16_autocast": 2e-2}
 """Largest relative difference from float64 of the loss and of the gradient's norm."""
 PIXEL_LIMIT = 1.5
 """Largest mean absolute difference of the two pipelines' pixels, of 255."""
@@ -46,7 +56,7 @@ order that is not the same each time."""
 LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
 
 
-def check_loss(_: dict[str, Any]) -> dict[str, Any]:
+def check_loss(point: dict[str, Any]) -> dict[str, Any]:
     """Loss and gradient of small models on the device against float64 on the CPU: fixed weights, a fixed batch.
 
     MODEL_PRECISION_loss and MODEL_PRECISION_gradient_norm are relative differences; MODEL_float32_gradient is the norm
@@ -198,7 +208,7 @@ def check_graphs(point: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_products(_: dict[str, Any]) -> dict[str, Any]:
+def check_products(point: dict[str, Any]) -> dict[str, Any]:
     """Share of the matrix products' FLOPs, of forward and backward pass, that are in bf16 where the recipe says so."""
     place = init_process_group()
     shares: dict[str, float] = {}
@@ -214,7 +224,7 @@ def check_products(_: dict[str, Any]) -> dict[str, Any]:
     return {"device": device_name(own.device), **figures, "met": min(shares.values()) == 1.0}
 
 
-def small_recipe(head: str, text_tokens: int, precision: str, zero_stage: int) -> Recipe:
+def small_recipe(head: Head, text_tokens: int, precision: Precision, zero_stage: ZeroStage) -> Recipe:
     """The recipe of a small model whose gradient reaches every layer (the head does not start at zero)."""
     return Recipe(
         data=DataConfig(image_size=SMALL_SIZE),

@@ -84,7 +84,7 @@ def decoder(on_gpu: bool) -> dict[str, Any]:
     """
     if not on_gpu:
         return {"decoder": "cpu", "hw_decoder_load": None}
-    schema = backend.TryGetSchema("decoders__Image")
+    schema = backend.TryGetSchema("decoders__Image")  # type: ignore[attr-defined]
     return {
         "decoder": "mixed",
         "hw_decoder_load": ast.literal_eval(schema.GetArgumentDefaultValueString("hw_decoder_load")),

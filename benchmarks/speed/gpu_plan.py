@@ -11,7 +11,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dist_train.config import DataConfig, DeepSpeedConfig, ModelConfig, Recipe, TrainConfig
+from dist_train.config import (
+    DataConfig,
+    DataDevice,
+    DeepSpeedConfig,
+    Head,
+    ModelConfig,
+    Precision,
+    Recipe,
+    TrainConfig,
+    ZeroStage,
+)
 
 RUN = "check: the command line trains, is stopped, goes on and evaluates"
 PRODUCTS = "check: what matrix products are computed in"
@@ -95,7 +105,7 @@ def plan(scale: Scale, shards: str) -> list[Point]:
     large, base, first, last = scale.large, scale.base, scale.batches[0], scale.batches[-1]
     plain, blocks, whole = ({"bare": ("autocast", how)} for how in ("none", "blocks", "whole"))
     graphs = {"bare_graphs": ("autocast", "reduce-overhead")}
-    both = {"ifa": True, "record": True}
+    both: dict[str, Any] = {"ifa": True, "record": True}
     compiled = [
         steps(scale, large, first, compile=True, bare=blocks, shards=shards, seconds=60, smoke=True, **both),
         steps(scale, base, first, compile=True, bare=whole, shards=shards, seconds=40, **both),
@@ -172,10 +182,10 @@ def steps(
     backbone: str,
     batch: int,
     *,
-    head: str = "cls",
+    head: Head = "cls",
     text_tokens: int = 0,
-    precision: str = "bf16_autocast",
-    zero_stage: int = 0,
+    precision: Precision = "bf16_autocast",
+    zero_stage: ZeroStage = 0,
     compile: bool = False,
     bare: dict[str, tuple[str, str]] | None = None,
     ifa: bool = False,
@@ -213,7 +223,7 @@ def steps(
 def loader(
     scale: Scale,
     shards: str,
-    device: str,
+    device: DataDevice,
     *,
     threads: int = 0,
     smoke: bool = False,
@@ -227,7 +237,9 @@ def loader(
     return Point(what, "loader", arguments, 10, f"loader {device}", device == "gpu", smoke=smoke)
 
 
-def recipe_of(scale: Scale, model: ModelConfig, batch: int, precision: str, zero_stage: int, shards: str) -> Recipe:
+def recipe_of(
+    scale: Scale, model: ModelConfig, batch: int, precision: Precision, zero_stage: ZeroStage, shards: str
+) -> Recipe:
     """The paper's image size and optimizer, one micro-batch a step."""
     data = DataConfig(image_size=scale.image_size, crop_margin=scale.crop_margin)
     return Recipe(

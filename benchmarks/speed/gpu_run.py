@@ -100,5 +100,5 @@ def finish(process: subprocess.Popen[str]) -> str:
     if process.returncode:
         lines = [line for line in complaints.splitlines() if line.strip()]
         lines = [line for line in lines if line.startswith("error")] or lines
-        raise WorkError(f"dist-train {process.args[3]}: {lines[-1] if lines else process.returncode}")
+        raise WorkError(f"dist-train: {lines[-1] if lines else process.returncode}")
     return said

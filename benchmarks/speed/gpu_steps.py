@@ -27,7 +27,7 @@ from benchmarks.speed.step import PAPER_CLASSES, SYNTHETIC_VOCABULARY, describe
 from benchmarks.speed.step_point import load, utilisation
 from benchmarks.speed.timing import EnergyMeter, median_ms, ratio, timed, timed_in_turns
 from benchmarks.tables import Row
-from dist_train.config import Recipe
+from dist_train.config import Head, Recipe
 from dist_train.data.loader import Batch
 from dist_train.models.backbones import timm_name
 from dist_train.models.names import vit_shape
@@ -88,7 +88,7 @@ def _steps(point: Row, let_go: ExitStack) -> Row:
     for which, how in point["bare"].items():
         base = allocated(device)
         step = bare_contestant(recipe, synthetic, how)
-        contestants[which] = lambda _, step=step: step()
+        contestants[which] = launched(step)
         warm_up(contestants[which], device)
         if not which.endswith("graphs"):  # what a graph holds is no part of the allocator's peak
             peak = peak_mb(step, device, base)
@@ -103,8 +103,8 @@ def _steps(point: Row, let_go: ExitStack) -> Row:
         for contestant in recording:
             contestant.record()
         recorded = {which: step for which, step in alike.items() if which in ("own", "ifa")}
-        for step in recorded.values():
-            warm_up(step, device)
+        for again in recorded.values():
+            warm_up(again, device)
         figures, graphs_seconds, more = in_turns(recorded | graphed, point, batch, device, graphs=True)
         row |= figures
         seconds, profiles = min(seconds, graphs_seconds), profiles | more
@@ -154,18 +154,18 @@ def compile_points(point: Row) -> Row:
         for head in (recipe.model.head, "ifa") if arguments["ifa"] else (recipe.model.head,):
             with closing(own_step(recipe, place, head)) as own:
                 own.train_step.products = "not looked at"  # the first step would else be one that compiles nothing
-                warm_up(lambda _, own=own, batches=batches: own(batches), device)
+                warm_up(launched(partial(own, batches)), device)
             del own
             free_memory()
         for how in arguments["bare"].values():
             step = bare_contestant(recipe, batch, how)
-            warm_up(lambda _, step=step: step(), device)
+            warm_up(launched(step), device)
             del step
             free_memory()
     return {"points": len(point["points"])}
 
 
-def own_step(recipe: Recipe, place: Place, head: str) -> OwnStep:
+def own_step(recipe: Recipe, place: Place, head: Head) -> OwnStep:
     """The recipe's step with a head, not as a CUDA graph."""
     vocabulary = SYNTHETIC_VOCABULARY if recipe.model.text_tokens else 0
     recipe = replace(recipe, model=replace(recipe.model, head=head))
@@ -209,6 +209,7 @@ def ifa_memory(recipe: Recipe, cls: Callable[[], Any], with_ifa: Callable[[], An
     """What a step with the IFA head allocates more than one with the CLS head: in MB, and in (B, D, L) floats."""
     more = peak_bytes(with_ifa, device) - peak_bytes(cls, device)
     shape = vit_shape(recipe.model.backbone)
+    assert shape is not None  # the suite's own backbones are ViTs
     floats = recipe.train.batch_size * shape.dim * shape.depth
     return {"ifa_over_cls_mb": round(more / 1e6, 3), "ifa_over_cls_in_bdl": round(more / (4 * floats), 3)}
 
@@ -218,6 +219,11 @@ def warm_up(step: Callable[[int], Any], device: torch.device) -> None:
     for number in range(WARM_UP):
         step(number)
     synchronize(device)
+
+
+def launched(step: Callable[[], Any]) -> Callable[[int], Any]:
+    """The step as `timed` calls it, with a number that it does not need."""
+    return lambda _: step()
 
 
 def per_second(batch: int, turns: list[list[float]]) -> float:
@@ -235,4 +241,5 @@ def joules_per_image(step: Callable[[], Any], batch: int, seconds: float, device
     for _ in range(steps):
         step()
     synchronize(device)
-    return round(meter.read() / (steps * batch), 4)
+    joules = meter.read()
+    return None if joules is None else round(joules / (steps * batch), 4)

@@ -59,7 +59,7 @@ def run(arguments: Arguments) -> Path:
     """Measure every backbone with every number of text tokens, say a line of each row and write the result."""
     rows = []
     tokens_of = numbers("--text-tokens", arguments.text_tokens)
-    shared = {"classes": arguments.classes, "precision": arguments.precision}
+    shared: Row = {"classes": arguments.classes, "precision": arguments.precision}
     for backbone in words(arguments.backbones):
         for tokens in tokens_of:
             point = {"backbone": backbone, "text_tokens": tokens, "batch": arguments.batch, "size": arguments.size}
@@ -68,7 +68,7 @@ def run(arguments: Arguments) -> Path:
             for which in CONTESTANTS:
                 rows.append(row_of(point, which, memory, turns))
                 say(describe_row(rows[-1], f"{backbone} {which}, {tokens} text tokens, batch {arguments.batch}"))
-    parameters = {"batch_size": arguments.batch, "image_size": arguments.size, "pairs": arguments.pairs}
+    parameters: Row = {"batch_size": arguments.batch, "image_size": arguments.size, "pairs": arguments.pairs}
     parameters |= shared | {"epoch_samples": PAPER_SAMPLES, "paper": PAPER}
     return write_result("ifa", arguments.name, parameters, rows)
 

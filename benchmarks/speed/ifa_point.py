@@ -41,11 +41,13 @@ class StackedIFA(nn.Module):
             return self._logits(images, text_ids, text_mask)
 
     def _logits(self, images: Tensor, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor:
-        backbone, mask = self.model.backbone, None
+        backbone: Any = self.model.backbone
+        embed_text: Any = self.model.text
+        mask = None
         tokens = backbone._pos_embed(backbone.patch_embed(images))
-        if text_ids is not None:
+        if text_ids is not None and text_mask is not None:
             mask = keep_padding_out(text_mask, image_tokens=tokens.shape[1])
-            tokens = torch.cat([tokens, self.model.text(text_ids)], dim=1)
+            tokens = torch.cat([tokens, embed_text(text_ids)], dim=1)
         if backbone.token_dtype is not None:
             tokens = tokens.to(backbone.token_dtype)
         after_block = []
@@ -62,7 +64,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         model = make_model(point, point["memory_of"], device)
         step = training_step(model, point, device)
         step()  # allocates gradients and momentum
-        shape = model.model.backbone if isinstance(model, StackedIFA) else model.backbone
+        shape: Any = model.model.backbone if isinstance(model, StackedIFA) else model.backbone
         return {
             "peak_bytes": peak_bytes(step, device),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),

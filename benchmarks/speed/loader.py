@@ -98,7 +98,7 @@ def run(arguments: Arguments) -> Path:
     above its LIMITS, after the result is written.
     """
     names = words(arguments.only) if arguments.only else list(CONTESTANTS)
-    check_words("--only", "loader ", names, tuple(CONTESTANTS))
+    check_words("--only", "loader", names, tuple(CONTESTANTS))
     if arguments.check and "ours" not in names:
         raise UseError("--check is about this project's loader; add ours to --only")
     shards = shards_of(arguments)

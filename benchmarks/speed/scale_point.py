@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -23,7 +23,7 @@ def make_plan(parameters: dict[str, int]) -> EpochPlan:
     counts[: len(uneven)] -= uneven
     counts[len(uneven) : 2 * len(uneven)] += uneven
     counts[-1] += parameters["samples"] - counts.sum()
-    return EpochPlan(counts, parameters["batch_size"], seed=0)
+    return EpochPlan(cast(Sequence[int], counts), parameters["batch_size"], seed=0)
 
 
 def measure_start(parameters: dict[str, int]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def measure_start(parameters: dict[str, int]) -> dict[str, Any]:
     before = peak_resident_mb()
     plan_counts = make_plan(parameters).counts  # making up the counts is not part of the plan
     begin = time.perf_counter()
-    plan = EpochPlan(plan_counts, parameters["batch_size"], seed=0)
+    plan = EpochPlan(cast(Sequence[int], plan_counts), parameters["batch_size"], seed=0)
     world_size = parameters["nodes"] * parameters["ranks_per_node"]
     consumed = step * parameters["batch_size"]
     plan.batch(consumed, world_size - 1, world_size)

@@ -46,7 +46,7 @@ class Arguments:
 def run(arguments: Arguments, recipe: Recipe) -> Path:
     """Measure the arms, a process each, say a line of each and write the result."""
     arms = words(arguments.arms)
-    check_words("--arms", "arm ", arms, ARMS)
+    check_words("--arms", "arm", arms, ARMS)
     rows = []
     for arm in arms:
         rows.append(measure(recipe, arm, arguments.warmup, arguments.steps))

@@ -16,7 +16,7 @@ from benchmarks.result import finished_rows, write_result
 from benchmarks.speed import step
 from benchmarks.speed.fit import largest_micro_batch
 from benchmarks.tables import Row, describe_row
-from dist_train.config import Recipe
+from dist_train.config import Compile, Head, Recipe
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError
 from dist_train.output import say
@@ -37,10 +37,10 @@ class Sweep:
     """
 
     backbones: tuple[str, ...]
-    heads: tuple[str, ...]
+    heads: tuple[Head, ...]
     batches: tuple[int, ...]
     sizes: tuple[int, ...]
-    compile: tuple[str, ...] = ("none",)
+    compile: tuple[Compile, ...] = ("none",)
     arm: step.Arm = "synthetic"
     micro_batch: int = 0
     search: int = 0

@@ -23,7 +23,7 @@ def batches(task: Task, device_id: int | None = None) -> Iterator[Any]:
         batch_size=task.batch_size, num_threads=task.threads, device_id=device_id, prefetch_queue_depth=2, seed=0
     )
     def graph() -> Any:
-        encoded, _ = fn.readers.webdataset(
+        samples: Any = fn.readers.webdataset(
             paths=[str(tar) for tar in task.tars],
             index_paths=[str(tar.with_suffix(".idx")) for tar in task.tars],
             ext=["jpg;jpeg;png;webp", "cls"],
@@ -32,19 +32,19 @@ def batches(task: Task, device_id: int | None = None) -> Iterator[Any]:
             pad_last_batch=True,
             name="reader",
         )
-        image = fn.resize(fn.decoders.image(encoded, device=decoder, output_type=types.RGB), size=[square, square])
+        image = fn.resize(fn.decoders.image(samples[0], device=decoder, output_type=types.RGB), size=[square, square])
         image = fn.crop(
             image,
             crop=[task.size, task.size],
             crop_pos_x=fn.random.uniform(range=[0, 1]),
             crop_pos_y=fn.random.uniform(range=[0, 1]),
         )
-        factor = {"range": [1 - JITTER, 1 + JITTER]}
+        factor = [1 - JITTER, 1 + JITTER]
         image = fn.color_twist(
             image,
-            brightness=fn.random.uniform(**factor),
-            contrast=fn.random.uniform(**factor),
-            saturation=fn.random.uniform(**factor),
+            brightness=fn.random.uniform(range=factor),
+            contrast=fn.random.uniform(range=factor),
+            saturation=fn.random.uniform(range=factor),
             hue=fn.random.uniform(range=[-360 * JITTER, 360 * JITTER]),
         )
         return fn.crop_mirror_normalize(

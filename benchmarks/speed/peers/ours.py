@@ -31,4 +31,4 @@ def batches(task: Task) -> Iterator[Any]:
 def preparing_s() -> float:
     """Processor seconds so far of the thread that prepares the batches; the threads that decode are not in it."""
     (thread,) = (thread for thread in threading.enumerate() if thread.name == "batches")
-    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))

@@ -21,7 +21,8 @@ class TarImages(Dataset[Any]):
     """The images of some tars, decoded and transformed."""
 
     def __init__(self, tars: list[Path], decode: Callable[[bytearray], Any], transform: Callable[[Any], Any]) -> None:
-        self.samples = [(tar, sample.image()[1]) for tar in tars for sample in read_index(tar)]
+        images = [(tar, sample.image()) for tar in tars for sample in read_index(tar)]
+        self.samples = [(tar, found[1]) for tar, found in images if found is not None]
         self.decode = decode
         self.transform = transform
         self.files: dict[Path, Any] = {}
