@@ -64,14 +64,7 @@ def run(arguments: Arguments) -> Path:
 
     Raises WorkError where weights or samples differ, or the run was complete before it was killed `kills` times.
     """
-    row = study_kills(
-        arguments.shards,
-        arguments.ranks,
-        arguments.kills,
-        arguments.epochs,
-        arguments.seed,
-        arguments.scratch / f"{arguments.ranks}-ranks",
-    )
+    row = study_kills(arguments)
     parameters = {"shards": str(arguments.shards), "epochs": arguments.epochs, "batch": BATCH, "seed": arguments.seed}
     path = write_result("kill", arguments.name, parameters, [row])
     if not (row["identical_weights"] and row["each_sample_once"]):
@@ -79,26 +72,27 @@ def run(arguments: Arguments) -> Path:
     return path
 
 
-def study_kills(shards: Path, ranks: int, kills: int, epochs: int, seed: int, scratch: Path) -> Row:
+def study_kills(arguments: Arguments) -> Row:
     """The row of the result: what was killed, and whether the killed run ended as the undisturbed one."""
     from dist_train.models.saved import list_checkpoints, read_weights
 
     started = time.perf_counter()
-    straight, killed = scratch / "straight", scratch / "killed"
+    ranks, kills = arguments.ranks, arguments.kills
+    straight, killed = (arguments.scratch / f"{ranks}-ranks" / name for name in ("straight", "killed"))
     for run in (straight, killed):
         shutil.rmtree(run, ignore_errors=True)
-    _train(shards, straight, ranks, epochs, None)
+    _train(arguments, straight, None)
     within: Counter[str] = Counter()
     half_written = steps_lost = 0
-    for moment in _moments(kills, seed):
-        open_phases = _train(shards, killed, ranks, epochs, moment)
+    for moment in _moments(kills, arguments.seed):
+        open_phases = _train(arguments, killed, moment)
         if open_phases is None:
             raise WorkError(f"the run was complete after {within.total()} of {kills} kills; give it more --epochs")
         within[next((phase for phase in ("checkpoint", "evaluation", "step") if phase in open_phases), "between")] += 1
         half_written += bool(list((killed / "checkpoints").glob("*.tmp")))
         kept = int(list_checkpoints(killed)[-1].name.removeprefix("step-")) if list_checkpoints(killed) else 0
         steps_lost += max(_read_samples(killed, 0), default=0) - kept
-    _train(shards, killed, ranks, epochs, None)
+    _train(arguments, killed, None)
     one, other = (read_weights(list_checkpoints(run)[-1]) for run in (straight, killed))
     return {
         "ranks": ranks,
@@ -108,7 +102,7 @@ def study_kills(shards: Path, ranks: int, kills: int, epochs: int, seed: int, sc
         "steps": max(_read_samples(straight, 0)),
         "steps_lost": steps_lost,
         "identical_weights": one.keys() == other.keys() and all((one[key] == other[key]).all() for key in one),
-        "each_sample_once": _each_once(killed, ranks, read_manifest(shards).split("train").samples)
+        "each_sample_once": _each_once(killed, ranks, read_manifest(arguments.shards).split("train").samples)
         and all(_read_samples(straight, rank) == _read_samples(killed, rank) for rank in range(ranks)),
         "seconds": round(time.perf_counter() - started),
     }
@@ -122,7 +116,7 @@ def _moments(kills: int, seed: int) -> list[Moment]:
     return [Moment(p, draw.randint(1, 10 if p == "step" else 2), draw.uniform(0, PHASES[p])) for p in phases]
 
 
-def _train(shards: Path, run: Path, ranks: int, epochs: int, moment: Moment | None) -> list[str] | None:
+def _train(arguments: Arguments, run: Path, moment: Moment | None) -> list[str] | None:
     """Start the run or continue it; kill all of its ranks at the moment. Returns the phases that rank 0 was in when it
     was killed, None if the run came to its end."""
     from benchmarks.claims.kill_rank import run_rank
@@ -135,11 +129,12 @@ def _train(shards: Path, run: Path, ranks: int, epochs: int, moment: Moment | No
         port = free.getsockname()[1]
     marks, send = context.Pipe(duplex=False)
     processes = []
+    ranks = arguments.ranks
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
         environment = {"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in place.items()}
-        arguments = (environment, _samples_file(run, rank), _options(shards, run, epochs), None if rank else send)
-        processes.append(context.Process(target=run_rank, args=arguments))
+        given = (environment, _samples_file(run, rank), _options(arguments, run), None if rank else send)
+        processes.append(context.Process(target=run_rank, args=given))
     for process in processes:
         process.start()
     send.close()
@@ -170,9 +165,9 @@ def _received(marks: Connection) -> Iterator[tuple[str, str]]:
             return
 
 
-def _options(shards: Path, run: Path, epochs: int) -> list[str]:
+def _options(arguments: Arguments, run: Path) -> list[str]:
     keys = {
-        "data.shards": shards,
+        "data.shards": arguments.shards,
         "data.image_size": 16,
         "data.crop_margin": 4,
         "data.shuffle_window": 16,
@@ -181,7 +176,7 @@ def _options(shards: Path, run: Path, epochs: int) -> list[str]:
         "model.dropout": 0.1,
         "optim.name": "adamw",
         "train.run": run,
-        "train.epochs": epochs,
+        "train.epochs": arguments.epochs,
         "train.batch_size": BATCH,
         "train.log_every": 1,
     }

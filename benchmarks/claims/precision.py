@@ -13,7 +13,7 @@ from typing import cast, get_args
 
 from benchmarks.arguments import check_words, words
 from benchmarks.benchmark import Benchmark
-from benchmarks.claims.runs import finish_runs, last_train_loss, test_evaluation, trained_at
+from benchmarks.claims.runs import finish_runs, outcome
 from benchmarks.claims.study_runs import Seeds
 from benchmarks.result import write_result
 from benchmarks.tables import Document, Row, having
@@ -52,17 +52,7 @@ def run(arguments: Arguments, base: Recipe) -> Path:
     rows: list[Row] = []
     path = write_result("precision", arguments.name, parameters, rows)
     for recipe in finish_runs(recipes, arguments.jobs, "precision"):
-        test = test_evaluation(recipe)
-        rows.append(
-            {
-                "precision": recipe.deepspeed.precision,
-                "seed": recipe.train.seed,
-                "top1": test["top1"],
-                "test_loss": test["loss"],
-                "train_loss": last_train_loss(recipe),
-                "trained_at": trained_at(recipe),
-            }
-        )
+        rows.append({"precision": recipe.deepspeed.precision, "seed": recipe.train.seed, **outcome(recipe)})
         rows.sort(key=lambda row: (precisions.index(row["precision"]), row["seed"]))
         more = {"differences": differences(rows, precisions)}
         path = write_result("precision", arguments.name, parameters, rows, more)

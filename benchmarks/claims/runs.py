@@ -134,10 +134,17 @@ def trained_at(recipe: Recipe) -> str:
     return (read_summary(recipe)["commit"] or "")[:7]
 
 
-def last_train_loss(recipe: Recipe) -> float:
-    """The training loss of the last logged interval of a run."""
+def outcome(recipe: Recipe) -> dict[str, Any]:
+    """What a finished run came to, for a row of a result. train_loss: of the last logged interval."""
     lines = (Path(recipe.train.run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [entry for entry in map(json.loads, lines) if "lr" in entry][-1]["loss"]
+    train_loss = [entry for entry in map(json.loads, lines) if "lr" in entry][-1]["loss"]
+    test = test_evaluation(recipe)
+    return {
+        "top1": test["top1"],
+        "test_loss": test["loss"],
+        "train_loss": train_loss,
+        "trained_at": trained_at(recipe),
+    }
 
 
 def _summary_of(recipe: Recipe) -> Path:

@@ -17,7 +17,7 @@ from benchmarks.arguments import check_words, numbers
 from benchmarks.benchmark import Benchmark, Chart
 from benchmarks.claims import require
 from benchmarks.claims.questions import answer_questions
-from benchmarks.claims.runs import finish_runs, last_train_loss, read_summary, test_evaluation, trained_at
+from benchmarks.claims.runs import finish_runs, outcome, read_summary, test_evaluation
 from benchmarks.claims.study_figures import study_charts, summary_table
 from benchmarks.claims.study_runs import DRAWN, HEADS, PHOTOS, Run
 from benchmarks.result import read_rows, write_result
@@ -282,7 +282,7 @@ def data_config(study: Arguments, folder: str, image_size: int) -> DataConfig:
 
 def row_of(run: Run, recipe: Recipe, study: Arguments) -> Row:
     """A finished run."""
-    summary, test = read_summary(recipe), test_evaluation(recipe)
+    summary = read_summary(recipe)
     return {
         "run": run.name,
         **asdict(run),
@@ -291,12 +291,9 @@ def row_of(run: Run, recipe: Recipe, study: Arguments) -> Row:
         "epochs": recipe.train.epochs,
         "steps": summary["steps"],
         "images_seen": summary["samples"],
-        "top1": test["top1"],
-        "test_loss": test["loss"],
-        "test_samples": test["samples"],
-        "train_loss": last_train_loss(recipe),
+        "test_samples": test_evaluation(recipe)["samples"],
         "seconds": summary["seconds"],
-        "trained_at": trained_at(recipe),
+        **outcome(recipe),
     }
 
 
