@@ -136,9 +136,8 @@ def _train(shards: Path, run: Path, ranks: int, epochs: int, moment: Moment | No
     marks, send = context.Pipe(duplex=False)
     processes = []
     for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {key: str(value) for key, value in place.items()}
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        environment = {"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in place.items()}
         arguments = (environment, _samples_file(run, rank), _options(shards, run, epochs), None if rank else send)
         processes.append(context.Process(target=run_rank, args=arguments))
     for process in processes:

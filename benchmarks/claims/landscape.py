@@ -162,7 +162,7 @@ def draw_surfaces(runs: Sequence[tuple[Row, Arrays]]) -> Figure:
     every = np.concatenate([arrays["loss"].ravel() for _, arrays in runs])
     every = every[np.isfinite(every)]
     levels, top = shared_levels(every), float(np.quantile(every, CLIP_QUANTILE))
-    colours = {"norm": LogNorm(levels[0], levels[-1]), "cmap": "viridis"}
+    colours: dict[str, Any] = {"norm": LogNorm(levels[0], levels[-1]), "cmap": "viridis"}
     columns = min(COLUMNS_OF_RUNS, len(runs))
     lines = math.ceil(len(runs) / columns)
     figure = Figure(figsize=(1.2 + 3.6 * columns, 7.6 * lines), layout="constrained")
@@ -188,7 +188,7 @@ def draw_surfaces(runs: Sequence[tuple[Row, Arrays]]) -> Figure:
             each.set_xticks(np.linspace(a[0], a[-1], 3))
             each.set_yticks(np.linspace(b[0], b[-1], 3))
             each.tick_params(labelsize=7)
-    bar = figure.colorbar(filled, ax=flat, ticks=levels[::3], format="%.3g", shrink=0.9)
+    bar = figure.colorbar(filled, ax=flat, ticks=levels[::3], format="%.3g", shrink=0.9 / lines)
     bar.set_label("cross-entropy", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     bar.ax.minorticks_off()

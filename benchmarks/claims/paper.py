@@ -287,9 +287,14 @@ def charts(document: Document) -> list[Chart]:
 def _draw_beside_paper(rows: Sequence[Row], theirs: str, ours: str, what: str) -> Figure:
     figure, axes = new_axes(HEIGHT + 1)
     for i, (table, its) in enumerate(by(rows, "table").items()):
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": "none"}
         label = plain(f"table {table}" if table.isdigit() else table)
-        axes.plot(figures(its, theirs), figures(its, ours), label=label, **style)
+        axes.scatter(
+            figures(its, theirs),
+            figures(its, ours),
+            label=label,
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+        )
     ends = [row[key] for row in rows for key in (theirs, ours)]
     axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color=GREY, linewidth=1)
     axes.set_xlabel(f"the paper's {what}")

@@ -36,8 +36,9 @@ class Arguments:
 
 def run(arguments: Arguments, base: Recipe) -> Path:
     """Train every precision with every seed. Writes the result after each run, and continues where it was stopped."""
-    precisions = cast(list[Precision], words(arguments.precisions))
-    check_words("--precisions", "precision", precisions, get_args(Precision))
+    names = words(arguments.precisions)
+    check_words("--precisions", "precision", names, get_args(Precision))
+    precisions = cast(list[Precision], names)
     recipes = [
         replace(
             base,

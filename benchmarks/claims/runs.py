@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.points import Child, ChildEnded, gpu_environment
+from benchmarks.points import Child, ChildEnded, gpu_environment, recipe_from_dict
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError
 from dist_train.output import say
@@ -84,7 +84,6 @@ def finish_runs(recipes: Sequence[Recipe], jobs: int, what: str) -> Iterator[Rec
 
 def train_point(point: dict[str, Any]) -> bool:
     """In the child: train a recipe. Returns whether it came to its end; asked to stop, it has saved and did not."""
-    from benchmarks.points import recipe_from_dict
     from dist_train.train.loop import train
 
     recipe = recipe_from_dict(point)

@@ -173,8 +173,8 @@ def _draw(categories: Mapping[Any, ByHead], over_batches: bool) -> Figure:
         means, spreads = ([getattr(seeds, of) for seeds in its.values()] for of in ("mean", "deviation"))
         faint = [(place, value) for place, seeds in its.items() for value in seeds.values()]
         places, values = zip(*faint, strict=True)
-        style = {"color": colour, "marker": marker, "label": plain(head.upper()), "capsize": 3}
-        faintly = {"color": colour, "marker": marker, "alpha": 0.3, "linestyle": "none"}
+        style: dict[str, Any] = {"color": colour, "marker": marker, "label": plain(head.upper()), "capsize": 3}
+        faintly: dict[str, Any] = {"color": colour, "marker": marker, "alpha": 0.3, "linestyle": "none"}
         if over_batches:
             axes.errorbar(list(its), means, yerr=spreads, **style)
             axes.plot(places, values, **faintly)
