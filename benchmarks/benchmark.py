@@ -54,13 +54,8 @@ class Benchmark:
 
     def say_headline(self, document: Document) -> str:
         """The headline, or the number of rows where there is none."""
-        return self.headline(document) or count_of_rows(document)
-
-
-def count_of_rows(document: Document) -> str:
-    """`12 rows`."""
-    number = len(document.get("rows") or [])
-    return f"{number} row{'s' * (number != 1)}"
+        number = len(document.get("rows") or [])
+        return self.headline(document) or f"{number} row{'s' * (number != 1)}"
 
 
 def no_result(*_: Any) -> None:

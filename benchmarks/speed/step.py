@@ -84,7 +84,7 @@ def measure(
 
 def describe(recipe: Recipe, arm: str) -> Row:
     """What tells one point from another."""
-    from dist_train.train.precision import precision_of
+    from dist_train.train.settings import precision_of
 
     return {
         "arm": arm,
