@@ -245,7 +245,8 @@ def as_text(rows: Sequence[Row]) -> str:
         ("paper_difference_points", "paper - baseline", "+.2f"),
         ("our_difference_points", "ours - our baseline", "+.2f"),
     ]
-    table = table_of("", columns, rows)
+    # Ours has its column also where no cell was run.
+    table = table_of("", columns, [row | {"top1": "" if row["top1"] is None else row["top1"]} for row in rows])
     lines = [table.headings, *table.cells]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(text.ljust(n) for text, n in zip(line, widths, strict=True)) for line in lines)
