@@ -14,7 +14,7 @@
 #
 # PYTHON names the interpreter (default: .venv/bin/python where there is one, else python3).
 #
-# The result is written after every point; the same command goes on where one was cut off. Exit status 1 if a
+# The result is written after every point; the same command continues where one was cut off. Exit status 1 if a
 # correctness point failed.
 set -euo pipefail
 
@@ -57,10 +57,10 @@ else
   drawing=(--pictures 4000 --size 160)
 fi
 if [[ ! -f $shards/manifest.json ]]; then
-  # Most points need no images: go on without them.
+  # Most points need no images: continue without them.
   "$python" -m shards demo "$shards" "${drawing[@]}" >&2 ||
     echo "gpu_suite.sh: the images could not be drawn; the points that need them will fail" >&2
 fi
 
-exec "$python" -m benchmarks.gpu --shards "$shards" --budget "$((budget > SECONDS ? budget - SECONDS : 0))" \
+exec "$python" -m benchmarks gpu --shards "$shards" --budget "$((budget > SECONDS ? budget - SECONDS : 0))" \
   ${smoke:+--smoke} ${name:+--name "$name"} ${results:+--results "$results"}

@@ -10,6 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+TagOrder = Literal["given", "shuffle", "frequency"]
+DataDevice = Literal["auto", "cpu", "gpu"]
+Head = Literal["cls", "ifa"]
+HeadInit = Literal["reference", "zero", "default", "mean"]
+PosResize = Literal["timm", "reference"]
+Compile = Literal["auto", "none", "kernels", "graphs"]
+OptimName = Literal["sgd", "adamw"]
+Schedule = Literal["constant", "constant_epoch", "cosine"]
+LrScaling = Literal["none", "linear", "sqrt"]
+ClassWeights = Literal["none", "inverse", "effective"]
+Precision = Literal["auto", "float32", "tf32", "bf16", "bf16_autocast", "fp16"]
+ZeroStage = Literal[0, 1, 2, 3]
+Offload = Literal["none", "optimizer", "parameters"]
+
 
 @dataclass
 class DataConfig:
@@ -51,7 +65,7 @@ class DataConfig:
     tokenizer: str = "bert-base-uncased"
     """WordPiece tokenizer for tags: a name on the hub, or a vocab.txt file; or `tags`: one token for each of the
     tag_vocabulary most frequent tags of the train split. Read only if model.text_tokens > 0."""
-    tag_order: Literal["given", "shuffle", "frequency"] = "given"
+    tag_order: TagOrder = "given"
     """Order of a sample's tags before they are cut at model.text_tokens: as given; in training shuffled anew for each
     sample and epoch, as given in evaluation; or the most frequent of the train split first."""
     tag_vocabulary: int = 4096
@@ -61,7 +75,7 @@ class DataConfig:
     the data where the number of ranks divides the streams. 0: the largest divisor up to 64, or batch_size / 8."""
     shuffle_window: int = 4096
     """Samples of a stream are shuffled within windows of this many."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: DataDevice = "auto"
     """Where DALI decodes and augments; auto: the GPU if there is one."""
     threads: int = 0
     """DALI's decode threads per rank. 0: the cores of this machine divided by its ranks."""
@@ -80,9 +94,9 @@ class ModelConfig:
 
     backbone: str = "vit_base_patch16"
     """One of resnet18, resnet50, efficientnet_b0, or vit_{tiny,small,base,large}_patch{N}."""
-    head: Literal["cls", "ifa"] = "cls"
+    head: Head = "cls"
     """cls: a linear layer on the last [CLS] token (pooled features for a CNN); ifa: on the [CLS] of every block."""
-    head_init: Literal["reference", "zero", "default", "mean"] = "reference"
+    head_init: HeadInit = "reference"
     """Start of the classifier: zero, PyTorch's default, or as in the reference (zero for cls, default for ifa). `mean`
     is the default, but the aggregation of ifa starts as the mean over the blocks with bias 0: at PyTorch's random start
     a negative bias puts nearly every channel behind the ReLU, and a model from scratch hardly learns for an epoch."""
@@ -94,7 +108,7 @@ class ModelConfig:
     """Starting weights: none, hub (timm's, the paper's tag), hub:TAG, a file (.safetensors, .pth/.bin, .npz), or the
     folder of a run (its best checkpoint on val, else its last) or of a checkpoint; with `:ema` behind the folder its
     averaged weights. The classifier comes along if the classes are the same."""
-    pos_resize: Literal["timm", "reference"] = "timm"
+    pos_resize: PosResize = "timm"
     """Resampling of pretrained position embeddings: timm's (bicubic, antialiased) or the reference's (bilinear,
     aligned corners)."""
     dropout: float = 0.0
@@ -107,7 +121,7 @@ class ModelConfig:
     ViT; or backbone, all but the head (and the text embeddings)."""
     checkpoint_blocks: bool = False
     """Compute a ViT's blocks again in the backward pass instead of keeping their activations; same results."""
-    compile: Literal["auto", "none", "kernels", "graphs"] = "auto"
+    compile: Compile = "auto"
     """What runs the model. none: PyTorch's operators one by one. kernels: those of torch.compile, which take up to a
     minute to build. graphs: kernels, and forward and backward pass of a micro-batch launched as one CUDA graph, so that
     a small batch costs what the GPU needs and not what Python does; one GPU at ZeRO 0 without checkpoint_blocks. auto:
@@ -120,7 +134,7 @@ class ModelConfig:
 class OptimConfig:
     """Optimizer, learning-rate schedule and loss."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: OptimName = "sgd"
     """SGD with momentum (the paper's), or AdamW."""
     lr: float = 0.001
     """Learning rate at its highest."""
@@ -135,7 +149,7 @@ class OptimConfig:
     layer_decay: float = 1.0
     """A ViT's rates fall by this factor per layer from the head (1) over the last block to the embedding; text
     embeddings, which start untrained, learn at the head's. 1: all at one rate."""
-    schedule: Literal["constant", "constant_epoch", "cosine"] = "cosine"
+    schedule: Schedule = "cosine"
     """constant_epoch: divided by decay_factor after every decay_epochs; cosine: half a cosine to 0, per step."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0, for every schedule."""
@@ -143,13 +157,13 @@ class OptimConfig:
     """For constant_epoch: epochs between two decays."""
     decay_factor: float = 3.0
     """For constant_epoch: what the rate is divided by."""
-    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    lr_scaling: LrScaling = "none"
     """Multiply lr by train.batch_size / lr_reference_batch, or by its square root; the paper does neither."""
     lr_reference_batch: int = 64
     """Batch size at which lr_scaling changes nothing."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
-    class_weights: Literal["none", "inverse", "effective"] = "none"
+    class_weights: ClassWeights = "none"
     """Weigh the loss of a sample by its class: by 1 / n, n the class's images over all splits (the manifest counts no
     others), or by 1 / effective number (1 - beta^n) / (1 - beta) (Cui et al. 2019). The mean over the images is 1."""
     class_weights_beta: float = 0.999
@@ -203,7 +217,7 @@ class TrainConfig:
 class DeepSpeedConfig:
     """What the DeepSpeed engine does with the model."""
 
-    precision: Literal["auto", "float32", "tf32", "bf16", "bf16_autocast", "fp16"] = "auto"
+    precision: Precision = "auto"
     """Arithmetic of forward and backward pass; weights, their gradients at ZeRO 0, and the optimizer's step are float32
     in any case. float32: exact, on GPUs too. tf32: float32 whose matrix products a GPU rounds to 10 bits. bf16: matrix
     products and all that lies between them, the tokens of a ViT included; sums of norms, and the loss, in float32.
@@ -211,9 +225,9 @@ class DeepSpeedConfig:
     loss scale that follows overflows; needs a GPU. auto: on GPUs that have it bf16_autocast at ZeRO 0 and bf16 above,
     else float32. What the matrix products really were is measured at the start of a run, which ends where that is not
     what is said here."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: ZeroStage = 0
     """ZeRO: 0 replicates everything, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
-    offload: Literal["none", "optimizer", "parameters"] = "none"
+    offload: Offload = "none"
     """Keep in main memory, and step there: optimizer states (ZeRO 1 to 3); parameters and optimizer states (ZeRO 3)."""
     config: str | None = None
     """A DeepSpeed JSON file whose keys are added; keys that the recipe decides (batch, precision, ...) may differ

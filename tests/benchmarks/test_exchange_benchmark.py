@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import exchange, link, result
+from benchmarks import result
 from benchmarks.__main__ import main
+from benchmarks.speed import exchange_point, link
 from tests.conftest import REPOSITORY
 
 WHY_NOT = link.why_no_namespaces("tc")
@@ -49,13 +50,13 @@ def test_each_contestant_is_measured_over_the_same_cable(results: Path) -> None:
     least_ms = (gradients_mb - 0.3) * 8e3 / highest
     assert rows["exchange"]["step_ms"] > 0.9 * least_ms
     left = [process for process in psutil.process_iter(["cmdline"]) if process.pid not in before]
-    assert not [process for process in left if "benchmarks.exchange" in " ".join(process.info["cmdline"] or [])]
+    assert not [process for process in left if "exchange_point" in " ".join(process.info["cmdline"] or [])]
 
 
 @needs_namespaces
 def test_namespaces_end_with_the_process_that_made_them_however_it_ends() -> None:
     code = (
-        "import os, signal\nfrom benchmarks.link import joined_namespaces\n"
+        "import os, signal\nfrom benchmarks.speed.link import joined_namespaces\n"
         "with joined_namespaces([['sleep', 'infinity']] * 2) as pids:\n"
         "    print(*pids, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -89,7 +90,7 @@ def test_a_row_says_what_is_exposed() -> None:
         "ddp": [(1.2, 10**6), (2.2, 10**6), (1.2, 10**6)],
         "ours": [(1.1, 10**6), (2.1, 10**6), (1.3, 10**6)],
     }
-    rows = {row["contestant"]: row for row in exchange.rows_of(turns, 100)}
+    rows = {row["contestant"]: row for row in exchange_point.rows_of(turns, 100)}
     assert rows["alone"]["exposed_ms"] == 0 and rows["ddp"]["exposed_share"] == 0.4 and rows["ddp"]["step_ms"] == 1200
     assert rows["ours"]["exposed_ms"] == 100 and rows["ours"]["step_over_ddp"] == round(2.1 / 2.2, 4)
     assert rows["ours"]["sent_mb"] == 1 and rows["exchange"]["step_ms"] == 500

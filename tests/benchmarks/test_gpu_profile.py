@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.gpu_profile import kind_of, summed
+from benchmarks.speed.gpu_profile import kind_of, summed
 
 
 def test_kernels_that_run_at_once_cover_the_time_once_and_count_twice() -> None:

@@ -16,10 +16,12 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_plan, gpu_points, gpu_worker, result
-from benchmarks.gpu_plan import FULL, PRODUCTS, RUN, SMOKE, Point, plan
-from benchmarks.gpu_targets import targets
-from benchmarks.gpu_worker import Worker
+from benchmarks import result
+from benchmarks.__main__ import main
+from benchmarks.points import Child
+from benchmarks.speed import gpu, gpu_checks, gpu_child, gpu_loader, gpu_plan, gpu_steps
+from benchmarks.speed.gpu_plan import FULL, PRODUCTS, RUN, SMOKE, Point, plan
+from benchmarks.speed.gpu_targets import targets
 from dist_train.train import graphs
 from tests.conftest import REPOSITORY
 from tests.train.recording import record
@@ -59,7 +61,7 @@ def read(results: Path, name: str) -> dict[str, Any]:
 
 def measured_by(monkeypatch: pytest.MonkeyPatch, measure: Callable[[str, dict[str, Any]], gpu.Row]) -> None:
     """Let a function of kind and arguments measure, in place of a process."""
-    monkeypatch.setattr(Worker, "measure", lambda _, kind, arguments, limit: measure(kind, arguments))
+    monkeypatch.setattr(gpu, "ask", lambda _, kind, arguments, limit: measure(kind, arguments))
 
 
 def test_a_suite_that_is_killed_keeps_its_rows_and_the_same_command_measures_the_others(results: Path) -> None:
@@ -103,7 +105,7 @@ def test_a_suite_that_is_killed_keeps_its_rows_and_the_same_command_measures_the
 
 
 def test_without_time_every_point_is_a_row_that_says_so(results: Path) -> None:
-    assert gpu.main(["--smoke", "--shards", "none", "--name", "a", "--budget", "0", "--results", str(results)]) == 0
+    assert main(["gpu", "--smoke", "--shards", "none", "--name", "a", "--budget", "0", "--results", str(results)]) == 0
     document = read(results, "a")
     assert [row["what"] for row in document["rows"]] == ROWS
     assert {row["skipped"] for row in document["rows"]} <= {"out of time", "needs a GPU"}
@@ -115,7 +117,7 @@ def test_a_broken_point_is_a_row_with_its_error_and_the_suite_goes_on(
 ) -> None:
     monkeypatch.setattr(gpu, "plan", lambda *scale: [p for p in plan(*scale) if p.kind in ("pixels", "loader")])
     arguments = ["--smoke", "--shards", str(tmp_path / "none"), "--name", "b", "--results", str(results)]
-    assert gpu.main(arguments) == 1
+    assert main(["gpu", *arguments]) == 1
     rows = {row["what"]: row for row in read(results, "b")["rows"]}
     for what in (CHECKS[1], "loader: on the CPU, batch 8"):
         assert f"{tmp_path / 'none'}: no such shard set" in rows[what]["error"] and "\n" not in rows[what]["error"]
@@ -127,13 +129,13 @@ def test_the_exit_status_tells_failed_checks_from_other_failures(
 ) -> None:
     arguments = ["--smoke", "--shards", "none", "--results", str(results)]
     measured_by(monkeypatch, lambda kind, _: {"met": kind != "pixels"})
-    assert gpu.main([*arguments, "--name", "wrong"]) == 1
+    assert main(["gpu", *arguments, "--name", "wrong"]) == 1
     broken = {"error": "broken"}
     measured_by(monkeypatch, lambda kind, _: broken if kind in ("steps", "loader") else {"met": True})
-    assert gpu.main([*arguments, "--name", "slow"]) == 0
+    assert main(["gpu", *arguments, "--name", "slow"]) == 0
     assert [row for row in read(results, "slow")["rows"] if "error" in row]
     if not torch.cuda.is_available():
-        assert gpu.main(["--shards", "none"]) == 2
+        assert main(["gpu", "--shards", "none"]) == 2
         assert "--smoke runs the suite with small models on the CPU" in capfd.readouterr().err
 
 
@@ -188,35 +190,41 @@ def test_a_process_that_hangs_or_dies_is_replaced_and_one_that_refuses_is_kept(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     nowhere = {"shards": str(tmp_path / "none"), "batch": 2, "image_size": 32, "crop_margin": 8}
-    with Worker() as worker:
-        with pytest.raises(TimeoutError):
-            worker.measure("loss", {}, 0.2)
-        assert "none: no such shard set" in worker.measure("pixels", nowhere, 300)["error"]
-        first = worker._process
-        assert "none: no such shard set" in worker.measure("pixels", nowhere, 300)["error"]
-        assert worker._process is first
 
-        assert worker.measure("training", {"precision": "no such", "zero_stage": 0, "steps": 1}, 300)["error"]
+    def pixels(child: Child) -> str:
+        return gpu.ask(child, "pixels", nowhere, 300)["error"]
+
+    with gpu.new_child() as child:
+        with pytest.raises(TimeoutError):
+            gpu.ask(child, "loss", {}, 0.2)
+        assert "none: no such shard set" in pixels(child)
+        first = child.process
+        assert "none: no such shard set" in pixels(child)
+        assert child.process is first
+
+        assert gpu.ask(child, "training", {"precision": "no such", "zero_stage": 0, "steps": 1}, 300)["error"]
         assert "Traceback" in capfd.readouterr().err
-        assert "none: no such shard set" in worker.measure("pixels", nowhere, 300)["error"]
-        second = worker._process
-        assert second is not first
+        assert "none: no such shard set" in pixels(child)
+        second = child.process
+        assert second is not first and second is not None
 
         second.kill()
         second.wait()
-        assert "none: no such shard set" in worker.measure("pixels", nowhere, 300)["error"]
-        os.kill(worker._process.pid, signal.SIGSTOP)  # it will not answer, and is killed while it is asked
-        threading.Timer(0.2, worker._process.kill).start()
-        assert worker.measure("pixels", nowhere, 300)["error"] == "ended by signal 9"
-    assert worker._process is None
+        assert "none: no such shard set" in pixels(child)
+        assert child.process is not None
+        os.kill(child.process.pid, signal.SIGSTOP)  # it will not answer, and is killed while it is asked
+        threading.Timer(0.2, child.process.kill).start()
+        assert pixels(child) == "ended by signal 9"
+    assert child.process is None
 
 
 def test_a_point_without_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_much(point: gpu.Row) -> gpu.Row:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(gpu_worker, "kinds_of", lambda kind: {kind: too_much})
-    assert gpu_worker.row_of({"kind": "steps"}) == {"out_of_memory": True}
+    monkeypatch.setattr(gpu_child, "measure_kind", too_much)
+    row = gpu_child.measure({"kind": "steps"})
+    assert row["out_of_memory"] is True
 
 
 def test_the_full_plan_names_every_point_once_and_has_what_the_issue_asks_for() -> None:
@@ -251,7 +259,7 @@ def test_the_full_plan_names_every_point_once_and_has_what_the_issue_asks_for() 
     } < set(whats)
     # ZeRO 3 changes torch for the whole process.
     assert all(point.arguments["recipe"]["deepspeed"]["zero_stage"] < 3 for point in points if point.kind == "steps")
-    assert all(point.kind in gpu_worker.kinds_of(point.kind) for point in points)
+    assert all(point.kind in gpu_child.KINDS for point in points)
     assert [point.what for point in plan(SMOKE, "set") if point.smoke] == ROWS
 
 
@@ -303,8 +311,8 @@ def test_the_targets_are_computed_from_the_rows() -> None:
 def test_what_only_a_gpu_is_asked_for_is_code_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     row = gpu_checks.check_training({"precision": "bf16", "zero_stage": 1, "steps": 3})
     assert row["met"] and row["loss_2"] < row["loss_0"]
-    assert 0 < gpu_points.decoder(on_gpu=True)["hw_decoder_load"] <= 1
-    with gpu_points.JpegEngine(watch=True) as jpeg:
+    assert 0 < gpu_loader.decoder(on_gpu=True)["hw_decoder_load"] <= 1
+    with gpu_loader.JpegEngine(watch=True) as jpeg:
         pass
     assert jpeg.highest is None or 0 <= jpeg.highest <= 100
     if not torch.cuda.is_available():
@@ -325,12 +333,12 @@ def test_a_graph_that_computes_something_else_is_found(monkeypatch: pytest.Monke
 def test_the_compiled_and_graphed_step_of_a_point_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the compiler and the recording left out: what they make is PyTorch's own."""
     monkeypatch.setattr(graphs, "record", record)
-    own = gpu_points.OwnStep(
+    own = gpu_steps.OwnStep(
         gpu_plan.recipe_of(SMOKE, gpu_plan.ModelConfig("vit_tiny_patch16", compile="none"), 4, "bf16", 0, ""),
-        gpu_points.init_process_group(),
+        gpu_steps.init_process_group(),
         11,
     )
-    batches = iter([gpu_points.synthetic_batch(own.recipe, 4, 11, own.device)] * 6)
+    batches = iter([gpu_steps.synthetic_batch(own.recipe, 4, 11, own.device)] * 6)
     losses = [float(own(batches)) for _ in range(3)]
     own.record()
     assert own.products == "bf16 in 100 % of matrix products"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.kill import study_kills
+from benchmarks.claims.kill import Arguments, study_kills
 from tests.conftest import write_shard_set
 
 
 def test_a_run_killed_in_a_step_an_evaluation_and_a_checkpoint_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     shards = write_shard_set(tmp_path / "set", {"train": [37, 50, 9], "val": [13]}, baked=20)
-    row = study_kills(shards, ranks=1, kills=3, epochs=8, seed=0, scratch=tmp_path)
+    row = study_kills(Arguments(shards, "x", kills=3, epochs=8, scratch=tmp_path))
     assert row["kills"] == 3 and row["steps"] == 32
     assert row["identical_weights"] and row["each_sample_once"]

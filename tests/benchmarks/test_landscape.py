@@ -15,20 +15,19 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks import landscape, result
-from benchmarks.landscape import measure_landscape
-from benchmarks.landscape_picture import draw_landscape, shared_levels
-from benchmarks.surface import (
-    Measured,
+from benchmarks import result
+from benchmarks.charts import png
+from benchmarks.claims import landscape, landscape_run
+from benchmarks.claims.surface import (
+    Floats,
+    all_line_positions,
     draw_direction,
     gaussian,
     grid,
     line_barrier,
     line_positions,
-    measure_units,
     move_on_plane,
-    plan_line,
-    plan_plane,
+    plane_points,
     sharpness,
     surface_arrays,
 )
@@ -90,7 +89,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def measure(runs: list[Path], name: str = "small", **overrides: Any) -> dict[str, Any]:
-    return json.loads(measure_landscape(runs, **(SMALL | overrides), name=name).read_bytes())
+    return json.loads(landscape.run(landscape.Arguments(runs, name, **(SMALL | overrides))).read_bytes())
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -172,20 +171,17 @@ def test_moving_on_the_plane_adds_both_directions_and_comes_back_exactly() -> No
 # ---------------------------------------------------------------------- the numbers of a known surface
 def test_the_sharpness_of_a_quadratic_is_its_closed_form() -> None:
     p, q, base, points, radius = 3.0, 5.0, 0.7, 41, 2.0
-    measured: Measured = {}
-    saved: list[int] = []
 
     def quadratic(a: float, b: float) -> tuple[float, float]:
         return base + (p * a * a + q * b * b) / 2, a
 
-    measure_units(plan_plane(points, radius), quadratic, measured, lambda so_far: saved.append(len(so_far)))
-    assert saved == list(range(1, points + 2))  # the centre and each row, as soon as it is finished
-    arrays = surface_arrays(measured, points, radius, 0)
+    plane = np.array([quadratic(a, b) for a, b in plane_points(points, radius)])
+    arrays = surface_arrays(plane, np.empty((0, 2)), points, radius)
     for i, a in enumerate(arrays["a"]):
         for j, b in enumerate(arrays["b"]):
             assert arrays["loss"][i, j] == quadratic(a, b)[0] and arrays["top1"][i, j] == a
     assert arrays["a"][0] == -radius and arrays["a"][20] == 0 and arrays["b"][-1] == radius
-    numbers = sharpness(measured, points, radius)
+    numbers = sharpness(plane, points, radius)
     assert numbers["curvature"] == pytest.approx((p + q) / 2, rel=1e-6)
     inside = [(a, b) for a in np.linspace(-2, 2, 41) for b in np.linspace(-2, 2, 41) if a * a + b * b <= 4 + 1e-6]
     assert numbers["mean_excess_loss"] == pytest.approx(np.mean([quadratic(*at)[0] - base for at in inside]))
@@ -194,18 +190,16 @@ def test_the_sharpness_of_a_quadratic_is_its_closed_form() -> None:
 
 
 def test_the_barrier_is_what_stands_above_the_straight_line_between_the_ends() -> None:
-    def line(loss: Callable[[float], float], points: int) -> Measured:
-        measured: Measured = {}
-        measure_units(plan_line(points), lambda t: (loss(t), 0.0), measured, lambda _: None)
-        return measured
+    def line(loss: Callable[[float], float], points: int) -> Floats:
+        return np.array([(loss(t), 0.0) for t in all_line_positions(points)])
 
     bump = line(lambda t: 3 - 2 * t + 4 * t * (1 - t), 15)
-    assert line_barrier(bump, 15) == pytest.approx(1.0)  # at t = 1/2
-    assert line_barrier(line(lambda t: 3 - 2 * t - t * (1 - t), 15), 15) == 0  # hangs through
-    assert line_barrier(line(lambda t: 9.0 if t < -0.1 else 1.0, 15), 15) == 0  # beyond the ends does not count
-    assert line_barrier(line(lambda t: 3 - 2 * t + 4 * t * (1 - t), 12), 12) < 1  # the ends are still 3 and 1
-    assert line_barrier({}, 15) is None
-    assert surface_arrays(bump | {f"row{i}": np.zeros((3, 2)) for i in range(3)}, 3, 1, 15)["line_loss"].tolist() == [
+    assert line_barrier(bump) == pytest.approx(1.0)  # at t = 1/2
+    assert line_barrier(line(lambda t: 3 - 2 * t - t * (1 - t), 15)) == 0  # hangs through
+    assert line_barrier(line(lambda t: 9.0 if t < -0.1 else 1.0, 15)) == 0  # beyond the ends does not count
+    assert line_barrier(line(lambda t: 3 - 2 * t + 4 * t * (1 - t), 12)) < 1  # the ends are still 3 and 1
+    assert line_barrier(np.empty((0, 2))) is None
+    assert surface_arrays(np.zeros((5 + 9, 2)), bump, 3, 1)["line_loss"].tolist() == [
         pytest.approx(3 - 2 * t + 4 * t * (1 - t)) for t in line_positions(15)
     ]
 
@@ -272,7 +266,7 @@ def test_the_initial_weights_are_those_that_the_loop_began_with(shards: Path, tm
     recipe = recipe_from_run(run)
     trained = load_trained(run, recipe, "last", False)
     before = torch.random.get_rng_state()
-    initial = landscape.initial_weights(recipe, trained)
+    initial = landscape_run.initial_weights(recipe, trained)
     assert (torch.random.get_rng_state() == before).all()
     weights = read_weights(newest_checkpoint(run))
     assert initial.keys() == weights.keys() and all((initial[name] == weights[name]).all() for name in weights)
@@ -285,7 +279,7 @@ def test_bad_samples_are_left_out_of_the_subset(
     recipe = recipe_from_run(runs["cls"])
     trained = load_trained(runs["cls"], recipe, "last", False)
     recipe.data.shards = str(damaged)
-    batches = landscape.hold_subset(trained, recipe, read_manifest(damaged), "test", 7)
+    batches = landscape_run.hold_subset(trained, recipe, read_manifest(damaged), "test", 7)
     assert np.concatenate([batch.samples for batch in batches]).tolist() == [0, 1, 2, 3, 4, 6]
     assert all(len(batch.labels) == len(batch.images) == len(batch.samples) for batch in batches)
 
@@ -307,23 +301,20 @@ def test_interrupted_and_resumed_it_ends_with_identical_arrays(
                 raise KeyboardInterrupt
             return original(*arguments)
 
-        monkeypatch.setattr(landscape, "loss_and_top1", counted)
+        monkeypatch.setattr(landscape_run, "loss_and_top1", counted)
 
-    original = landscape.loss_and_top1
-    for after, done in ((5 + 3 + 2, 8), (8, 8 + 6), (12, 8 + 6 + 11)):  # in a row; in the line; in the second run
+    original = landscape_run.loss_and_top1
+    for after, done in ((11, 9), (8, 9 + 6), (12, 9 + 11 + 6)):  # in the plane; in the line; in the second run
         calls = 0
         count_or_fail(after)
         with pytest.raises(KeyboardInterrupt):
             measure(both, "killed")
-        finished = sum(
-            len(a) for work in results.glob("killed*.work.npz") for n, a in read_arrays(work).items() if n != "key"
-        )
-        assert finished == done
+        assert sum(len(read_arrays(work)["values"]) for work in results.glob("killed*.work.npz")) == done
         assert not list(results.glob("killed*.json"))
     calls = 0
     count_or_fail(1000)
     resumed = measure(both, "killed")
-    assert calls == 2 * per_run - 25
+    assert calls == 2 * per_run - done
     for row, other in zip(straight["rows"], resumed["rows"], strict=True):
         one, two = read_arrays(results / row["arrays"]), read_arrays(results / other["arrays"])
         assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
@@ -335,8 +326,8 @@ def test_a_work_file_that_is_damaged_or_of_another_measurement_is_started_over(
     runs: dict[str, Path], results: Path, harm: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     work = results / "small-0-cls-run.work.npz"
-    original = landscape.loss_and_top1
-    values = iter([(99.0, 0.5)] * 11)  # the centre and two rows of what must not be taken over
+    original = landscape_run.loss_and_top1
+    values = iter([(99.0, 0.5)] * 11)  # of what must not be taken over
 
     def wrong(*_: Any) -> tuple[float, float]:
         try:
@@ -344,10 +335,10 @@ def test_a_work_file_that_is_damaged_or_of_another_measurement_is_started_over(
         except StopIteration:
             raise KeyboardInterrupt from None
 
-    monkeypatch.setattr(landscape, "loss_and_top1", wrong)
+    monkeypatch.setattr(landscape_run, "loss_and_top1", wrong)
     with pytest.raises(KeyboardInterrupt):
         measure([runs["cls"]], seed=1 if harm == "seed" else 0)
-    monkeypatch.setattr(landscape, "loss_and_top1", original)
+    monkeypatch.setattr(landscape_run, "loss_and_top1", original)
     content = work.read_bytes()
     arrays = read_arrays(work)
     if harm == "cut":
@@ -356,10 +347,10 @@ def test_a_work_file_that_is_damaged_or_of_another_measurement_is_started_over(
         middle = content.index(np.float64(99).tobytes())
         work.write_bytes(content[:middle] + bytes(8) + content[middle + 8 :])
     elif harm == "pickle":
-        np.savez(work.open("wb"), **(arrays | {"row0": np.array([None])}), allow_pickle=True)
+        np.savez(work.open("wb"), **(arrays | {"values": np.array([None])}), allow_pickle=True)
     elif harm == "shape":
-        np.savez(work.open("wb"), **(arrays | {"row0": arrays["row0"][:2]}))
-    with caplog.at_level(logging.WARNING, "benchmarks.landscape"):
+        np.savez(work.open("wb"), **(arrays | {"values": arrays["values"][:, :1]}))
+    with caplog.at_level(logging.WARNING, "benchmarks.claims.landscape_run"):
         (row,) = measure([runs["cls"]])["rows"]
     warnings = [record.getMessage() for record in caplog.records if str(work) in record.getMessage()]
     assert len(warnings) == 1 and "measuring from the start" in warnings[0] and "\n" not in warnings[0]
@@ -410,7 +401,7 @@ def test_without_the_starting_weights_there_is_no_line_and_the_row_says_so(
     (row,) = measure([run], "with")["rows"]
     assert row["line"] == 4 and "line_note" not in row
     weights, recipe = read_weights(newest_checkpoint(pretrained)), recipe_from_run(run)
-    initial = landscape.initial_weights(recipe, load_trained(run, recipe, "last", False))
+    initial = landscape_run.initial_weights(recipe, load_trained(run, recipe, "last", False))
     assert all((initial[name] == weights[name]).all() for name in weights)
     start.unlink()
     (row,) = measure([run], "without")["rows"]
@@ -425,37 +416,37 @@ def test_without_matplotlib_the_result_is_there_and_one_line_says_how_to_get_the
 ) -> None:
     for module in ("matplotlib", "matplotlib.colors", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
-    with caplog.at_level(logging.WARNING, "benchmarks.landscape"):
+    with caplog.at_level(logging.WARNING, "benchmarks.claims.landscape"):
         measure([runs["cls"]])
     (line,) = [record.getMessage() for record in caplog.records if "matplotlib" in record.getMessage()]
     assert "pip install -e '.[benchmarks]'" in line and str(results / "small.json") in line and "\n" not in line
     assert (results / "small-0-cls-run.npz").exists() and not (results / "small.png").exists()
 
 
-def test_the_picture_is_drawn_from_the_result_and_its_arrays(tmp_path: Path) -> None:
+def test_the_picture_is_drawn_from_the_result_and_its_arrays(results: Path) -> None:
     pytest.importorskip("matplotlib")
+    results.mkdir(parents=True)
     rows = []
     axis = grid(11, 1.0)
-    for i, (head, batch) in enumerate([("cls", 16), ("cls", 256), ("ifa", 16), ("ifa", 256)]):
+    for i, (head, batch) in enumerate([("cls", 16), ("cls", 256), ("ifa", 16), ("ifa", 256), ("ifa", 512)]):
         loss = 0.01 + (1 + i) * (axis[:, None] ** 2 + 2 * axis[None, :] ** 2)
         loss[0, 0] = np.inf
-        np.savez(tmp_path / f"x-{i}.npz", a=axis, b=axis, loss=loss)
+        np.savez(results / f"x-{i}.npz", a=axis, b=axis, loss=loss)
         row = {"run": f"vit_base_patch32-{head}-batch{batch}-seed0", "head": head, "batch_size": batch}
         rows.append(row | {"image_size": 128, "loss": 0.01, "top1": 0.9, "arrays": f"x-{i}.npz"})
-    (tmp_path / "x.json").write_text(json.dumps({"rows": rows}))
-    path = draw_landscape(tmp_path / "x.json")
-    content = path.read_bytes()
-    assert path == tmp_path / "x.png" and content[:8] == b"\x89PNG\r\n\x1a\n" and b"Matplotlib" not in content
-    assert draw_landscape(tmp_path / "x.json").read_bytes() == content
-    (tmp_path / "x-1.npz").write_bytes(b"")
+    (chart,) = landscape.charts({"rows": rows})
+    content = png(chart)
+    assert chart.name == "" and content[:8] == b"\x89PNG\r\n\x1a\n" and b"Matplotlib" not in content
+    assert png(chart) == content
+    np.savez(results / "x-0.npz", a=axis, b=axis, loss=np.full((11, 11), np.nan))
+    assert landscape.charts({"rows": rows[:1]}) == []  # nothing to draw
+    (results / "x-1.npz").write_bytes(b"")
     with pytest.raises(WorkError, match=r"x-1\.npz: cannot be read .*measure again"):
-        draw_landscape(tmp_path / "x.json")
+        landscape.charts({"rows": rows})
 
 
-def test_levels_are_shared_and_log_spaced() -> None:
-    levels = shared_levels([np.array([[0.1, np.nan]]), np.array([[10.0, np.inf]])])
+def test_levels_are_log_spaced() -> None:
+    levels = landscape.shared_levels(np.array([0.1, 3.0, 10.0]))
     assert levels[0] == pytest.approx(0.1) and levels[-1] == pytest.approx(10)
     assert np.allclose(np.diff(np.log(levels)), np.log(100) / (len(levels) - 1))
-    assert (np.diff(shared_levels([np.zeros((2, 2))])) > 0).all()  # a flat surface has levels too
-    with pytest.raises(WorkError, match="none of the losses"):
-        shared_levels([np.full((2, 2), np.nan)])
+    assert (np.diff(landscape.shared_levels(np.zeros(4))) > 0).all()  # a flat surface has levels too

@@ -7,15 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.questions import (
-    BASE,
-    T_95,
-    Estimate,
-    accuracies,
-    answer_questions,
-    difference,
-    slope_per_doubling,
-)
+from benchmarks.claims.questions import answer_questions
+from benchmarks.claims.study_runs import BASE, Seeds, accuracies, slope_per_doubling
 
 BATCHES = (16, 32, 64, 128, 256)
 NOISE = (-0.3, 0.1, 0.2)  # of the seeds, points
@@ -46,40 +39,32 @@ def the(question: str, rows: list[dict[str, Any]], surfaces: list[dict[str, Any]
     return found[0]
 
 
-def test_the_quantiles_are_students() -> None:
-    """Against the distribution itself, integrated numerically."""
-    for freedom, quantile in enumerate(T_95, 1):
-        x = np.linspace(-2000, quantile, 4_000_001)
-        density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-        t = np.linspace(-2000, 2000, 8_000_001)
-        whole = np.trapezoid((1 + t**2 / freedom) ** (-(freedom + 1) / 2), t)
-        assert np.trapezoid(density, x) / whole == pytest.approx(0.95, abs=5e-4)
-
-
-def test_an_estimate_is_the_mean_with_its_standard_error() -> None:
-    values = (3.0, 4.0, 8.0)
-    estimate = Estimate(values)
-    assert estimate.mean == pytest.approx(np.mean(values))
-    assert estimate.error == pytest.approx(np.std(values, ddof=1) / np.sqrt(3))
-    assert estimate.sign == (1 if estimate.mean > 2.920 * estimate.error else 0)
-    assert Estimate((2.0, 2.1, 1.9)).sign == 1 and Estimate((-2.0, -2.1, -1.9)).sign == -1
-    assert Estimate((5.0,)).sign == 0  # one seed says nothing of the spread
+def test_a_mean_has_its_standard_error_and_the_sign_that_students_quantile_allows() -> None:
+    seeds = Seeds({0: 3.0, 1: 4.0, 2: 8.0})
+    assert seeds.mean == pytest.approx(np.mean([3, 4, 8]))
+    assert seeds.error == pytest.approx(np.std([3, 4, 8], ddof=1) / np.sqrt(3))
+    # The one-sided 95 % quantiles of a printed table, for 1, 2 and 9 degrees of freedom.
+    for others, quantile in (((0.0,), 6.314), ((0.0, 1.0), 2.920), (range(9), 1.833)):
+        for shift, sign in ((1.001, 1), (0.999, 0)):
+            values = np.array([*others, -1.0])
+            values += shift * quantile * values.std(ddof=1) / np.sqrt(len(values)) - values.mean()
+            assert Seeds(enumerate(values)).sign == sign and Seeds(enumerate(-values)).sign == -sign
+    assert Seeds({0: 5.0}).sign == 0  # one seed says nothing of the spread
 
 
 def test_slopes_are_least_squares_over_doublings() -> None:
     generator = np.random.default_rng(0)
-    values = {batch: {seed: float(generator.normal()) for seed in range(3)} for batch in BATCHES}
+    values = {batch: Seeds({seed: float(generator.normal()) for seed in range(3)}) for batch in BATCHES}
     slope = slope_per_doubling(values)
     expected = [np.polyfit(np.log2(BATCHES), [values[batch][seed] for batch in BATCHES], 1)[0] for seed in range(3)]
-    assert slope is not None and slope.values == pytest.approx(expected)
+    assert list(slope.values()) == pytest.approx(expected)
 
 
 def test_only_runs_of_the_same_seed_and_the_asked_conditions_are_compared() -> None:
     rows = [row(50, seed=0), row(60, seed=1), row(70, seed=1, head="ifa"), row(10, seed=1, lr_scaling="linear")]
     rows += [row(11, seed=0, image_size=32), row(12, seed=0, head_init="zero"), row(13, seed=0, budget="steps")]
     assert accuracies(rows, data="drawn", head="cls", batch_size=256) == pytest.approx({0: 50, 1: 60})
-    gain = difference(accuracies(rows, head="ifa"), accuracies(rows, head="cls"))
-    assert gain is not None and gain.values == pytest.approx((10,))
+    assert accuracies(rows, head="ifa") - accuracies(rows, head="cls") == pytest.approx({1: 10})
 
 
 def test_a_paper_like_world_confirms_the_papers_claims() -> None:

@@ -6,8 +6,8 @@ import math
 import statistics
 from typing import Any
 
-from benchmarks.report_study import comparison, over_batch_sizes
-from benchmarks.report_tables import tables_of
+from benchmarks.claims.study_figures import comparison, over_batch_sizes
+from benchmarks.report import benchmark_of, tables_of
 
 
 def study_rows() -> list[dict[str, Any]]:
@@ -15,7 +15,7 @@ def study_rows() -> list[dict[str, Any]]:
     rows = []
 
     def run(experiment: str, data: str, head: str, batch: int, seed: int, **more: Any) -> None:
-        base = {"backbone": "vit_tiny_patch16", "head_init": "reference", "image_size": 64, "text_tokens": 0}
+        base = {"backbone": "vit_tiny_patch32", "head_init": "reference", "image_size": 64, "text_tokens": 0}
         base |= {"lr_scaling": "none", "budget": "epochs", "experiment": experiment, "data": data, "head": head}
         noise = math.sin(37 * len(rows)) / 50
         top1 = 0.8 - 0.001 * batch + 0.02 * (head == "ifa") + noise
@@ -31,14 +31,14 @@ def study_rows() -> list[dict[str, Any]]:
             run("init", "drawn", head, 64, seed, head_init="zero")
             run("steps", "drawn", head, 64, seed, budget="steps")
         run("text", "drawn", "cls", 64, seed, text_tokens=16)
-        run("patch", "drawn", "cls", 64, seed, backbone="vit_tiny_patch32")
+        run("patch", "drawn", "cls", 64, seed, backbone="vit_tiny_patch16")
         run("patch", "drawn", "cls", 64, seed, image_size=32)
     return rows
 
 
 def test_the_studys_statistics_are_those_of_the_statistics_module() -> None:
     rows = study_rows()
-    table = tables_of("study", {"rows": rows})[0]
+    table = tables_of(benchmark_of("study"), {"rows": rows})[0]
     line = next(
         dict(zip(table.headings, cells, strict=True))
         for cells in table.cells
@@ -58,27 +58,25 @@ def test_the_studys_statistics_are_those_of_the_statistics_module() -> None:
     expected = f"{statistics.mean(pairs):+.2f} ± {statistics.stdev(pairs) / math.sqrt(2):.2f} (2)"
     assert line["IFA - CLS, points (pairs)"] == expected
     one = [row for row in rows if row["seed"] == 0 and row["experiment"] == "batch"]
-    table = tables_of("study", {"rows": one})[0]
+    table = tables_of(benchmark_of("study"), {"rows": one})[0]
     assert all("±" not in cell for cells in table.cells for cell in cells)
 
 
 def test_the_studys_figures_compare_what_the_experiments_do() -> None:
-    rows = study_rows()
-    by_head = over_batch_sizes(rows, "drawn")
-    assert {head: {b: len(seeds) for b, seeds in its.items()} for head, its in by_head.items()} == {
-        "cls": {16: 3, 64: 3},
-        "ifa": {16: 3, 64: 2},
+    rows = [row for row in study_rows() if row["data"] == "drawn"]
+    by_batch = over_batch_sizes(rows)
+    assert {batch: {head: len(seeds) for head, seeds in its.items()} for batch, its in by_batch.items()} == {
+        16: {"cls": 3, "ifa": 3},
+        64: {"cls": 3, "ifa": 2},
     }
-    labels = {
-        name: [c.label for c in comparison(rows, name, "drawn")] for name in ("scaling", "steps", "text", "patch")
-    }
+    labels = {name: list(comparison(rows, name)) for name in ("scaling", "steps", "text", "patch")}
     assert labels == {
         "scaling": ["batch 16, fixed rate", "batch 64, fixed rate", "batch 64, linear scaling"],
         "steps": ["batch 64, equal epochs", "batch 64, equal steps"],
         "text": ["no text", "16 tokens"],
-        "patch": ["ViT tiny/16, 32 px", "ViT tiny/16, 64 px", "ViT tiny/32, 64 px"],
+        "patch": ["ViT tiny/32, 32 px", "ViT tiny/32, 64 px", "ViT tiny/16, 64 px"],
     }
-    scaled = comparison(rows, "scaling", "drawn")[2].heads["ifa"]
+    scaled = comparison(rows, "scaling")["batch 64, linear scaling"]["ifa"]
     expected = {r["seed"]: 100 * r["top1"] for r in rows if r["lr_scaling"] == "linear" and r["head"] == "ifa"}
     assert scaled == expected
-    assert comparison(rows, "scaling", "grocery") == []
+    assert comparison([row for row in study_rows() if row["data"] == "grocery"], "scaling") == {}

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ifa, result
+from benchmarks import result
 from benchmarks.__main__ import main
-from benchmarks.bare import bare_step
-from benchmarks.engine import SPENDING, TURNED_BACK
-from benchmarks.step import SYNTHETIC_VOCABULARY, recipe_from_dict, run_point
-from benchmarks.timing import median_ms, ratio, timed_in_turns
+from benchmarks.points import recipe_from_dict
+from benchmarks.speed import ifa_point, memory
+from benchmarks.speed.bare import bare_step
+from benchmarks.speed.engine_point import SPENDING, TURNED_BACK
+from benchmarks.speed.step import measure
+from benchmarks.speed.timing import median_ms, ratio, timed_in_turns
 from dist_train.cli import parse_recipe
 from dist_train.train.precision import measured_products
 
@@ -91,21 +93,20 @@ def test_what_cannot_be_measured_is_one_clear_line(capfd: pytest.CaptureFixture[
 
 def test_running_out_of_memory_is_a_result() -> None:
     recipe, _ = parse_recipe(["--data.image_size", "4096", "--train.batch_size", "1000000"])  # 200 TB of images
-    assert run_point(recipe, "synthetic", 0, 1)["out_of_memory"] is True
+    assert measure(recipe, "synthetic", 0, 1)["out_of_memory"] is True
 
 
 def test_the_stacked_way_gives_the_same_logits_and_holds_all_tokens(results: Path) -> None:
     point = {"backbone": "vit_tiny_patch16", "text_tokens": 8, "batch": 4, "size": 64, "classes": 11}
     device = torch.device("cpu")
-    models = {which: ifa.make_model(point, which, device).eval() for which in ("ifa", "stacked")}
-    inputs = ifa.inputs(point, device)
+    models = {which: ifa_point.make_model(point, which, device).eval() for which in ("ifa", "stacked")}
+    inputs = ifa_point.inputs(point, device)
     inputs[2][:, 5:] = False
     assert torch.allclose(models["ifa"](*inputs), models["stacked"](*inputs), atol=1e-5)
-    assert SYNTHETIC_VOCABULARY == ifa.VOCABULARY
     for precision in ("bf16", "bf16_autocast"):
         exact = models["ifa"](*inputs)
         for which in ("ifa", "stacked"):
-            model = ifa.make_model(point | {"precision": precision}, which, device).eval()
+            model = ifa_point.make_model(point | {"precision": precision}, which, device).eval()
             with measured_products() as products:
                 logits = model(*inputs)
             assert products.shares() == {"bf16": 1.0}
@@ -129,8 +130,8 @@ def test_peak_bytes_is_the_allocators_own_account() -> None:
         del large
         torch.ones(500, 1000) + small
 
-    assert 4_000_000 <= ifa.peak_bytes(step, torch.device("cpu")) < 4_200_000
-    assert ifa.peak_bytes(lambda: None, torch.device("cpu")) == 0
+    assert 4_000_000 <= memory.peak_bytes(step, torch.device("cpu")) < 4_200_000
+    assert memory.peak_bytes(lambda: None, torch.device("cpu")) == 0
 
 
 def test_the_engine_benchmark_says_where_the_time_goes(results: Path) -> None:

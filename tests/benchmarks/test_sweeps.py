@@ -18,13 +18,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import accuracy, batch_size, fit, paper, result
+from benchmarks import points, result
 from benchmarks.__main__ import main
-from benchmarks.batch_size import mark_front
-from benchmarks.fit import largest_micro_batch
-from benchmarks.paper import row_of, table_cells
-from benchmarks.report_tables import tables_of
-from benchmarks.step import run_point
+from benchmarks.claims import paper
+from benchmarks.claims.paper import row_of, table_cells
+from benchmarks.claims.runs import finish_runs
+from benchmarks.report import benchmark_of, tables_of
+from benchmarks.speed import fit, step_point, sweep
+from benchmarks.speed.fit import largest_micro_batch
+from benchmarks.speed.step import measure
+from benchmarks.speed.sweep import Sweep, mark_front
 from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError
@@ -54,22 +57,22 @@ def small(shards: Path, run: Path, *more: str) -> Recipe:
 def test_a_run_is_the_same_after_others_in_one_process_and_alone(shards: Path, tmp_path: Path) -> None:
     """Bit for bit; finished runs are not trained again, and another recipe's folder is refused."""
     first, second = (small(shards, tmp_path / name, "--train.seed", seed) for name, seed in (("a", "1"), ("b", "2")))
-    assert {r.train.run for r in accuracy.finish_runs([first, second], 1, "runs")} == {
+    assert {r.train.run for r in finish_runs([first, second], 1, "runs")} == {
         first.train.run,
         second.train.run,
     }
     alone = [sys.executable, "-m", "dist_train.cli", "train", *f"{SMALL} --data.shards {shards}".split()]
     alone += f"--train.run {tmp_path / 'alone'} --train.epochs 1 --train.batch_size 4 --train.seed 2".split()
-    environment = result.environment_of_one_process() | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    environment = points.environment_of_one_process() | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     subprocess.run(alone, check=True, capture_output=True, env=environment)
     weights = [next((tmp_path / name / "checkpoints").glob("*/weights.safetensors")) for name in ("b", "alone")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
     written = {run: (tmp_path / run / "summary.json").stat().st_mtime_ns for run in "ab"}
-    assert len(list(accuracy.finish_runs([first, second], 2, "runs"))) == 2
+    assert len(list(finish_runs([first, second], 2, "runs"))) == 2
     assert written == {run: (tmp_path / run / "summary.json").stat().st_mtime_ns for run in "ab"}
     with pytest.raises(UseError, match=r"/a: holds a run of another recipe"):
-        list(accuracy.finish_runs([replace(first, train=replace(first.train, epochs=2))], 1, "runs"))
+        list(finish_runs([replace(first, train=replace(first.train, epochs=2))], 1, "runs"))
 
 
 def test_a_commit_is_marked_where_the_code_has_changes_not_where_a_result_has(
@@ -100,7 +103,7 @@ def test_a_commit_is_marked_where_the_code_has_changes_not_where_a_result_has(
 @pytest.mark.launch
 def test_where_the_caller_stops_no_further_run_begins(shards: Path, tmp_path: Path) -> None:
     recipes = [small(shards, tmp_path / name) for name in ("a", "b", "c", "d")]
-    runs = accuracy.finish_runs(recipes, 1, "runs")
+    runs = finish_runs(recipes, 1, "runs")
     assert next(runs) is recipes[0]
     runs.close()
     begun = [name for name in "abcd" if (tmp_path / name / "recipe.yaml").exists()]
@@ -112,7 +115,7 @@ def test_where_the_caller_stops_no_further_run_begins(shards: Path, tmp_path: Pa
 def test_a_set_without_a_test_split_is_named(shard_set: Callable[..., Path], tmp_path: Path) -> None:
     recipe = small(shard_set({"train": [8]}, "untested", baked=40), tmp_path / "run")
     with pytest.raises(UseError, match=r"untested: no test split, so .*run has no accuracy"):
-        list(accuracy.finish_runs([recipe], 1, "runs"))
+        list(finish_runs([recipe], 1, "runs"))
 
 
 @pytest.mark.launch
@@ -123,7 +126,7 @@ def test_a_run_that_fails_or_is_killed_stops_no_other(
     good = small(shards, tmp_path / "good")
     finished = []
     with pytest.raises(WorkError, match=r"1 of 2 runs failed.*none\.safetensors"):
-        for recipe in accuracy.finish_runs([bad, good], 1, "runs"):
+        for recipe in finish_runs([bad, good], 1, "runs"):
             finished.append(recipe.train.run)
     assert (tmp_path / "good/summary.json").exists() and finished == [good.train.run]
 
@@ -138,9 +141,9 @@ def test_a_run_that_fails_or_is_killed_stops_no_other(
     killed = small(shards, tmp_path / "killed")
     monkeypatch.setattr(subprocess, "Popen", start_and_kill)
     with pytest.raises(WorkError, match=r"killed: its process ended with status -9; see .*worker-0\.log"):
-        list(accuracy.finish_runs([killed], 1, "runs"))
+        list(finish_runs([killed], 1, "runs"))
     monkeypatch.undo()
-    assert len(list(accuracy.finish_runs([killed], 1, "runs"))) == 1
+    assert len(list(finish_runs([killed], 1, "runs"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,7 @@ def test_a_sweep_over_batch_sizes(shards: Path, tmp_path: Path, results: Path, c
 
 def test_a_memory_limit_makes_running_out_of_memory_a_result() -> None:
     recipe, _ = parse_recipe(["--data.image_size", "256", "--train.batch_size", "8000"])  # 6.3 GB of images
-    assert run_point(recipe, "synthetic", 0, 1, {}, 5_000_000_000)["out_of_memory"] is True
+    assert measure(recipe, "synthetic", 0, 1, {}, 5_000_000_000)["out_of_memory"] is True
 
 
 @given(st.integers(1, 600), st.sampled_from([16, 64, 100, 512]))
@@ -211,9 +214,7 @@ def test_the_search_finds_the_largest_micro_batch_to_an_eighth(largest: int, mos
     assert len(tried) == len(set(tried))
 
 
-def test_the_search_makes_real_steps_in_one_process_where_it_can(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_search_makes_real_steps_in_one_process_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's process goes on after a size that did not fit; a CPU's is ended by the system, so each size has one."""
     recipe, _ = parse_recipe([*SMALL.split(), "--model.compile", "graphs", "--train.micro_batch_size", "4"])
     measured: list[Recipe] = []
@@ -224,15 +225,14 @@ def test_the_search_makes_real_steps_in_one_process_where_it_can(
         # A GPU's row counts how often memory ran out, in this process: that is no answer.
         return {"out_of_memory": True if tried.train.batch_size > 40 else 3}
 
-    monkeypatch.setattr(fit, "measure_point", measure)
-    assert fit.main({"recipe": asdict(recipe), "most": 64, "memory_limit": 0}) == 0
-    assert json.loads(capsys.readouterr().out) == {"largest_micro_batch": 40}
+    monkeypatch.setattr(step_point, "measure_point", measure)
+    assert fit.search_here({"recipe": asdict(recipe), "most": 64, "memory_limit": 0}) == 40
     assert [tried.train.batch_size for tried in measured] == [16, 32, 64, 48, 40, 44]
     assert {tried.train.micro_batch_size for tried in measured} == {0}
 
     if not torch.cuda.is_available():
         measured.clear()
-        monkeypatch.setattr(fit, "run_point", measure)
+        monkeypatch.setattr(fit, "measure", measure)
         assert largest_micro_batch(recipe, 64, {}, 0) == 40
         # By PyTorch's own operators: nothing is compiled for each size.
         assert {tried.model.compile for tried in measured} == {"none"}
@@ -242,26 +242,24 @@ def test_the_search_makes_real_steps_in_one_process_where_it_can(
 def test_sizes_are_tried_by_steps_one_after_the_other_in_one_process() -> None:
     recipe, _ = parse_recipe(SMALL.split())
     point = {"recipe": asdict(recipe), "most": 32, "memory_limit": 0}
-    command = [sys.executable, "-m", "benchmarks.fit", json.dumps(point)]
-    done = subprocess.run(command, capture_output=True, text=True, env=result.environment_of_one_process())
-    assert json.loads(done.stdout.splitlines()[-1]) == {"largest_micro_batch": 32}, done.stderr
+    assert points.run_point("benchmarks.speed.fit:search_here", point) == 32
 
 
 def test_each_batch_is_measured_in_each_mode_and_trained_in_the_fastest() -> None:
-    sweep = batch_size.Sweep(("vit_tiny_patch16",), ("cls",), (16, 32), (128,), compile=("none", "graphs"))
-    recipes = list(batch_size.points(Recipe(), sweep))
+    swept = Sweep(("vit_tiny_patch16",), ("cls",), (16, 32), (128,), compile=("none", "graphs"))
+    recipes = list(sweep.points(Recipe(), swept))
     assert [(r.train.batch_size, r.model.compile) for r in recipes] == [
         (16, "none"),
         (16, "graphs"),
         (32, "none"),
         (32, "graphs"),
     ]
-    rows = [batch_size.describe(recipe) for recipe in recipes]
-    assert len({batch_size.key_of(row) for row in rows}) == 4
+    rows = [sweep.describe(recipe) for recipe in recipes]
+    assert len({sweep.key_of(row) for row in rows}) == 4
     for row, ms in zip(rows, (9.0, 2.0, 10.0, 11.0), strict=True):
         row["step_ms"] = ms
-    assert batch_size.recipes_to_train(recipes, rows) == [recipes[1], recipes[2]]
-    table = tables_of("batch_size", {"rows": rows})[0]
+    assert sweep.recipes_to_train(recipes, rows) == [recipes[1], recipes[2]]
+    table = tables_of(benchmark_of("batch_size"), {"rows": rows})[0]
     assert [line[table.headings.index("compiled")] for line in table.cells] == ["none", "graphs"] * 2
 
 
@@ -277,12 +275,12 @@ def test_the_largest_micro_batch_is_searched_once_for_each_model(monkeypatch: py
         searched.append(recipe.model.head)
         return {"cls": 48, "ifa": 32}[recipe.model.head]
 
-    monkeypatch.setattr(batch_size, "largest_micro_batch", search)
-    sweep = batch_size.Sweep(("vit_tiny_patch16",), ("cls", "ifa"), (16, 64), (128,), micro_batch=16, search=64)
-    recipes = list(batch_size.points(Recipe(), sweep))
-    rows = [batch_size.describe(recipe) for recipe in recipes]
+    monkeypatch.setattr(sweep, "largest_micro_batch", search)
+    swept = Sweep(("vit_tiny_patch16",), ("cls", "ifa"), (16, 64), (128,), micro_batch=16, search=64)
+    recipes = list(sweep.points(Recipe(), swept))
+    rows = [sweep.describe(recipe) for recipe in recipes]
     for _ in range(2):  # the second time all is known
-        list(batch_size.search_micro_batches(rows, recipes, sweep))
+        list(sweep.search_micro_batches(rows, recipes, swept))
     assert searched == ["cls", "ifa"]
     assert {(row["head"], row["largest_micro_batch"]) for row in rows} == {("cls", 48), ("ifa", 32)}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.link import PATH
+from benchmarks.speed.link import PATH
 from tests.multinode.two_hosts import Host, wait_for
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")

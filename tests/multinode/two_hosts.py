@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.link import inside, joined_namespaces, why_no_namespaces
+from benchmarks.speed.link import inside, joined_namespaces, why_no_namespaces
 
 TOOLS = ("sshd", "ssh", "ssh-keygen", "pdsh", "mount")
 

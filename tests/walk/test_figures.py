@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.colour_histogram import colour_histogram_accuracy
+from benchmarks.claims.histogram import colour_histogram_accuracy
 from shards.__main__ import main as shards_main
 from tests.conftest import REPOSITORY
 

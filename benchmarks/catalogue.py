@@ -1,0 +1,27 @@
+"""Every benchmark, in the order of the report."""
+
+from __future__ import annotations
+
+from benchmarks.benchmark import Benchmark
+from benchmarks.claims import histogram, kill, landscape, paper, precision, study
+from benchmarks.speed import batch_size, engine, exchange, gpu, ifa, loader, scale, step
+
+SPEED: tuple[Benchmark, ...] = (
+    batch_size.BENCHMARK,
+    ifa.BENCHMARK,
+    gpu.BENCHMARK,
+    step.BENCHMARK,
+    engine.BENCHMARK,
+    exchange.BENCHMARK,
+    loader.BENCHMARK,
+    scale.BENCHMARK,
+)
+CLAIMS: tuple[Benchmark, ...] = (
+    study.BENCHMARK,
+    paper.BENCHMARK,
+    landscape.BENCHMARK,
+    precision.BENCHMARK,
+    kill.BENCHMARK,
+    histogram.BENCHMARK,
+)
+BENCHMARKS = (*CLAIMS, *SPEED)
