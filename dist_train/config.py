@@ -7,7 +7,7 @@ which values they take: a number's range stands in its type.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from dist_train.ranges import AT_LEAST_1, FINITE, NOT_NEGATIVE, POSITIVE, SHARE, STRENGTH, Range
@@ -256,9 +256,16 @@ SECTIONS: dict[str, type[Any]] = {
 }
 
 
+def recipe_to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The values of all keys by section, as YAML and JSON have them: with lists for tuples."""
+    return {
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in entries.items()}
+        for section, entries in asdict(recipe).items()
+    }
+
+
 def recipe_from_dict(values: dict[str, dict[str, Any]]) -> Recipe:
-    """The recipe of all its sections' keys and values, lists where it has tuples: the inverse of `asdict`, and of what
-    JSON makes of it."""
+    """The inverse. Keys that are not there have their default."""
 
     def section(name: str) -> Any:
         entries = values[name].items()

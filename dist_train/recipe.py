@@ -64,11 +64,11 @@ def problems(
         return
     # The weights that it started from may be gone: it has its own.
     saved = any((Path(recipe.train.run) / "checkpoints").glob("step-*"))
-    goes_on = resume != "none" and (resume != "auto" or saved)
+    resumed = resume != "none" and (resume != "auto" or saved)
     yield from _refusals(
         [
             lambda: check_model(recipe.model, recipe.data.image_size),
-            lambda: None if goes_on else check_weights(recipe.model.weights),
+            lambda: None if resumed else check_weights(recipe.model.weights),
             lambda: _check_layer_decay(recipe),
             lambda: check_run_folder(Path(recipe.train.run), resume),
             lambda: _check_wandb(recipe),
@@ -93,7 +93,7 @@ def problems(
             lambda: _check_data_device(recipe, device),
             lambda: check_combination(recipe, device, world_size),
             lambda: None if unreadable else _check_deepspeed_settings(recipe, device, world_size),
-            lambda: None if goes_on else _check_hub_weights(recipe),
+            lambda: None if resumed else _check_hub_weights(recipe),
         ]
     )
 

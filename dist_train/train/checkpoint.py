@@ -28,10 +28,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dist_train.config import Recipe
+from dist_train.config import Recipe, recipe_to_dict
 from dist_train.data.manifest import Manifest
 from dist_train.errors import UseError, WorkError
-from dist_train.files import write_atomically
+from dist_train.files import sync, write_atomically
 from dist_train.models.saved import (
     CHECKSUMS_NAME,
     EXTRA_NAME,
@@ -141,7 +141,7 @@ def recipe_changes(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], li
     """The recipe that the checkpoint was trained by, and `KEY OLD -> NEW` of each key by which that changes what is
     computed from here on. Keys that one of the two versions does not have are left out.
     """
-    before, now = read_document(checkpoint)["recipe"], _plain(recipe)
+    before, now = read_document(checkpoint)["recipe"], recipe_to_dict(recipe)
     return before, [
         f"{section}.{key} {before[section][key]} -> {value}"
         for section, keys in now.items()
@@ -152,11 +152,6 @@ def recipe_changes(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], li
     ]
 
 
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON gives it back."""
-    return json.loads(json.dumps(asdict(recipe)))
-
-
 def _check_same_run(checkpoint: Path, state: RunState, expected: RunState, recipe: Recipe) -> None:
     names = {
         "num_classes": "classes of the shard set",
@@ -165,7 +160,7 @@ def _check_same_run(checkpoint: Path, state: RunState, expected: RunState, recip
         "batch_size": "train.batch_size",
     }
     pairs = [(name, getattr(state, field), getattr(expected, field)) for field, name in names.items()]
-    before, now = read_document(checkpoint)["recipe"], _plain(recipe)
+    before, now = read_document(checkpoint)["recipe"], recipe_to_dict(recipe)
     # By these the rest of the epoch would have samples that it had already; by the optimizer its state means nothing.
     for section, key in (("data", "streams"), ("data", "shuffle_window"), ("optim", "name")):
         pairs.append((f"{section}.{key}", before[section].get(key), now[section][key]))
@@ -185,7 +180,7 @@ def _check_same_model(checkpoint: Path, model: nn.Module, recipe: Recipe) -> Non
     if saved == wanted:
         return
     before = read_document(checkpoint)["recipe"]
-    now = _plain(recipe)
+    now = recipe_to_dict(recipe)
     different = [
         f"{section}.{key} was {before[section].get(key)}, now it is {now[section][key]}"
         for section, keys in (("model", now["model"]), ("data", ("image_size", "tokenizer", "tag_vocabulary")))
@@ -230,7 +225,7 @@ class CheckpointWriter:
         document = {
             "state": asdict(state),
             "classes": self._class_names,
-            "recipe": asdict(self._recipe),
+            "recipe": recipe_to_dict(self._recipe),
             "loss_scale": read_loss_scale(engine),
         }
         files = {WEIGHTS_NAME: weights, OPTIMIZER_NAME: optimizer}
@@ -270,10 +265,10 @@ class CheckpointWriter:
             }
             (temporary / CHECKSUMS_NAME).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
             for path in [*temporary.iterdir(), temporary]:
-                _sync(path)
+                sync(path)
             shutil.rmtree(final, ignore_errors=True)  # damaged, else the run would have gone on from it
             os.replace(temporary, final)
-            _sync(final.parent)
+            sync(final.parent)
             write_atomically(final.parent / "latest", f"{final.name}\n".encode())
             _remove_others(self._run, state, self._recipe.train.keep_checkpoints)
         except Exception as error:  # safetensors raises its own kinds for a full disk
@@ -302,11 +297,3 @@ def _remove_others(run: Path, state: RunState, keep: int) -> None:
     for folder in folders:
         if folder not in kept:
             shutil.rmtree(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

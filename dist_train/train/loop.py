@@ -18,6 +18,7 @@ from dist_train.cluster.watch import Watch
 from dist_train.config import Recipe
 from dist_train.data.loader import Batch, EvalLoader, TrainLoader
 from dist_train.data.manifest import Manifest, read_manifest
+from dist_train.data.plan import micro_batch_of
 from dist_train.data.quarantine import QUARANTINE_NAME
 from dist_train.data.text import TagTokenizer
 from dist_train.errors import UseError
@@ -315,7 +316,7 @@ def train_loader(
         manifest,
         place,
         batch_size=recipe.train.batch_size,
-        micro_batch=recipe.train.micro_batch_size or recipe.train.batch_size // place.world_size,
+        micro_batch=micro_batch_of(recipe.train.batch_size, place.world_size, recipe.train.micro_batch_size),
         seed=recipe.train.seed,
         samples_consumed=samples_consumed,
         tokenizer=tokenizer,

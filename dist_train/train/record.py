@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import yaml
 
-from dist_train.config import Recipe
+from dist_train.config import Recipe, recipe_to_dict
 from dist_train.errors import WorkError
 from dist_train.files import write_atomically
 from dist_train.machine import ask_git, gpu_names, processor_name, software
@@ -63,7 +63,7 @@ class RunRecord:
             if self._wandb is not None:
                 opened.callback(self._wandb.finish)
             _keep_former_recipe(run, resumed_step, former_recipe)
-            write_atomically(run / RECIPE_NAME, _yaml(asdict(recipe)))
+            write_atomically(run / RECIPE_NAME, _yaml(recipe_to_dict(recipe)))
             _keep_former_summary(run, resumed_step)
             kept = [entry for entry in lines if entry["step"] <= resumed_step]
             write_atomically(run / METRICS_NAME, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
@@ -281,11 +281,4 @@ def describe_software() -> dict[str, Any]:
 
 
 def _yaml(recipe: dict[str, Any]) -> bytes:
-    return yaml.safe_dump(_plain(recipe), sort_keys=False).encode()
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, which is what YAML has."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+    return yaml.safe_dump(recipe, sort_keys=False).encode()

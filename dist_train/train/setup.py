@@ -9,6 +9,7 @@ import torch
 
 from dist_train.config import Recipe
 from dist_train.data.draws import Draw, random_bits
+from dist_train.data.plan import micro_batch_of
 from dist_train.models.build import Classifier, build_model
 from dist_train.models.weights import LoadReport
 from dist_train.place import Place
@@ -57,8 +58,7 @@ def build_step(
     check_step(recipe, place.world_size, device.type)
     if graphs is None:
         graphs = compile_mode(recipe, device, place.world_size) == "graphs"
-    share = recipe.train.batch_size // place.world_size
-    micro_batch = recipe.train.micro_batch_size or share
+    micro_batch = micro_batch_of(recipe.train.batch_size, place.world_size, recipe.train.micro_batch_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     with next(model.parameters()).device:
         flops = training_flops_per_sample(model, *one_sample(recipe))
@@ -68,7 +68,7 @@ def build_step(
         make_forward(engine, recipe, device),
         Objective(recipe.optim, class_counts, device),
         recipe,
-        share // micro_batch,
+        recipe.train.batch_size // (place.world_size * micro_batch),
         place.rank,
         StepMeter(device, flops),
         bad_steps,
