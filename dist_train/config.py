@@ -68,7 +68,7 @@ class DataConfig:
     """WordPiece tokenizer for tags: a name on the hub, or a vocab.txt file; or `tags`: one token for each of the
     tag_vocabulary most frequent tags of the train split. Read only if model.text_tokens > 0."""
     tag_order: TagOrder = "given"
-    """Order of a sample's tags before they are cut at model.text_tokens: as given; in training shuffled anew for each
+    """Order of a sample's tags before they are cut at model.text_tokens: as given; in training shuffled again for each
     sample and epoch, as given in evaluation; or the most frequent of the train split first."""
     tag_vocabulary: Annotated[int, AT_LEAST_1] = 4096
     """Most frequent tags that data.tokenizer `tags` and data.tag_order `frequency` know; the run folder's tags.txt."""

@@ -1,4 +1,4 @@
-"""What a recipe asks for that cannot be, told before a model is built and anything is fetched or imported in vain.
+"""What a recipe asks for that cannot be, refused before a model is built or anything slow is imported.
 
 `dist-train train` refuses the first of these problems, before its slow imports and again on every rank; `dist-train
 doctor` names all of them.
@@ -106,7 +106,7 @@ def _refusals(checks: list[Callable[[], object]]) -> Iterator[UseError]:
             yield refusal
 
 
-# ---------------------------------------------------------------- where it shall run
+# ---------------------------------------------------------------- where it will run
 def ranks_of_this_job() -> int:
     """Ranks of the job that this process is one of, as its launcher or SLURM says; 1 without one."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
@@ -165,7 +165,7 @@ def check_combination(recipe: Recipe, device: str, world_size: int = 1) -> None:
         raise UseError(f"deepspeed.offload parameters needs deepspeed.zero_stage 3, not {stage}")
     if recipe.train.ema and stage == 3:
         raise UseError(
-            "train.ema needs whole parameters on every rank, which deepspeed.zero_stage 3 has not; use 0 to 2"
+            "train.ema needs whole parameters on every rank, and deepspeed.zero_stage 3 splits them; use 0 to 2"
         )
     if recipe.model.compile in ("kernels", "graphs") and stage == 3:
         raise UseError("model.compile cannot see parameters that deepspeed.zero_stage 3 gathers; use 0 to 2, or none")

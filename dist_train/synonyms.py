@@ -147,7 +147,7 @@ SENTENCES = (
     ),
     (
         "resume resume_from resume_from_checkpoint auto_resume",
-        "resuming is no part of a recipe: --resume auto, or --resume FOLDER",
+        "resuming is not part of a recipe: --resume auto, or --resume FOLDER",
     ),
     (
         "do_train do_eval do_predict eval_only evaluate validate test predict",

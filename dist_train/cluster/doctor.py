@@ -53,7 +53,7 @@ class Finding:
 def examine(recipe: Recipe, resume: str, hostfile: Path | None) -> int:
     """Print the findings on a recipe and its hosts. resume: as for `train`. hostfile: None for this machine alone.
 
-    Returns 1 if a run would fail, else 0. Raises UseError for a hostfile that is none.
+    Returns 1 if a run would fail, else 0. Raises UseError for what is not a hostfile.
     """
     slots = read_hostfile(hostfile) if hostfile else {}
     folder = existing_folder(Path(recipe.train.run))
@@ -115,7 +115,7 @@ def ask(slots: dict[str, int], words: list[str], findings: list[Finding]) -> dic
             cure = (
                 f"make `ssh {host} true` work without a password, with this folder and environment there at this path"
             )
-            findings.append(Finding("fail", host, why, cure if slots else "mend the environment"))
+            findings.append(Finding("fail", host, why, cure if slots else "repair the environment"))
     return {host: answer for host, (answer, _) in replies.items() if answer is not None}
 
 

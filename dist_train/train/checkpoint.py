@@ -97,7 +97,7 @@ class RunState:
 # ---------------------------------------------------------------------- reading
 def checkpoint_to_resume(run: Path, resume: str) -> Path | None:
     """The undamaged checkpoint that `resume` means: none, auto (the newest), or as `choose_checkpoint`; None to start
-    anew.
+    from the beginning.
     """
     if resume == "none":
         return None
@@ -127,7 +127,7 @@ def load_weights(model: nn.Module, checkpoint: Path, expected: RunState, recipe:
     model.load_state_dict(read_weights(checkpoint))
     now = replace(state, world_size=expected.world_size, zero_stage=expected.zero_stage, precision=expected.precision)
     if now != state:
-        log.info("%s was written by %s; going on with %s", checkpoint, _topology(state), _topology(now))
+        log.info("%s was written by %s; continuing with %s", checkpoint, _topology(state), _topology(now))
     return now
 
 
@@ -202,7 +202,7 @@ def _topology(state: RunState) -> str:
 # ---------------------------------------------------------------------- writing
 class CheckpointWriter:
     """Writes a run's checkpoints: all ranks copy their state to rank 0 together, a thread of rank 0 writes the files
-    while training goes on. One is written at a time; until then rank 0's memory holds the copy.
+    while training continues. One is written at a time; until then rank 0's memory holds the copy.
     """
 
     def __init__(self, run: Path, recipe: Recipe, class_names: list[str]) -> None:

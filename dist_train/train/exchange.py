@@ -2,7 +2,7 @@
 
 Gradients lie in flat buckets, in the reverse of the forward pass's order, about that in which they arrive. A full
 bucket is sent at once, so that only the gradients of the last layers to be reached are left to send when the backward
-pass ends. torch's DistributedDataParallel does the same, but orders its buckets anew after the first step of every
+pass ends. torch's DistributedDataParallel does the same, but reorders its buckets after the first step of every
 process; here a bucket holds the same gradients from the first step to the last, so that a resumed run, on three ranks
 or more too, adds the same numbers in the same order as one that was never stopped.
 """

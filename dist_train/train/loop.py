@@ -77,7 +77,7 @@ def train(recipe: Recipe, resume: str = "none") -> None:
         # NCCL has warnings for a group that is left behind. A rank that fails alone does not wait there for the others.
         if place.device_id is not None and (done or place.world_size == 1):
             torch.distributed.destroy_process_group()
-    # What follows the command in a script shall not begin. Of several ranks only the first says so, the last to end.
+    # So that a script does not begin its next command. Of several ranks only the first says so, which ends last.
     if stop.interrupted and place.rank == 0:
         raise KeyboardInterrupt
 
@@ -325,7 +325,7 @@ def train_loader(
 
 
 def nothing_to_do(run: Path, step: int, total_steps: int, recipe: Recipe) -> str | None:
-    """Why a run that stands at `step` has nothing to do, or None. Raises UseError where it cannot do what it shall."""
+    """Why a run that stands at `step` has nothing to do, or None. Raises UseError where that is beyond its end."""
     if step >= total_steps and read_summary(run / SUMMARY_NAME).get("steps") == step:
         return (
             f"{run} is complete, step {step} of {total_steps}: nothing to do, nothing changed; its result is in "

@@ -113,7 +113,7 @@ def peak_resident_mb() -> float:
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_mb` begin anew, with what is in use now."""
+    """Let `peak_memory_mb` start over from what is in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -228,7 +228,7 @@ class StepMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside (evaluation, checkpoints) is no part of the steps' time, nor of their memory."""
+        """What happens inside (evaluation, checkpoints) counts towards neither the steps' time nor their memory."""
         synchronize(self.device)
         start, before = time.perf_counter(), peak_memory_mb(self.device)
         yield

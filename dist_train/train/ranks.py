@@ -87,7 +87,7 @@ class StopSignal:
     """Makes SIGTERM, SIGUSR1, Ctrl-C and the end of the terminal (SIGHUP) end the run after the step it is at.
 
     All ranks agree on the step, waiting timeout_s at most. A second Ctrl-C interrupts at once. Signals that were
-    ignored when the process began, as nohup has it, stay ignored.
+    ignored when the process began, as under nohup, stay ignored.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -107,7 +107,7 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # SIGTERM once more, from who ends all processes one after the other, shall not make a failure of a good end.
+        # A second SIGTERM, from whoever ends all processes in turn, must not turn a good end into a failure.
         for number in self._before.keys() & {signal.SIGINT, signal.SIGHUP}:
             signal.signal(number, self._before[number])
 

@@ -1,7 +1,7 @@
 """What a run leaves behind: recipe.yaml, metrics.jsonl, summary.json, tensorboard/, log.txt. Rank 0 writes, alone.
 
-A run that goes on from a checkpoint of step N loses what was recorded beyond N, and keeps under another name what was
-true until then: `recipe-until-step-N.yaml` where the recipe has changed, `summary-step-N.json` of a run that was
+A run that is resumed at step N loses what was recorded beyond N, and keeps under another name what was true until
+then: `recipe-until-step-N.yaml` where the recipe has changed, `summary-step-N.json` of a run that was
 complete and is made longer.
 """
 
@@ -141,7 +141,7 @@ class RunRecord:
 
 
 class _LogFile(logging.FileHandler):
-    """log.txt. Where it cannot be written the run goes on until something else cannot be, and is named there."""
+    """log.txt. Where it cannot be written the run continues until something else cannot be, whose error says so."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Without the traceback that logging prints."""
@@ -198,7 +198,7 @@ def _keep_former_recipe(run: Path, step: int, recipe: dict[str, Any] | None) -> 
 
 
 def _keep_former_summary(run: Path, step: int) -> None:
-    """A summary is that of a complete run: of one that goes on it gets another name, or goes with the steps that go."""
+    """A summary belongs to a complete run: when that is continued, rename it; remove it with its steps."""
     for file in [run / SUMMARY_NAME, *run.glob("summary-step-*.json")]:
         steps = read_summary(file).get("steps")
         if file.name == SUMMARY_NAME and isinstance(steps, int) and steps <= step:
@@ -208,7 +208,7 @@ def _keep_former_summary(run: Path, step: int) -> None:
 
 
 def read_summary(file: Path) -> dict[str, Any]:
-    """What a summary says; {} where there is none that can be read."""
+    """What a summary says; {} where none can be read."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
