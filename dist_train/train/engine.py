@@ -19,6 +19,7 @@ from dist_train.errors import UseError, WorkError
 from dist_train.models.build import Classifier, compile_blocks, compile_parts
 from dist_train.models.parameter_groups import head_layer, is_decayed, layer_of
 from dist_train.place import Place
+from dist_train.recipe import check_step
 from dist_train.train.replica import Replica
 from dist_train.train.settings import deepspeed_settings, uses_deepspeed, why_no_graphs
 
@@ -39,8 +40,6 @@ def init_process_group(timeout_s: float = 1800) -> Place:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # DeepSpeed would compile a collective of tensor-parallel inference here, for a minute, on every rank of a new host.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if timeout_s < 1:
-        raise UseError(f"train.timeout_s must be at least 1 second, not {timeout_s:g}")
     _describe_ranks()
     gpu = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -164,8 +163,9 @@ def compile_mode(recipe: Recipe, device: torch.device, world_size: int) -> Compi
 
 
 def build_engine(model: Classifier, recipe: Recipe, place: Place, micro_batch: int) -> Engine:
-    """The model on its device, ready for steps. The settings must go together: `recipe.check_step`."""
+    """The model on its device, ready for steps. Raises UseError for settings that do not go together."""
     device = torch_device(place)
+    check_step(recipe, place.world_size, device.type)
     model.to(device)
     if compile_mode(recipe, device, place.world_size) != "none":
         # Compiled as a whole a model yields all gradients at the end of its backward pass; several ranks exchange them

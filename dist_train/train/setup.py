@@ -13,7 +13,6 @@ from dist_train.data.plan import micro_batch_of
 from dist_train.models.build import Classifier, build_model
 from dist_train.models.weights import LoadReport
 from dist_train.place import Place
-from dist_train.recipe import check_step
 from dist_train.train.badsteps import BadSteps
 from dist_train.train.engine import build_engine, compile_mode, torch_device
 from dist_train.train.inputs import one_sample
@@ -55,7 +54,6 @@ def build_step(
     are a CUDA graph; None: as the recipe says. Raises UseError for settings that do not go together.
     """
     device = torch_device(place)
-    check_step(recipe, place.world_size, device.type)
     if graphs is None:
         graphs = compile_mode(recipe, device, place.world_size) == "graphs"
     micro_batch = micro_batch_of(recipe.train.batch_size, place.world_size, recipe.train.micro_batch_size)
