@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.config import Recipe
-from dist_train.errors import WorkError, run_command, written
+from dist_train.errors import UseError, WorkError, run_command, written
 from dist_train.files import write_atomically
 from dist_train.output import keep_stdout, say
 from dist_train.parse import expanded, parse_recipe, recipe_from_run
@@ -117,18 +117,17 @@ def _command_parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    recipe_from_run(options.run)  # a wrong folder is told before importing torch and DALI, which takes seconds
-    from dist_train import inference
+    recipe = recipe_from_run(options.run)
+    if options.command == "export" and options.file.suffix != ".safetensors":
+        raise UseError(f"{options.file}: name the file .safetensors")
+    from dist_train import inference  # importing torch and DALI takes seconds: what is wrong above is told before
 
-    which: Any = {"checkpoint": options.checkpoint, "averaged": options.ema}
+    trained = inference.load_trained(options.run, recipe, options.checkpoint, options.ema)
     if options.command == "evaluate":
-        figures, table = inference.evaluate(
-            options.run, options.split, shards=options.shards, batch_size=options.batch_size, **which
-        )
-        return _say_evaluation(figures, table, options)
+        return _say_evaluation(*inference.evaluate(trained, options.split, options.shards, options.batch_size), options)
     if options.command == "predict":
         bad = 0
-        for path, best in inference.predict(options.run, options.images, tags=options.tags, top=options.top, **which):
+        for path, best in inference.predict(trained, options.images, options.tags, options.top):
             if isinstance(best, WorkError):
                 print(best, file=sys.stderr)
                 bad = 1
@@ -136,9 +135,9 @@ def _run(options: argparse.Namespace) -> int:
                 say(path, *(f"  {probability:.4f}  {name}" for name, probability in best))
         return bad
     if options.command == "grid":
-        say(inference.grid(options.run, options.split, shards=options.shards, output=options.output, **which))
+        say(inference.grid(trained, options.split, options.shards, options.output))
     else:
-        say(inference.export(options.run, options.file, **which))
+        say(inference.export(trained, options.file))
     return 0
 
 

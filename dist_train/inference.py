@@ -27,7 +27,6 @@ from dist_train.files import write_atomically
 from dist_train.models.backbones import timm_name, vit_shape
 from dist_train.models.build import Classifier, build_model, to_timm_state_dict
 from dist_train.models.saved import choose_checkpoint, read_averaged_weights, read_class_names, read_weights
-from dist_train.parse import recipe_from_run
 from dist_train.place import Place
 from dist_train.train.checkpoint import read_state
 from dist_train.train.engine import torch_device
@@ -39,17 +38,21 @@ from dist_train.train.step import make_forward
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with the weights of a checkpoint, in eval mode, on this machine's device, in float32."""
+    """A run's model with the weights of a checkpoint, in eval mode, on this machine's device, in float32."""
 
+    run: Path
+    recipe: Recipe
     model: Classifier
     forward: Forward
     tokenizer: TagTokenizer | None
     class_names: list[str]
     checkpoint: Path
+    averaged: bool
+    """Whether it has the averaged weights of train.ema."""
     place: Place
 
 
-def load_trained(run: Path, recipe: Recipe, which: str, averaged: bool) -> TrainedModel:
+def load_trained(run: Path, recipe: Recipe, which: str = "auto", averaged: bool = False) -> TrainedModel:
     """The model of a run, by the checkpoint that `choose_checkpoint` takes for `which` (auto, best, last, a step or a
     folder); says on stderr which that is.
 
@@ -72,30 +75,21 @@ def load_trained(run: Path, recipe: Recipe, which: str, averaged: bool) -> Train
     device = torch_device(place)
     model.to(device).eval()
     float32 = replace(recipe, deepspeed=DeepSpeedConfig(precision="float32"))
-    return TrainedModel(model, make_forward(model, float32, device), tokenizer, class_names, checkpoint, place)
+    forward = make_forward(model, float32, device)
+    return TrainedModel(run, recipe, model, forward, tokenizer, class_names, checkpoint, averaged, place)
 
 
 def evaluate(
-    run: Path,
-    split: str = "test",
-    *,
-    shards: str | None = None,
-    batch_size: int | None = None,
-    checkpoint: str = "auto",
-    averaged: bool = False,
+    trained: TrainedModel, split: str = "test", shards: str | None = None, batch_size: int | None = None
 ) -> tuple[dict[str, Any], str]:
-    """How good a run's model is on a split. Returns the figures, as `dist-train evaluate` prints them, and a CSV table
-    of the classes.
+    """How good a model is on a split: the figures that `dist-train evaluate` prints, and a CSV table of the classes.
 
     shards: another set of the same classes; None: the run's. batch_size: samples of one pass; None: the run's.
-    checkpoint, averaged: as `load_trained` takes them.
     """
-    recipe = recipe_from_run(run)
-    trained = load_trained(run, recipe, checkpoint, averaged)
-    data, manifest = _set_to_look_at(trained, recipe.data, shards)
+    data, manifest = _set_to_look_at(trained, shards)
     if note := manifest.resize_note(data.image_size, data.crop_margin):
         print(f"{data.shards}: {note}", file=sys.stderr)
-    batch_size = batch_size or recipe.train.eval_batch_size
+    batch_size = batch_size or trained.recipe.train.eval_batch_size
     loader = EvalLoader(data, manifest, split, trained.place, batch_size=batch_size, tokenizer=trained.tokenizer)
     result = evaluate_batches(trained.forward, loader, manifest.split(split).samples)
     counts = [info.count for info in manifest.classes]
@@ -104,11 +98,11 @@ def evaluate(
     return figures, _class_table(result, trained.class_names, counts)
 
 
-def _set_to_look_at(trained: TrainedModel, data: DataConfig, other: str | None) -> tuple[DataConfig, Manifest]:
+def _set_to_look_at(trained: TrainedModel, other: str | None) -> tuple[DataConfig, Manifest]:
     """The run's set, or another that was asked for, which must have the run's classes. Raises UseError where the run's
     own is not the one any more that the model was trained on."""
     asked_for = other is not None
-    shards = other if other is not None else data.shards
+    shards = other if other is not None else trained.recipe.data.shards
     manifest = read_manifest(shards)
     ours, theirs = len(trained.class_names), len(manifest.classes)
     if asked_for and manifest.class_names != trained.class_names:
@@ -117,7 +111,7 @@ def _set_to_look_at(trained: TrainedModel, data: DataConfig, other: str | None) 
             f"{ours}{'' if theirs != ours else ' others'}; evaluate on a set of the same classes"
         )
     trained_on = read_state(trained.checkpoint).manifest_digest
-    data = replace(data, shards=shards)
+    data = replace(trained.recipe.data, shards=shards)
     if manifest.digest == trained_on:
         return data, manifest
     digests = f"its manifest's digest is {manifest.digest[:12]}, that of the run's set was {trained_on[:12]}"
@@ -135,24 +129,16 @@ def _set_to_look_at(trained: TrainedModel, data: DataConfig, other: str | None) 
 
 
 def predict(
-    run: Path,
-    images: Iterable[Path],
-    *,
-    tags: str = "",
-    top: int = 5,
-    checkpoint: str = "auto",
-    averaged: bool = False,
+    trained: TrainedModel, images: Iterable[Path], tags: str = "", top: int = 5
 ) -> Iterator[tuple[Path, list[tuple[str, float]] | WorkError]]:
     """Each image file with its `top` most probable classes and their probabilities, or with why it has none.
 
-    tags: of all the images, for a model that reads them. checkpoint, averaged: as `load_trained` takes them.
+    tags: of all the images, for a model that reads them.
     """
-    recipe = recipe_from_run(run)
-    trained = load_trained(run, recipe, checkpoint, averaged)
     if tags and trained.tokenizer is None:
-        raise UseError(f"--tags: the model of {run} reads no tags (model.text_tokens is 0)")
+        raise UseError(f"--tags: the model of {trained.run} reads no tags (model.text_tokens is 0)")
     tags = _known_tags(trained, tags)
-    reader = ImageReader(recipe.data, trained.place.device_id)
+    reader = ImageReader(trained.recipe.data, trained.place.device_id)
     for path in images:
         try:
             best = _predict_file(trained, reader, path, tags).topk(min(top, len(trained.class_names)))
@@ -175,16 +161,11 @@ def _known_tags(trained: TrainedModel, text: str) -> str:
     return tags
 
 
-def export(run: Path, file: Path, *, checkpoint: str = "auto", averaged: bool = False) -> str:
+def export(trained: TrainedModel, file: Path) -> str:
     """Write weights that load into timm's model, the rest beside them, and in the file's metadata what one needs to use
-    them. Returns how they are loaded, in words.
-
-    file: FILE.safetensors. checkpoint, averaged: as `load_trained` takes them.
+    them. Returns how they are loaded, in words. file: FILE.safetensors.
     """
-    if file.suffix != ".safetensors":
-        raise UseError(f"{file}: name the file .safetensors")
-    recipe = recipe_from_run(run)
-    trained = load_trained(run, recipe, checkpoint, averaged)
+    recipe = trained.recipe
     weights, extra = to_timm_state_dict(trained.model)
     name, arguments = timm_name(recipe.model.backbone, recipe.data.image_size)
     arguments |= {"num_classes": 0 if recipe.model.head == "ifa" else len(trained.class_names)}
@@ -200,7 +181,7 @@ def export(run: Path, file: Path, *, checkpoint: str = "auto", averaged: bool = 
         "mean": recipe.data.mean,
         "std": recipe.data.std,
         "norm_eps": recipe.model.norm_eps if vit_shape(recipe.model.backbone) else None,
-        "weights": "averaged" if averaged else "raw",
+        "weights": "averaged" if trained.averaged else "raw",
         "step": read_state(trained.checkpoint).step,
     }
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
@@ -218,29 +199,19 @@ def export(run: Path, file: Path, *, checkpoint: str = "auto", averaged: bool = 
     )
 
 
-def grid(
-    run: Path,
-    split: str = "test",
-    *,
-    shards: str | None = None,
-    output: Path | None = None,
-    checkpoint: str = "auto",
-    averaged: bool = False,
-) -> Path:
+def grid(trained: TrainedModel, split: str = "test", shards: str | None = None, output: Path | None = None) -> Path:
     """Draw 48 samples spread over the split, each with its prediction and its class. Returns the picture's file.
 
     output: a PNG file; None: RUN/predictions.png. The others are as for `evaluate`.
     """
     from PIL import Image, ImageDraw
 
-    recipe = recipe_from_run(run)
-    trained = load_trained(run, recipe, checkpoint, averaged)
-    data, manifest = _set_to_look_at(trained, recipe.data, shards)
+    data, manifest = _set_to_look_at(trained, shards)
     loader = EvalLoader(data, manifest, split, trained.place, batch_size=48, tokenizer=trained.tokenizer)
     batch = next(iter(loader))
     with torch.no_grad():
         predicted = trained.forward(batch).argmax(dim=1).tolist()
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.data.mean, recipe.data.std))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     pixels = ((batch.images.cpu() * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
     columns, side, caption = 8, 128, 34
     picture = Image.new("RGB", (columns * side, -(-len(pixels) // columns) * (side + caption)), "white")
@@ -254,7 +225,7 @@ def grid(
         draw.text((x + 3, y + side + 17), f"is {trained.class_names[label][:17]}", fill="grey")
     file = io.BytesIO()
     picture.save(file, "PNG")
-    output = output or run / "predictions.png"
+    output = output or trained.run / "predictions.png"
     with written(output, "--output FILE puts it elsewhere"):
         write_atomically(output, file.getvalue())
     return output

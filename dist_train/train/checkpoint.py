@@ -141,15 +141,19 @@ def recipe_changes(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], li
     """The recipe that the checkpoint was trained by, and `KEY OLD -> NEW` of each key by which that changes what is
     computed from here on. Keys that one of the two versions does not have are left out.
     """
-    before, now = read_document(checkpoint)["recipe"], recipe_to_dict(recipe)
-    return before, [
-        f"{section}.{key} {before[section][key]} -> {value}"
-        for section, keys in now.items()
-        for key, value in keys.items()
-        if f"{section}.{key}" not in _COMPUTES_NOTHING
-        and key in before.get(section, {})
-        and before[section][key] != value
+    before, now = _recipes(checkpoint, recipe)
+    return read_document(checkpoint)["recipe"], [
+        f"{key} {before[key]} -> {value}"
+        for key, value in now.items()
+        if key not in _COMPUTES_NOTHING and key in before and before[key] != value
     ]
+
+
+def _recipes(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What each SECTION.KEY was when the checkpoint was written, and what it is now."""
+    both = read_document(checkpoint)["recipe"], recipe_to_dict(recipe)
+    before, now = ({f"{name}.{key}": one[name][key] for name in one for key in one[name]} for one in both)
+    return before, now
 
 
 def _check_same_run(checkpoint: Path, state: RunState, expected: RunState, recipe: Recipe) -> None:
@@ -160,10 +164,9 @@ def _check_same_run(checkpoint: Path, state: RunState, expected: RunState, recip
         "batch_size": "train.batch_size",
     }
     pairs = [(name, getattr(state, field), getattr(expected, field)) for field, name in names.items()]
-    before, now = read_document(checkpoint)["recipe"], recipe_to_dict(recipe)
+    before, now = _recipes(checkpoint, recipe)
     # By these the rest of the epoch would have samples that it had already; by the optimizer its state means nothing.
-    for section, key in (("data", "streams"), ("data", "shuffle_window"), ("optim", "name")):
-        pairs.append((f"{section}.{key}", before[section].get(key), now[section][key]))
+    pairs += [(key, before.get(key), now[key]) for key in ("data.streams", "data.shuffle_window", "optim.name")]
     for name, saved, wanted in pairs:
         if saved != wanted:
             raise UseError(
@@ -179,14 +182,10 @@ def _check_same_model(checkpoint: Path, model: nn.Module, recipe: Recipe) -> Non
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if saved == wanted:
         return
-    before = read_document(checkpoint)["recipe"]
-    now = recipe_to_dict(recipe)
-    different = [
-        f"{section}.{key} was {before[section].get(key)}, now it is {now[section][key]}"
-        for section, keys in (("model", now["model"]), ("data", ("image_size", "tokenizer", "tag_vocabulary")))
-        for key in keys
-        if before[section].get(key) != now[section][key]
-    ]
+    before, now = _recipes(checkpoint, recipe)
+    shaping = [key for key in now if key.startswith("model.")]
+    shaping += ["data.image_size", "data.tokenizer", "data.tag_vocabulary"]
+    different = [f"{key} was {before.get(key)}, now it is {now[key]}" for key in shaping if before.get(key) != now[key]]
     name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
     shapes = f"{name} was {saved.get(name, 'not there')}, now it is {wanted.get(name, 'not there')}"
     raise UseError(
