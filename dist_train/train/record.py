@@ -79,19 +79,11 @@ class RunRecord:
         if not self.active:
             return
         self._write(figures, "train")
+        left = timedelta(seconds=round((total_steps - figures["step"]) * figures["step_ms"] / 1000))
         log.info(
-            "step %d/%d  epoch %.2f/%d  loss %.4f  lr %.3g  %.1f images/s  wait %.1f ms  mfu %.2f  %.0f MB  %s left",
-            figures["step"],
-            total_steps,
-            figures["epoch"],
-            epochs,
-            figures["loss"],
-            figures["lr"],
-            figures["images_per_s"],
-            figures["data_wait_ms"],
-            figures["mfu"],
-            figures["memory_mb"],
-            timedelta(seconds=round((total_steps - figures["step"]) * figures["step_ms"] / 1000)),
+            "step %(step)d/%(steps)d  epoch %(epoch).2f/%(epochs)d  loss %(loss).4f  lr %(lr).3g  "
+            "%(images_per_s).1f images/s  wait %(data_wait_ms).1f ms  mfu %(mfu).2f  %(memory_mb).0f MB  %(left)s left",
+            figures | {"steps": total_steps, "epochs": epochs, "left": left},
         )
 
     def evaluation(self, figures: dict[str, Any]) -> None:
@@ -100,15 +92,11 @@ class RunRecord:
             return
         if (figures["split"], figures["step"]) not in self._evaluated:
             self._write(figures, figures["split"])
+        left_out = ", %(bad_samples)d bad ones left out" if figures["bad_samples"] else ""
         log.info(
-            "%s after step %d: top-1 %.4f  top-5 %.4f  loss %.4f  over %d samples%s",
-            figures["split"],
-            figures["step"],
-            figures["top1"],
-            figures["top5"],
-            figures["loss"],
-            figures["samples"],
-            f", {figures['bad_samples']} bad ones left out" if figures["bad_samples"] else "",
+            "%(split)s after step %(step)d: top-1 %(top1).4f  top-5 %(top5).4f  loss %(loss).4f  "
+            f"over %(samples)d samples{left_out}",
+            figures,
         )
 
     def summary(self, figures: dict[str, Any]) -> None:
