@@ -78,9 +78,8 @@ def run_command(command: Callable[[], int | None]) -> int:
         return CLOSED_PIPE
     except (UseError, WorkError) as error:
         rank = int(os.environ.get("RANK", "0"))
-        if (
-            rank
-        ):  # the launcher ends all ranks when the first exits: let rank 0 speak first where it has the same to say
+        if rank:
+            # The launcher ends all ranks when the first exits: let rank 0 speak first where it has the same to say.
             time.sleep(3)
         where = f" (rank {rank} on {socket.gethostname()})" if rank else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)

@@ -6,12 +6,11 @@ Nothing here imports torch: a misspelt key is told at once.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from dist_train.config import Recipe
+from dist_train.config import SECTIONS, Recipe, recipe_from_dict
 from dist_train.errors import UseError
 from dist_train.ranges import check_ranges
 from dist_train.synonyms import advice_for_key, advice_for_section
 
-SECTIONS: dict[str, type] = {section.name: section.default_factory for section in fields(Recipe)}
 _FIELDS = {f"{section}.{field.name}": field for section, kind in SECTIONS.items() for field in fields(kind)}
 KNOWN_KEYS = list(_FIELDS)
 PATH_KEYS = ("data.shards", "data.cache", "data.tokenizer", "model.weights", "train.run", "deepspeed.config")
@@ -34,7 +32,7 @@ _TEXT_KEYS = [key for key, field in _FIELDS.items() if field.type in ("str", "st
 _OPTIONAL_KEYS = [key for key, field in _FIELDS.items() if field.type == "str | None"]
 _VARIABLE = re.compile(r"\$(\$|[A-Za-z_]\w*|\{[^}]*\}?)")
 _ALONE = ("-h", "--help")
-_WITH_VALUE = ("--resume", "--local_rank")
+_WITH_VALUE = ("--config", "--resume", "--local_rank")
 
 
 def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
@@ -44,14 +42,20 @@ def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
     or outside of its range. Paths come back with `~` and variables expanded.
     """
     parser = recipe_parser()
-    arguments = list(_read(arguments, parser))
-    try:
-        parsed = parser.parse_args(arguments)
-    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-        raise UseError(f"the command line: {_line(error)}") from None
-    recipe = _recipe(parsed.as_dict())
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    resume = "none"
+    for name, value in _options(arguments):
+        if name == "--config":
+            path = Path(value)
+            given = _typed(parser.parse_object, _expanded_document(_read_recipe_file(path), path), str(path))
+        else:
+            given = _typed(parser.parse_args, [name if name in _ALONE else f"{name}={value}"], "the command line")
+        resume = given.get("resume", resume)
+        for section in values:
+            values[section] |= given.get(section, {})
+    recipe = recipe_from_dict(values)
     check_ranges(recipe)
-    return recipe, parsed.resume
+    return recipe, resume
 
 
 def recipe_from_run(run: Path) -> Recipe:
@@ -62,7 +66,8 @@ def recipe_from_run(run: Path) -> Recipe:
     document = _read_recipe_file(path)
     if isinstance(document.get("model", {}).get("compile"), bool):  # of runs before there was more than on and off
         document["model"]["compile"] = "kernels" if document["model"]["compile"] else "none"
-    return _recipe(_typed(document, path, recipe_parser()))
+    values = _typed(recipe_parser().parse_object, document, str(path))
+    return recipe_from_dict({section: values.get(section, {}) for section in SECTIONS})
 
 
 def recipe_parser() -> jsonargparse.ArgumentParser:
@@ -81,13 +86,13 @@ def recipe_parser() -> jsonargparse.ArgumentParser:
 
 
 # ---------------------------------------------------------------- the command line
-def _read(arguments: list[str], parser: jsonargparse.ArgumentParser) -> Iterator[str]:
-    """The arguments with each file as its document's text, and paths expanded. Raises UseError for unknown ones."""
+def _options(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """Each option with its value, paths expanded. Raises UseError for unknown ones."""
     words = iter(arguments)
     for word in words:
         name, equals, value = word.partition("=")
         if word in _ALONE:
-            yield word
+            yield word, ""
             continue
         if not name.startswith("--"):
             hint = f"; a recipe is given as --config {word}" if word.endswith((".yaml", ".yml")) else ""
@@ -99,21 +104,17 @@ def _read(arguments: list[str], parser: jsonargparse.ArgumentParser) -> Iterator
             raise UseError(
                 f"the command line: {name} is a section; give its keys, as --{key}.KEY VALUE, or --config FILE"
             )
-        elif name != "--config" and name not in _WITH_VALUE:
+        elif name not in _WITH_VALUE:
             advice = advice_for_key(key, KNOWN_KEYS)
             raise UseError(f"the command line: unknown option '{name}'{f'; {advice}' if advice else ''}")
-        if not equals and (value := next(words, None)) is None:
-            raise UseError(f"the command line: {name} needs a value")
-        if name == "--config":
-            path = Path(expanded("--config", value))
-            document = _expanded_document(_read_recipe_file(path), path)
-            _typed(document, path, parser)  # here, where a value of the wrong kind can be told with its file
-            value = json.dumps(document)
-        elif key in PATH_KEYS or name == "--resume":
-            value = expanded(f"--{key}", value)
-        if key in _OPTIONAL_KEYS and value.lower() in ("none", "null"):
-            value = "null"
-        yield f"{name}={value}"
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise UseError(f"the command line: {name} needs a value")
+            value = following
+        if key in PATH_KEYS or name in ("--config", "--resume"):
+            value = expanded(name, value)
+        yield name, "null" if key in _OPTIONAL_KEYS and value.lower() in ("none", "null") else value
 
 
 def expanded(what: str, text: str) -> str:
@@ -156,7 +157,7 @@ class _Repeated(yaml.YAMLError):
 class _Loader(yaml.SafeLoader):
     """YAML without repeated keys, in which 1e-3 is a number."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         # Before `<<` is resolved: what a mapping takes from another it may well have itself.
@@ -241,20 +242,12 @@ def _expanded_document(document: dict[str, dict[str, Any]], path: Path) -> dict[
 
 
 # ---------------------------------------------------------------- values
-def _typed(document: dict[str, Any], path: Path, parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
-    """The values of all keys, by default where the document lacks them. Raises UseError for one of a wrong kind."""
+def _typed(parse: Callable[..., jsonargparse.Namespace], given: Any, where: str) -> dict[str, Any]:
+    """What is given, each value in its key's type. Raises UseError for one of a wrong kind."""
     try:
-        return parser.parse_object(document).as_dict()
+        return parse(given, defaults=False).as_dict()
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-        raise UseError(f"{path}: {_line(error)}") from None
-
-
-def _recipe(values: dict[str, Any]) -> Recipe:
-    return Recipe(**{section: _build(kind, values[section]) for section, kind in SECTIONS.items()})
-
-
-def _build(kind: type, values: dict[str, Any]) -> Any:
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        raise UseError(f"{where}: {_line(error)}") from None
 
 
 def _line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What a recipe asks for that cannot be, told before a model is built and anything is fetched or imported in vain.
+"""What a recipe asks for that cannot be, refused before a model is built or anything slow is imported.
 
 `dist-train train` refuses the first of these problems, before its slow imports and again on every rank; `dist-train
 doctor` names all of them.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dist_train.config import DataConfig, Recipe
+from dist_train.config import DataConfig, Precision, Recipe
 from dist_train.data.manifest import Manifest, check_has_tags, read_manifest
 from dist_train.data.plan import choose_streams, micro_batch_of
 from dist_train.data.remote import is_url
@@ -36,6 +36,19 @@ def check(
         raise problem
 
 
+def check_step(recipe: Recipe, world_size: int, device: str) -> None:
+    """Raise UseError where no optimizer step can be made by the recipe, whatever its data and its run folder.
+
+    world_size: ranks that make it together. device: cpu or cuda.
+    """
+    check_ranges(recipe)
+    check_model(recipe.model, recipe.data.image_size)
+    _check_layer_decay(recipe)
+    _check_batch(recipe, world_size)
+    check_combination(recipe, device, world_size)
+    _check_deepspeed_settings(recipe, device, world_size)
+
+
 def problems(
     recipe: Recipe, world_size: int, device: str | None = None, manifest: Manifest | None = None, resume: str = "none"
 ) -> Iterator[UseError | WorkError]:
@@ -51,11 +64,11 @@ def problems(
         return
     # The weights that it started from may be gone: it has its own.
     saved = any((Path(recipe.train.run) / "checkpoints").glob("step-*"))
-    goes_on = resume != "none" and (resume != "auto" or saved)
+    resumed = resume != "none" and (resume != "auto" or saved)
     yield from _refusals(
         [
             lambda: check_model(recipe.model, recipe.data.image_size),
-            lambda: goes_on or check_weights(recipe.model.weights),
+            lambda: None if resumed else check_weights(recipe.model.weights),
             lambda: _check_layer_decay(recipe),
             lambda: check_run_folder(Path(recipe.train.run), resume),
             lambda: _check_wandb(recipe),
@@ -79,8 +92,8 @@ def problems(
         [
             lambda: _check_data_device(recipe, device),
             lambda: check_combination(recipe, device, world_size),
-            lambda: unreadable or _check_deepspeed_settings(recipe, device, world_size),
-            lambda: goes_on or _check_hub_weights(recipe),
+            lambda: None if unreadable else _check_deepspeed_settings(recipe, device, world_size),
+            lambda: None if resumed else _check_hub_weights(recipe),
         ]
     )
 
@@ -93,7 +106,7 @@ def _refusals(checks: list[Callable[[], object]]) -> Iterator[UseError]:
             yield refusal
 
 
-# ---------------------------------------------------------------- where it shall run
+# ---------------------------------------------------------------- where it will run
 def ranks_of_this_job() -> int:
     """Ranks of the job that this process is one of, as its launcher or SLURM says; 1 without one."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
@@ -152,7 +165,7 @@ def check_combination(recipe: Recipe, device: str, world_size: int = 1) -> None:
         raise UseError(f"deepspeed.offload parameters needs deepspeed.zero_stage 3, not {stage}")
     if recipe.train.ema and stage == 3:
         raise UseError(
-            "train.ema needs whole parameters on every rank, which deepspeed.zero_stage 3 has not; use 0 to 2"
+            "train.ema needs whole parameters on every rank, and deepspeed.zero_stage 3 splits them; use 0 to 2"
         )
     if recipe.model.compile in ("kernels", "graphs") and stage == 3:
         raise UseError("model.compile cannot see parameters that deepspeed.zero_stage 3 gathers; use 0 to 2, or none")
@@ -169,7 +182,7 @@ def _check_tf32() -> None:
         raise UseError(f"deepspeed.precision tf32: {torch.cuda.get_device_name()} has no such arithmetic")
 
 
-def _precision_on(recipe: Recipe, device: str) -> str:
+def _precision_on(recipe: Recipe, device: str) -> Precision:
     config = recipe.deepspeed
     return "float32" if config.precision == "auto" and device == "cpu" else precision_of(config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection
 
 # Section by what others call it.
@@ -147,7 +148,7 @@ SENTENCES = (
     ),
     (
         "resume resume_from resume_from_checkpoint auto_resume",
-        "resuming is no part of a recipe: --resume auto, or --resume FOLDER",
+        "resuming is not part of a recipe: --resume auto, or --resume FOLDER",
     ),
     (
         "do_train do_eval do_predict eval_only evaluate validate test predict",
@@ -207,7 +208,7 @@ def advice_for_key(name: str, known: Collection[str]) -> str:
         return _SENTENCE_OF[last]
     if last in _KEY_OF:
         return f"here it is {_KEY_OF[last]}"
-    return f"did you mean {in_all[near]}?" if (near := nearest(last, in_all)) else ""
+    return f"did you mean {in_all[near]}?" if (near := _nearest(last, in_all)) else ""
 
 
 def advice_for_section(name: str, known_sections: Collection[str], known_keys: Collection[str]) -> str:
@@ -215,34 +216,17 @@ def advice_for_section(name: str, known_sections: Collection[str], known_keys: C
     plain = _plain(name)
     if plain in known_sections:
         return f"write {plain}"
-    if near := nearest(plain, known_sections):
+    if near := _nearest(plain, known_sections):
         return f"did you mean {near}?"
     if plain in _SECTION_OF:
         return f"here it is {_SECTION_OF[plain]}"
     return advice_for_key(plain, known_keys)
 
 
-def nearest(word: str, known: Collection[str]) -> str | None:
-    """The known word that a slip of the pen makes `word` of: one letter too many, too few, another or two exchanged;
-    two such in words of ten letters or more."""
-    allowed = 2 if len(word) >= 10 else 1
-    distances = {other: _distance(word, other) for other in known if abs(len(word) - len(other)) <= allowed}
-    best = min(distances, key=distances.get, default=None)
-    return best if best is not None and distances[best] <= allowed else None
+def _nearest(word: str, known: Collection[str]) -> str | None:
+    """The known word that a slip of the pen may have made `word` of."""
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.75)), None)
 
 
 def _plain(name: str) -> str:
     return name.strip().lower().replace("-", "_")
-
-
-def _distance(one: str, other: str) -> int:
-    """Letters to insert, remove or change, or neighbours to exchange (optimal string alignment)."""
-    rows = [list(range(len(other) + 1))]
-    for i, letter in enumerate(one, 1):
-        row = [i]
-        for j, its in enumerate(other, 1):
-            row.append(min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (letter != its)))
-            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == its:
-                row[-1] = min(row[-1], rows[-2][j - 2] + 1)
-        rows.append(row)
-    return rows[-1][-1]

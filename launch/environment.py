@@ -57,7 +57,7 @@ def find_interface(hosts: dict[str, int]) -> str:
                 probe.connect((host, 9))  # sends nothing
                 address = probe.getsockname()[0]
         except OSError as error:
-            raise UseError(f"{host}: no way there ({error}); mend its name or the hostfile") from None
+            raise UseError(f"{host}: no way there ({error}); correct its name or the hostfile") from None
         for name, entries in psutil.net_if_addrs().items():
             if name != "lo" and address in [entry.address for entry in entries]:
                 return name

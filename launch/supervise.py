@@ -23,6 +23,7 @@ from pathlib import Path
 
 from dist_train.cli import parse_recipe
 from dist_train.errors import UseError, run_command
+from dist_train.recipe import check_run_folder
 
 _OF_THE_RECIPE = re.compile(r"--(config|resume|[a-z]+\.[a-z_]+)(=.*)?")
 _LONGEST_WAIT = 600.0  # seconds between two starts
@@ -39,8 +40,7 @@ def main(arguments: list[str]) -> int:
     launcher, words = options.command[:first], options.command[first:]
     recipe, resume = parse_recipe(words)
     run = Path(recipe.train.run)
-    if resume == "none" and newest_step(run) >= 0:
-        raise UseError(f"{run} already holds a run; add --resume auto to continue it, or choose another train.run")
+    check_run_folder(run, resume)
 
     stop = Stop(run)
     failures, step = 0, newest_step(run)
@@ -83,7 +83,7 @@ def newest_step(run: Path) -> int:
 
 def is_complete(run: Path, stop_after_steps: int) -> bool:
     """Whether the run has come to its end, or to the step where the recipe stops it."""
-    return (run / "summary.json").exists() or (stop_after_steps and newest_step(run) >= stop_after_steps)
+    return (run / "summary.json").exists() or 0 < stop_after_steps <= newest_step(run)
 
 
 def say(text: str) -> None:

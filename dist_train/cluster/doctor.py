@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -52,7 +53,7 @@ class Finding:
 def examine(recipe: Recipe, resume: str, hostfile: Path | None) -> int:
     """Print the findings on a recipe and its hosts. resume: as for `train`. hostfile: None for this machine alone.
 
-    Returns 1 if a run would fail, else 0. Raises UseError for a hostfile that is none.
+    Returns 1 if a run would fail, else 0. Raises UseError for what is not a hostfile.
     """
     slots = read_hostfile(hostfile) if hostfile else {}
     folder = existing_folder(Path(recipe.train.run))
@@ -114,7 +115,7 @@ def ask(slots: dict[str, int], words: list[str], findings: list[Finding]) -> dic
             cure = (
                 f"make `ssh {host} true` work without a password, with this folder and environment there at this path"
             )
-            findings.append(Finding("fail", host, why, cure if slots else "mend the environment"))
+            findings.append(Finding("fail", host, why, cure if slots else "repair the environment"))
     return {host: answer for host, (answer, _) in replies.items() if answer is not None}
 
 
@@ -154,7 +155,7 @@ def differences(answers: dict[str, dict[str, Any]]) -> list[Finding]:
     if len(answers) > 1:
         compare("Python", lambda answer: answer["python"], "use the same environment on all hosts")
         for name in next(iter(answers.values()))["packages"]:
-            compare(name, lambda answer, name=name: answer["packages"][name], "use the same environment on all hosts")
+            compare(name, partial(_version_of, name), "use the same environment on all hosts")
         compare("the project's code", lambda answer: answer["code"][:12], "check out the same commit on all hosts")
         compare("the shard set", lambda answer: answer["digest"], "copy the same set to all hosts")
         if not set.intersection(*(set(answer["interfaces"]) for answer in answers.values())):
@@ -166,6 +167,10 @@ def differences(answers: dict[str, dict[str, Any]]) -> list[Finding]:
                 Finding("ok", "hosts", f"{len(answers)} with the same Python, packages, code and shard set")
             )
     return findings
+
+
+def _version_of(package: str, answer: dict[str, Any]) -> str | None:
+    return answer["packages"][package]
 
 
 def _manifest_at_url(recipe: Recipe) -> Manifest | None:

@@ -23,15 +23,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dist_train.config import Recipe
+from dist_train.config import Recipe, recipe_to_dict
+from dist_train.data.manifest import Manifest
 from dist_train.errors import UseError, WorkError
-from dist_train.files import write_atomically
+from dist_train.files import sync, write_atomically
 from dist_train.models.saved import (
     CHECKSUMS_NAME,
     EXTRA_NAME,
@@ -47,6 +47,7 @@ from dist_train.models.saved import (
     read_tensors,
     read_weights,
 )
+from dist_train.train.engine import Engine
 from dist_train.train.engine_state import gather_state, read_loss_scale, restore_loss_scale, restore_state
 
 # Keys that change how fast a run is and what it says, and not what it learns.
@@ -77,11 +78,26 @@ class RunState:
     best_top1: float = -1.0
     best_step: int = -1
 
+    @classmethod
+    def at_start(cls, recipe: Recipe, manifest: Manifest, world_size: int) -> RunState:
+        """Before the first step of a run."""
+        return cls(
+            step=0,
+            samples_consumed=0,
+            seed=recipe.train.seed,
+            batch_size=recipe.train.batch_size,
+            world_size=world_size,
+            zero_stage=recipe.deepspeed.zero_stage,
+            precision=recipe.deepspeed.precision,
+            num_classes=len(manifest.classes),
+            manifest_digest=manifest.digest,
+        )
+
 
 # ---------------------------------------------------------------------- reading
 def checkpoint_to_resume(run: Path, resume: str) -> Path | None:
     """The undamaged checkpoint that `resume` means: none, auto (the newest), or as `choose_checkpoint`; None to start
-    anew.
+    from the beginning.
     """
     if resume == "none":
         return None
@@ -111,11 +127,11 @@ def load_weights(model: nn.Module, checkpoint: Path, expected: RunState, recipe:
     model.load_state_dict(read_weights(checkpoint))
     now = replace(state, world_size=expected.world_size, zero_stage=expected.zero_stage, precision=expected.precision)
     if now != state:
-        log.info("%s was written by %s; going on with %s", checkpoint, _topology(state), _topology(now))
+        log.info("%s was written by %s; continuing with %s", checkpoint, _topology(state), _topology(now))
     return now
 
 
-def load_optimizer(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> None:
+def load_optimizer(engine: Engine, checkpoint: Path) -> None:
     """Put the engine back to where the checkpoint was written; its model has the weights of `load_weights`."""
     restore_state(engine, read_weights(checkpoint), read_tensors(checkpoint / OPTIMIZER_NAME))
     restore_loss_scale(engine, read_document(checkpoint)["loss_scale"])
@@ -125,20 +141,19 @@ def recipe_changes(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], li
     """The recipe that the checkpoint was trained by, and `KEY OLD -> NEW` of each key by which that changes what is
     computed from here on. Keys that one of the two versions does not have are left out.
     """
-    before, now = read_document(checkpoint)["recipe"], _plain(recipe)
-    return before, [
-        f"{section}.{key} {before[section][key]} -> {value}"
-        for section, keys in now.items()
-        for key, value in keys.items()
-        if f"{section}.{key}" not in _COMPUTES_NOTHING
-        and key in before.get(section, {})
-        and before[section][key] != value
+    before, now = _recipes(checkpoint, recipe)
+    return read_document(checkpoint)["recipe"], [
+        f"{key} {before[key]} -> {value}"
+        for key, value in now.items()
+        if key not in _COMPUTES_NOTHING and key in before and before[key] != value
     ]
 
 
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON gives it back."""
-    return json.loads(json.dumps(asdict(recipe)))
+def _recipes(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What each SECTION.KEY was when the checkpoint was written, and what it is now."""
+    both = read_document(checkpoint)["recipe"], recipe_to_dict(recipe)
+    before, now = ({f"{name}.{key}": one[name][key] for name in one for key in one[name]} for one in both)
+    return before, now
 
 
 def _check_same_run(checkpoint: Path, state: RunState, expected: RunState, recipe: Recipe) -> None:
@@ -149,10 +164,9 @@ def _check_same_run(checkpoint: Path, state: RunState, expected: RunState, recip
         "batch_size": "train.batch_size",
     }
     pairs = [(name, getattr(state, field), getattr(expected, field)) for field, name in names.items()]
-    before, now = read_document(checkpoint)["recipe"], _plain(recipe)
+    before, now = _recipes(checkpoint, recipe)
     # By these the rest of the epoch would have samples that it had already; by the optimizer its state means nothing.
-    for section, key in (("data", "streams"), ("data", "shuffle_window"), ("optim", "name")):
-        pairs.append((f"{section}.{key}", before[section].get(key), now[section][key]))
+    pairs += [(key, before.get(key), now[key]) for key in ("data.streams", "data.shuffle_window", "optim.name")]
     for name, saved, wanted in pairs:
         if saved != wanted:
             raise UseError(
@@ -168,14 +182,10 @@ def _check_same_model(checkpoint: Path, model: nn.Module, recipe: Recipe) -> Non
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if saved == wanted:
         return
-    before = read_document(checkpoint)["recipe"]
-    now = _plain(recipe)
-    different = [
-        f"{section}.{key} was {before[section].get(key)}, now it is {now[section][key]}"
-        for section, keys in (("model", now["model"]), ("data", ("image_size", "tokenizer", "tag_vocabulary")))
-        for key in keys
-        if before[section].get(key) != now[section][key]
-    ]
+    before, now = _recipes(checkpoint, recipe)
+    shaping = [key for key in now if key.startswith("model.")]
+    shaping += ["data.image_size", "data.tokenizer", "data.tag_vocabulary"]
+    different = [f"{key} was {before.get(key)}, now it is {now[key]}" for key in shaping if before.get(key) != now[key]]
     name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
     shapes = f"{name} was {saved.get(name, 'not there')}, now it is {wanted.get(name, 'not there')}"
     raise UseError(
@@ -191,7 +201,7 @@ def _topology(state: RunState) -> str:
 # ---------------------------------------------------------------------- writing
 class CheckpointWriter:
     """Writes a run's checkpoints: all ranks copy their state to rank 0 together, a thread of rank 0 writes the files
-    while training goes on. One is written at a time; until then rank 0's memory holds the copy.
+    while training continues. One is written at a time; until then rank 0's memory holds the copy.
     """
 
     def __init__(self, run: Path, recipe: Recipe, class_names: list[str]) -> None:
@@ -200,7 +210,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")  # the interpreter waits for it at its end
         self._writing: Future[None] | None = None
 
-    def save(self, engine: deepspeed.DeepSpeedEngine, state: RunState, extra: dict[str, Tensor] | None = None) -> None:
+    def save(self, engine: Engine, state: RunState, extra: dict[str, Tensor] | None = None) -> None:
         """Take the state and begin to write the checkpoint; all ranks call this together.
 
         extra: further tensors by name, of rank 0, that `read_extra` gives back. Of the older checkpoints the newest
@@ -214,7 +224,7 @@ class CheckpointWriter:
         document = {
             "state": asdict(state),
             "classes": self._class_names,
-            "recipe": asdict(self._recipe),
+            "recipe": recipe_to_dict(self._recipe),
             "loss_scale": read_loss_scale(engine),
         }
         files = {WEIGHTS_NAME: weights, OPTIMIZER_NAME: optimizer}
@@ -254,10 +264,10 @@ class CheckpointWriter:
             }
             (temporary / CHECKSUMS_NAME).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
             for path in [*temporary.iterdir(), temporary]:
-                _sync(path)
+                sync(path)
             shutil.rmtree(final, ignore_errors=True)  # damaged, else the run would have gone on from it
             os.replace(temporary, final)
-            _sync(final.parent)
+            sync(final.parent)
             write_atomically(final.parent / "latest", f"{final.name}\n".encode())
             _remove_others(self._run, state, self._recipe.train.keep_checkpoints)
         except Exception as error:  # safetensors raises its own kinds for a full disk
@@ -286,11 +296,3 @@ def _remove_others(run: Path, state: RunState, keep: int) -> None:
     for folder in folders:
         if folder not in kept:
             shutil.rmtree(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -58,12 +58,12 @@ def _padded(batch: Batch, size: int) -> Batch:
     if missing == 0:
         return batch
 
-    def pad(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+    def pad(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
 
+    ids, mask = (None if text is None else pad(text) for text in (batch.text_ids, batch.text_mask))
     samples = np.concatenate([batch.samples, np.full(missing, -1)])
-    labels, weights = pad(batch.labels), pad(batch.weights)
-    return Batch(pad(batch.images), labels, weights, pad(batch.text_ids), pad(batch.text_mask), samples)
+    return Batch(pad(batch.images), pad(batch.labels), pad(batch.weights), ids, mask, samples)
 
 
 @torch.no_grad()
@@ -74,16 +74,14 @@ def evaluate(forward: Forward, loader: EvalLoader, expected_samples: int) -> Eva
     not `expected_samples`, or none could be used.
     """
     classes = len(loader.manifest.classes)
-    counts: Tensor | None = None
-    loss_sum: Tensor | None = None
-    bad: Tensor | None = None
+    sums: tuple[Tensor, Tensor, Tensor] | None = None
     for batch in loader:
         # All passes have one shape: a compiled model would be compiled again for a short last batch.
         logits = forward(_padded(batch, loader.batch_size))[: len(batch.labels)].float()
-        if counts is None or loss_sum is None or bad is None:
+        if sums is None:
             counts = torch.zeros(3, classes, dtype=torch.int64, device=logits.device)
-            loss_sum = torch.zeros((), dtype=torch.float64, device=logits.device)
-            bad = torch.zeros((), dtype=torch.int64, device=logits.device)
+            sums = counts, torch.zeros_like(counts[0, 0], dtype=torch.float64), torch.zeros_like(counts[0, 0])
+        counts, loss_sum, bad = sums
         valid = batch.weights > 0
         best = logits.topk(min(5, classes), dim=1).indices
         hits = (best == batch.labels[:, None]) & valid[:, None]
@@ -91,11 +89,12 @@ def evaluate(forward: Forward, loader: EvalLoader, expected_samples: int) -> Eva
             counts[row] += torch.bincount(batch.labels[found], minlength=classes)
         bad += (~valid).sum()
         loss_sum += functional.cross_entropy(logits[valid], batch.labels[valid], reduction="sum").double()
-    if counts is None or loss_sum is None or bad is None:
+    if sums is None:
         raise WorkError("the split to evaluate on holds no samples")
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        for sums in (counts, loss_sum, bad):
-            torch.distributed.all_reduce(sums)
+        for tensor in sums:
+            torch.distributed.all_reduce(tensor)
+    counts, loss_sum, bad = sums
     correct, top5_correct, seen = counts.cpu()
     result = Evaluation(correct, top5_correct, seen, float(loss_sum) / max(1, int(seen.sum())), int(bad))
     if result.samples + result.bad_samples != expected_samples:

@@ -3,7 +3,7 @@
 Position 2i of the global batch is mixed with position 2i + 1, both ways, by numbers drawn for (seed, step, i). A
 micro-batch of even size begins at an even position, so a pair always lies in one micro-batch of one rank, and what is
 mixed with what, and how, is the same for any number of ranks and any accumulation. Neighbours are as good as strangers:
-each stream is shuffled anew in every epoch.
+each stream is shuffled again in every epoch.
 """
 
 from __future__ import annotations

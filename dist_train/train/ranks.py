@@ -87,7 +87,7 @@ class StopSignal:
     """Makes SIGTERM, SIGUSR1, Ctrl-C and the end of the terminal (SIGHUP) end the run after the step it is at.
 
     All ranks agree on the step, waiting timeout_s at most. A second Ctrl-C interrupts at once. Signals that were
-    ignored when the process began, as nohup has it, stay ignored.
+    ignored when the process began, as under nohup, stay ignored.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -96,6 +96,7 @@ class StopSignal:
         self._received = False
         self._timeout = timedelta(seconds=timeout_s)
         self._before: dict[signal.Signals, Any] = {}
+        self._group: Any = None
 
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
@@ -106,7 +107,7 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # SIGTERM once more, from who ends all processes one after the other, shall not make a failure of a good end.
+        # A second SIGTERM, from whoever ends all processes in turn, must not turn a good end into a failure.
         for number in self._before.keys() & {signal.SIGINT, signal.SIGHUP}:
             signal.signal(number, self._before[number])
 
@@ -125,7 +126,7 @@ class StopSignal:
         if place.world_size == 1:
             return self._received
         # On the CPU, so that no rank waits for its GPU here.
-        if not hasattr(self, "_group"):
+        if self._group is None:
             self._group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
         flag = torch.tensor(int(self._received))
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)

@@ -1,7 +1,7 @@
 """What a run leaves behind: recipe.yaml, metrics.jsonl, summary.json, tensorboard/, log.txt. Rank 0 writes, alone.
 
-A run that goes on from a checkpoint of step N loses what was recorded beyond N, and keeps under another name what was
-true until then: `recipe-until-step-N.yaml` where the recipe has changed, `summary-step-N.json` of a run that was
+A run that is resumed at step N loses what was recorded beyond N, and keeps under another name what was true until
+then: `recipe-until-step-N.yaml` where the recipe has changed, `summary-step-N.json` of a run that was
 complete and is made longer.
 """
 
@@ -10,16 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import secrets
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,15 +24,16 @@ from typing import Any
 import torch
 import yaml
 
-from dist_train.config import Recipe
-from dist_train.errors import UseError, WorkError
+from dist_train.config import Recipe, recipe_to_dict
+from dist_train.errors import WorkError
 from dist_train.files import write_atomically
+from dist_train.machine import ask_git, gpu_names, processor_name, software
 from dist_train.recipe import METRICS_NAME
-from dist_train.train.meters import device_name
 
 RECIPE_NAME = "recipe.yaml"
 SUMMARY_NAME = "summary.json"
 WANDB_NAME = "wandb.json"
+_PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda120", "timm", "transformers", "numpy", "dist-train")
 log = logging.getLogger("dist_train")
 
 
@@ -65,7 +63,7 @@ class RunRecord:
             if self._wandb is not None:
                 opened.callback(self._wandb.finish)
             _keep_former_recipe(run, resumed_step, former_recipe)
-            write_atomically(run / RECIPE_NAME, _yaml(asdict(recipe)))
+            write_atomically(run / RECIPE_NAME, _yaml(recipe_to_dict(recipe)))
             _keep_former_summary(run, resumed_step)
             kept = [entry for entry in lines if entry["step"] <= resumed_step]
             write_atomically(run / METRICS_NAME, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
@@ -81,19 +79,11 @@ class RunRecord:
         if not self.active:
             return
         self._write(figures, "train")
+        left = timedelta(seconds=round((total_steps - figures["step"]) * figures["step_ms"] / 1000))
         log.info(
-            "step %d/%d  epoch %.2f/%d  loss %.4f  lr %.3g  %.1f images/s  wait %.1f ms  mfu %.2f  %.0f MB  %s left",
-            figures["step"],
-            total_steps,
-            figures["epoch"],
-            epochs,
-            figures["loss"],
-            figures["lr"],
-            figures["images_per_s"],
-            figures["data_wait_ms"],
-            figures["mfu"],
-            figures["memory_mb"],
-            timedelta(seconds=round((total_steps - figures["step"]) * figures["step_ms"] / 1000)),
+            "step %(step)d/%(steps)d  epoch %(epoch).2f/%(epochs)d  loss %(loss).4f  lr %(lr).3g  "
+            "%(images_per_s).1f images/s  wait %(data_wait_ms).1f ms  mfu %(mfu).2f  %(memory_mb).0f MB  %(left)s left",
+            figures | {"steps": total_steps, "epochs": epochs, "left": left},
         )
 
     def evaluation(self, figures: dict[str, Any]) -> None:
@@ -102,15 +92,11 @@ class RunRecord:
             return
         if (figures["split"], figures["step"]) not in self._evaluated:
             self._write(figures, figures["split"])
+        left_out = ", %(bad_samples)d bad ones left out" if figures["bad_samples"] else ""
         log.info(
-            "%s after step %d: top-1 %.4f  top-5 %.4f  loss %.4f  over %d samples%s",
-            figures["split"],
-            figures["step"],
-            figures["top1"],
-            figures["top5"],
-            figures["loss"],
-            figures["samples"],
-            f", {figures['bad_samples']} bad ones left out" if figures["bad_samples"] else "",
+            "%(split)s after step %(step)d: top-1 %(top1).4f  top-5 %(top5).4f  loss %(loss).4f  "
+            f"over %(samples)d samples{left_out}",
+            figures,
         )
 
     def summary(self, figures: dict[str, Any]) -> None:
@@ -143,7 +129,7 @@ class RunRecord:
 
 
 class _LogFile(logging.FileHandler):
-    """log.txt. Where it cannot be written the run goes on until something else cannot be, and is named there."""
+    """log.txt. Where it cannot be written the run continues until something else cannot be, whose error says so."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Without the traceback that logging prints."""
@@ -200,7 +186,7 @@ def _keep_former_recipe(run: Path, step: int, recipe: dict[str, Any] | None) -> 
 
 
 def _keep_former_summary(run: Path, step: int) -> None:
-    """A summary is that of a complete run: of one that goes on it gets another name, or goes with the steps that go."""
+    """A summary belongs to a complete run: when that is continued, rename it; remove it with its steps."""
     for file in [run / SUMMARY_NAME, *run.glob("summary-step-*.json")]:
         steps = read_summary(file).get("steps")
         if file.name == SUMMARY_NAME and isinstance(steps, int) and steps <= step:
@@ -210,7 +196,7 @@ def _keep_former_summary(run: Path, step: int) -> None:
 
 
 def read_summary(file: Path) -> dict[str, Any]:
-    """What a summary says; {} where there is none that can be read."""
+    """What a summary says; {} where none can be read."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -237,10 +223,8 @@ class _Wandb:
 
 def _start_wandb(recipe: Recipe, run: Path, lines: list[dict[str, Any]]) -> _Wandb:
     """lines: the record as earlier processes left it."""
-    try:
-        import wandb
-    except ImportError:
-        raise UseError("train.wandb_project needs the package: pip install wandb") from None
+    import wandb  # `recipe.check` has seen to it that it is there
+
     file = run / WANDB_NAME
     before = read_summary(file)
     sent: dict[str, int] = before.get("sent", {})
@@ -276,38 +260,13 @@ def start_console_log(rank: int) -> None:
 
 
 def describe_software() -> dict[str, Any]:
-    """Versions, git commit (None outside a checkout) and hardware, for summaries and benchmark results."""
-    names = ("torch", "deepspeed", "nvidia-dali-cuda120", "timm", "transformers", "numpy", "dist-train")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    """Versions, git commit (None outside a checkout) and hardware, for a run's summary."""
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
-        "commit": _git_commit(),
-        "hardware": {"cpu": device_name(torch.device("cpu")), "cores": torch.get_num_threads(), "gpus": gpus},
+        "versions": software(_PACKAGES),
+        "commit": ask_git("rev-parse", "HEAD") or None,
+        "hardware": {"cpu": processor_name(), "cores": torch.get_num_threads(), "gpus": gpu_names()},
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).parent
-    try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
-
-
 def _yaml(recipe: dict[str, Any]) -> bytes:
-    return yaml.safe_dump(_plain(recipe), sort_keys=False).encode()
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, which is what YAML has."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+    return yaml.safe_dump(recipe, sort_keys=False).encode()

@@ -142,3 +142,14 @@ def test_numbers_of_the_commands_begin_with_1(run: Path, words: str, capsys: pyt
     with pytest.raises(SystemExit) as status:
         main(words.format(run=run).split())
     assert status.value.code == 2 and "must be a number from 1 on" in capsys.readouterr().err
+
+
+def test_deepspeed_does_not_remark_upon_a_machine_without_a_gpu() -> None:
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import dist_train.train.engine"],
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "accelerator" not in done.stdout + done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 
 from dist_train.cli import main
 from dist_train.data.manifest import read_manifest
+from dist_train.errors import UseError
 from dist_train.parse import parse_recipe
-from dist_train.recipe import problems
+from dist_train.recipe import check_step, problems
 from tests.conftest import REPOSITORY, write_shard_set
 
 # What is wrong, and what is said of it. {folder} is that of the test, where `set` is a shard set of 32 images without
@@ -110,6 +112,14 @@ def test_doctor_names_all_problems_at_once_in_the_words_of_train(
     for what in together:
         who = "this machine, data.shards" if what == "no set" else "recipe"
         assert any(line.startswith(f"fail {who}: ") and REFUSED[what][1].format(folder=folder) in line for line in said)
+
+
+@pytest.mark.parametrize("what", ["backbone", "patch", "layer decay", "ranks", "micro-batch", "odd pairs", "offload"])
+def test_a_step_is_refused_in_the_same_words_where_there_is_no_run(folder: Path, what: str) -> None:
+    options, line = REFUSED[what]
+    recipe, _ = parse_recipe(words_of(folder, f"{options} --data.shards={folder}/none --train.run={folder}/old"))
+    with pytest.raises(UseError, match=re.escape(line.format(folder=folder))):
+        check_step(recipe, 2, "cpu")
 
 
 AT_ONCE = """
