@@ -18,7 +18,7 @@ from benchmarks.result import write_result
 from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
 from dist_train.data.manifest import MANIFEST_NAME
-from dist_train.data.text import WHOLE_TAGS
+from dist_train.data.vocabulary import WHOLE_TAGS
 from dist_train.errors import UseError
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes" / "paper"

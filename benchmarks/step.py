@@ -28,7 +28,7 @@ from benchmarks.timing import EnergyMeter, describe_row, step_figures, timed
 from dist_train.config import Recipe
 from dist_train.data.loader import Batch, TrainLoader
 from dist_train.data.manifest import read_manifest
-from dist_train.data.text import TagTokenizer
+from dist_train.data.tokenizer import TagTokenizer
 from dist_train.errors import UseError, WorkError
 from dist_train.output import say
 from dist_train.parse import SECTIONS

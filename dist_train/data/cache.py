@@ -18,13 +18,13 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 from dist_train.data.manifest import ShardInfo
-from dist_train.data.remote import Stopped, download
+from dist_train.data.remote import IsStopped, Stopped, download, never_stopped
 from dist_train.data.tarindex import TarSample, format_index, index_path, index_tar, open_index
 from dist_train.errors import UseError, WorkError
 from dist_train.files import write_atomically
@@ -60,7 +60,7 @@ class ShardCache:
         except OSError as error:
             raise UseError(f"{folder}: cannot hold shards ({error.strerror}); set data.cache to a folder") from None
 
-    def open(self, url: str, shard: ShardInfo, stopped: Callable[[], bool] = lambda: False) -> IO[bytes]:
+    def open(self, url: str, shard: ShardInfo, stopped: IsStopped = never_stopped) -> IO[bytes]:
         """The shard, downloaded if it must be; it stays in the cache until the file and its mappings are closed.
 
         Waits where another process downloads it. Raises WorkError naming the URL or the folder, and the cure; Stopped
@@ -85,7 +85,7 @@ class ShardCache:
                 raise Stopped
             time.sleep(POLL_S)
 
-    def try_open(self, url: str, shard: ShardInfo, stopped: Callable[[], bool] = lambda: False) -> IO[bytes] | None:
+    def try_open(self, url: str, shard: ShardInfo, stopped: IsStopped = never_stopped) -> IO[bytes] | None:
         """The same without waiting: None while another downloads the shard; raises NoRoom, and Stopped if told to."""
         if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
             raise WorkError(f"{url}: its SHA-256 in the manifest is none: {shard.sha256[:70]!r}")
@@ -135,7 +135,7 @@ class ShardCache:
             os.utime(self.path(shard))
             return file
 
-    def _download(self, url: str, shard: ShardInfo, stopped: Callable[[], bool]) -> IO[bytes] | None:
+    def _download(self, url: str, shard: ShardInfo, stopped: IsStopped) -> IO[bytes] | None:
         part = self.path(shard).with_suffix(".part")
         with ExitStack() as undo:
             file = undo.enter_context(os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b"))

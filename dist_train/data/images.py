@@ -47,17 +47,20 @@ _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(=[\"']|>)([0-9])")
 
 # The first bytes of the formats above; DIB has none of its own.
 _SIGNATURES = {
-    "JPEG": rb"\xff\xd8\xff",
-    "PNG": rb"\x89PNG\r\n\x1a\n",
-    "WEBP": rb"RIFF....WEBP",
-    "GIF": rb"GIF8[79]a",
-    "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
-    "TIFF": rb"II[*+]\0|MM\0[*+]",
-    "PPM": rb"P[1-6]\s+[\d#]",
-    "JPEG2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
-    "AVIF": rb"....ftypavi[fs]",
+    name: re.compile(pattern, re.DOTALL)
+    for name, pattern in {
+        "JPEG": rb"\xff\xd8\xff",
+        "PNG": rb"\x89PNG\r\n\x1a\n",
+        "WEBP": rb"RIFF....WEBP",
+        "GIF": rb"GIF8[79]a",
+        "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
+        "TIFF": rb"II[*+]\0|MM\0[*+]",
+        "PPM": rb"P[1-6]\s+[\d#]",
+        "JPEG2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+        "AVIF": rb"....ftypavi[fs]",
+    }.items()
+    if name in FORMATS
 }
-_SIGNATURES = {name: re.compile(pattern, re.DOTALL) for name, pattern in _SIGNATURES.items() if name in FORMATS}
 SIGNATURE_BYTES = 32
 """So much of a file's start shows its format."""
 

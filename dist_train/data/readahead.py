@@ -10,17 +10,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+
+import numpy as np
 
 from dist_train.config import DataConfig
 from dist_train.data.cache import GB, NoRoom, ShardCache, default_folder
 from dist_train.data.manifest import ShardInfo
 from dist_train.data.plan import Need
-from dist_train.data.remote import file_url, is_url
-from dist_train.data.tarindex import TarSample
+from dist_train.data.remote import IsStopped, file_url, is_url, never_stopped
+from dist_train.data.shard import Shard, map_tar
 from dist_train.errors import UseError, WorkError
 
 DOWNLOADS = 4  # at a time and process, each over its own connection
@@ -30,16 +31,18 @@ FURTHEST_NEED = 64  # needs ahead of the current one that are looked at, for a p
 CHECKED_NEEDS = 2000  # of a plan, before it starts: many epochs of a small set, one of a large one
 
 
-def open_remote(config: DataConfig, shards: Sequence[ShardInfo], local_world_size: int) -> RemoteShards | None:
+def open_remote(
+    root: str | Path, config: DataConfig, shards: Sequence[ShardInfo], local_world_size: int
+) -> RemoteShards | None:
     """The shards of a set at a URL for one of the ranks of a node; None for a set in a folder."""
-    if not is_url(config.shards):
+    if not is_url(root):
         return None
     folder = Path(config.cache).expanduser() if config.cache else default_folder()
-    return RemoteShards(config.shards, shards, ShardCache(folder, int(config.cache_gb * GB)), local_world_size)
+    return RemoteShards(str(root), shards, ShardCache(folder, int(config.cache_gb * GB)), local_world_size)
 
 
 class RemoteShards:
-    """Shards of the set at `root`, by their numbers; shared by `local_world_size` ranks of the node."""
+    """`Shards` of the set at the URL `root`; the cache is shared by `local_world_size` ranks of the node."""
 
     def __init__(self, root: str, shards: Sequence[ShardInfo], cache: ShardCache, local_world_size: int) -> None:
         self.root, self.shards, self.cache = root, shards, cache
@@ -50,21 +53,19 @@ class RemoteShards:
         """Where the shard comes from."""
         return file_url(self.root, self.shards[number].file)
 
-    def open(self, number: int, stopped: Callable[[], bool] = lambda: False) -> IO[bytes]:
-        """The verified shard, downloaded first if need be. Raises WorkError naming the URL or the cache folder, and
-        Stopped soon after `stopped()` is true."""
-        return self.cache.open(self.url(number), self.shards[number], stopped)
+    def open(self, number: int, stopped: IsStopped = never_stopped, trust_index: bool = True) -> Shard:
+        """The verified shard, downloaded first if need be; its index was made from the tar itself.
 
-    def path(self, number: int) -> Path:
-        """Where the opened shard lies."""
-        return self.cache.path(self.shards[number])
-
-    def index(self, number: int) -> Sequence[TarSample]:
-        """Where the samples of the opened shard lie."""
+        Raises WorkError naming the URL or the cache folder, and Stopped soon after `stopped()` is true.
+        """
+        info = self.shards[number]
+        path = self.cache.path(info)
+        tar = map_tar(path, lambda: self.cache.open(self.url(number), info, stopped))
         try:
-            return self.cache.index(self.shards[number])
+            samples = self.cache.index(info)
         except WorkError as error:
             raise WorkError(f"{self.url(number)}: damaged before it was uploaded: {error}") from None
+        return Shard(path, tar, np.frombuffer(tar, np.uint8), samples, from_tar=True, checksums=None)
 
     def let_go(self, number: int) -> None:
         """The reader has left the shard behind; unless it comes again soon, it is the first to make room."""

@@ -29,6 +29,15 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 T = TypeVar("T")
 
 
+IsStopped = Callable[[], bool]
+"""Says that what is being made ready is no longer wanted; any thread may ask it, often."""
+
+
+def never_stopped() -> bool:
+    """The `IsStopped` of those whom nobody stops."""
+    return False
+
+
 class Stopped(Exception):
     """The download is no longer wanted."""
 
@@ -60,7 +69,7 @@ def read_file(url: str) -> bytes:
     return _persistently(url, read)
 
 
-def download(url: str, size: int, sha256: str, file: IO[bytes], stopped: Callable[[], bool]) -> None:
+def download(url: str, size: int, sha256: str, file: IO[bytes], stopped: IsStopped) -> None:
     """Write what is at `url` to the beginning of `file`; it has that size and SHA-256 when this returns.
 
     Raises WorkError naming the URL where it cannot be had or stays damaged; Stopped soon after `stopped()` is true.
@@ -121,7 +130,7 @@ def _open(url: str) -> IO[bytes]:
     return files.open(path, "rb", block_size=CHUNK, cache_type="none")
 
 
-def _persistently(url: str, work: Callable[[], T], stopped: Callable[[], bool] = lambda: False) -> T:
+def _persistently(url: str, work: Callable[[], T], stopped: IsStopped = never_stopped) -> T:
     """The result of `work`, tried again with growing waits while it fails in a way that may pass."""
 
     def report(state: RetryCallState) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dist_train.config import Recipe
 from dist_train.data.manifest import Manifest, read_manifest
-from dist_train.data.text import TagTokenizer, read_frequent_tags
-from dist_train.data.vocabulary import WHOLE_TAGS
+from dist_train.data.tokenizer import TagTokenizer
+from dist_train.data.vocabulary import WHOLE_TAGS, read_frequent_tags
 from dist_train.recipe import check_digest
 
 

@@ -19,7 +19,8 @@ from dist_train.data.draws import Draw, random_bits
 from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.manifest import Manifest
 from dist_train.data.quarantine import QUARANTINE_NAME
-from dist_train.data.text import TAGS_NAME, TagTokenizer, find_frequent_tags
+from dist_train.data.tokenizer import TagTokenizer
+from dist_train.data.vocabulary import TAGS_NAME, find_frequent_tags
 from dist_train.errors import UseError
 from dist_train.files import write_atomically
 from dist_train.models.build import build_model
