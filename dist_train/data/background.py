@@ -97,7 +97,7 @@ class _Maker:
         return self._handover.receive(batch, done)
 
     def close(self) -> None:
-        """End the thread and drop what is ready. Twice is as good as once."""
+        """End the thread and drop what is ready. Calling it twice does no harm."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

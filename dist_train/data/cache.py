@@ -5,10 +5,10 @@
     SHA256.part    a shard that is being downloaded, at its full size from the start
     cache.lock     held while the folder's content changes, never during a download
 
-Every lock is a flock, which ends with its process, so a process that is killed leaves nothing but a .part that the
-next one removes. Who reads a tar holds a shared lock on it, and who downloads holds an exclusive one on the .part;
-what nobody holds may be removed, that left behind by its readers first, then the least recently used. The lock on a
-tar belongs to the opened file, which a mapping keeps: it ends with the last view of the mapping.
+Every lock is a flock, which ends with its process, so a killed process leaves nothing but a .part, which the next one
+removes. A reader holds a shared lock on its tar, a download an exclusive lock on its .part; files that nobody holds may
+be removed: first those that their readers have left behind, then the least recently used. The lock on a tar belongs to
+the open file, which its mapping keeps open: it ends with the last view of the mapping.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OURS = re.compile(r"\.?[0-9a-f]{64}\.(tar|idx|part|idx\.\d+\.tmp)")
 
 
 class NoRoom(Exception):
-    """What could be removed would not make room for the shard. `changing`: a download under way may change that."""
+    """Removing all that may be removed would not make room for a shard. changing: a download may change that."""
 
     def __init__(self, changing: bool) -> None:
         self.changing = changing
@@ -177,14 +177,14 @@ class ShardCache:
         try:
             index = format_index(index_tar(part))
         except WorkError:
-            index = None  # a tar that was damaged before it came into the set: for its readers to say
+            index = None  # the tar was damaged before it came into the set; its readers will say so
         with self._locked():
             if index is not None:
                 try:
                     self._make_room(len(index))
                     write_atomically(index_path(self.path(shard)), index)
                 except NoRoom:
-                    pass  # it is then made anew by each reader
+                    pass  # each reader then makes its own
             os.rename(part, self.path(shard))
             fcntl.flock(file, fcntl.LOCK_SH)
         file.seek(0)

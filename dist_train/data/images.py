@@ -113,7 +113,7 @@ def read_header(data: bytes) -> Header | None:
 
 
 def decode(data: bytes, max_pixels: int = DataConfig.max_pixels) -> Image.Image:
-    """An encoded image of any known format as everyone is to see it: the first frame, upright, RGB, 8 bits a channel.
+    """An encoded image of any known format as everyone sees it: the first frame, upright, RGB, 8 bits a channel.
 
     Transparency is laid on white, 16-bit grey is scaled to 8 bits, CMYK is converted by Pillow without profiles.
     Metadata that is damaged or too large makes no image unusable.

@@ -42,6 +42,9 @@ UNDER_WAY = 2  # batches in DALI's hands: one is decoded while the one before is
 class _Loader:
     """What training and evaluation share: positions in, batches out, bad samples replaced and recorded."""
 
+    train = False
+    seed = 0  # of the augmentation and of the order of tags; only training has them
+
     def __init__(
         self,
         config: DataConfig,
@@ -50,8 +53,6 @@ class _Loader:
         place: Place,
         *,
         batch_size: int,
-        train: bool,
-        seed: int,
         tokenizer: TagTokenizer | None,
         quarantine: Path | None,
     ) -> None:
@@ -59,8 +60,7 @@ class _Loader:
         if tokenizer is not None:
             check_has_tags(config, manifest)
         self.config, self.manifest, self.place = config, manifest, place
-        self.batch_size, self.train, self.seed = batch_size, train, seed
-        self.tokenizer, self.split = tokenizer, split
+        self.batch_size, self.tokenizer, self.split = batch_size, tokenizer, split
         self._texts_read, self._texts_are_looked_at = 0, place.rank == 0
         self.bad = Quarantine(quarantine, split, config.max_bad_samples, place.rank)
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
@@ -78,6 +78,13 @@ class _Loader:
             ranks=place.local_world_size,
             threads=self.threads,
         )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return made_ahead(self._make, self.config.prefetch, self.place.device_id)
+
+    def _make(self, stopped: IsStopped) -> Generator[Batch, None, None]:
+        """The batches, as they are made by the thread that is ahead."""
+        raise NotImplementedError
 
     def _batches(self, positions: Iterator[Positions], depth: int = UNDER_WAY) -> Generator[Batch, None, None]:
         """Batches for a sequence of non-empty positions, `depth` of them under way; there must be that many."""
@@ -241,6 +248,8 @@ class TrainLoader(_Loader):
     a multiple. samples_consumed: where to start, in samples of the whole run; the one integer that is the state.
     """
 
+    train = True
+
     def __init__(
         self,
         config: DataConfig,
@@ -255,16 +264,9 @@ class TrainLoader(_Loader):
         quarantine: Path | None = None,
     ) -> None:
         super().__init__(
-            config,
-            manifest,
-            "train",
-            place,
-            batch_size=micro_batch,
-            train=True,
-            seed=seed,
-            tokenizer=tokenizer,
-            quarantine=quarantine,
+            config, manifest, "train", place, batch_size=micro_batch, tokenizer=tokenizer, quarantine=quarantine
         )
+        self.seed = seed
         self.plan = EpochPlan(self.fetcher.split.shard_samples, batch_size, seed, config.streams, config.shuffle_window)
         micro_batch_of(batch_size, place.world_size, micro_batch)
         self.start = samples_consumed
@@ -272,9 +274,6 @@ class TrainLoader(_Loader):
         node = self.plan.shards_ahead(self.start, place.rank // ranks * ranks, place.world_size, ranks)
         # One rank may have all that it can ahead of training, and one in hand, where another has nothing.
         self.fetcher.shards.check_room(node, (config.prefetch + UNDER_WAY + 2) * batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return made_ahead(self._make, self.config.prefetch, self.place.device_id)
 
     def _make(self, stopped: IsStopped) -> Generator[Batch, None, None]:
         with self.fetcher.following(self._needs, stopped):
@@ -317,23 +316,12 @@ class EvalLoader(_Loader):
         quarantine: Path | None = None,
     ) -> None:
         super().__init__(
-            config,
-            manifest,
-            split,
-            place,
-            batch_size=batch_size,
-            train=False,
-            seed=0,
-            tokenizer=tokenizer,
-            quarantine=quarantine,
+            config, manifest, split, place, batch_size=batch_size, tokenizer=tokenizer, quarantine=quarantine
         )
         self.batches = evaluation_batches(self.fetcher.split.shard_samples, batch_size, place.rank, place.world_size)
 
     def __len__(self) -> int:
         return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return made_ahead(self._make, self.config.prefetch, self.place.device_id)
 
     def _make(self, stopped: IsStopped) -> Generator[Batch, None, None]:
         filled = [positions for positions in self.batches if len(positions)]

@@ -183,8 +183,8 @@ class ImagePipeline:
             some = slice(first, end)
             change_colours(pixels[some], parameters[some], *self._normalise, target[some])
 
-        bounds = np.linspace(0, batch, self._workers + 1).astype(int)
-        for done in [self._threads.submit(part, *ends) for ends in pairwise(bounds.tolist())]:
+        bounds = [batch * i // self._workers for i in range(self._workers + 1)]
+        for done in [self._threads.submit(part, *ends) for ends in pairwise(bounds)]:
             done.result()
         self._pipeline.release_outputs()
         return torch.from_numpy(target)

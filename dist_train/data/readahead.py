@@ -1,8 +1,8 @@
 """The shards of one split at a URL: read ahead of their use in the plan's order, through the cache.
 
 What a process reads ahead, together with what it reads now, stays below its share of the cache (the limit divided by
-the ranks of the node), so ranks do not push out each other's shards. Nothing that was read ahead is held in the cache
-but by being recent: a shard that some rank needs now can always take its place.
+the ranks of the node), so ranks do not push out each other's shards. Only its
+recent use keeps in the cache what was read ahead: a shard that some rank needs now can always take its place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dist_train.errors import UseError, WorkError
 DOWNLOADS = 4  # at a time and process, each over its own connection
 ROOM_POLL_S = 0.5
 END_S = 3.0  # for the downloads under way when nobody wants them any more
-FURTHEST_NEED = 64  # needs ahead of the current one that are looked at, for a plan that goes on for ever
+FURTHEST_NEED = 64  # needs ahead of the current one that are looked at, as a plan has no end
 CHECKED_NEEDS = 2000  # of a plan, before it starts: many epochs of a small set, one of a large one
 
 

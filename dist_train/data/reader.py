@@ -50,6 +50,6 @@ class ImageReader:
         try:
             self._pipeline.feed([TensorCPU(np.frombuffer(encoded, np.uint8))], no_augmentation(1))
             return self._pipeline.take()
-        except UndecodableError:  # which leaves a pipeline that is of no use
+        except UndecodableError:  # which leaves the pipeline unusable
             self.close()
             raise

@@ -1,4 +1,6 @@
-"""Files of a shard set at a URL, by fsspec: small ones read whole, shards downloaded; what may pass is tried again.
+"""Files of a shard set at a URL, through fsspec: small ones are read whole, shards downloaded.
+
+Failures that may pass are retried.
 
 Credentials and endpoints come from where fsspec and the cloud's own libraries look (environment, ~/.config/fsspec,
 ~/.aws, ...); nothing of them is in a recipe.
@@ -34,7 +36,7 @@ IsStopped = Callable[[], bool]
 
 
 def never_stopped() -> bool:
-    """The `IsStopped` of those whom nobody stops."""
+    """An `IsStopped` for callers that are never interrupted."""
     return False
 
 
@@ -60,7 +62,10 @@ def file_url(root: str, name: str) -> str:
 
 
 def read_file(url: str) -> bytes:
-    """A small file, whole. Raises FileNotFoundError, UseError for a URL of no use, WorkError if it cannot be read."""
+    """A small file, whole.
+
+    Raises FileNotFoundError, UseError for a URL that cannot be used, WorkError if the file cannot be read.
+    """
 
     def read() -> bytes:
         with _open(url) as stream:
@@ -125,7 +130,7 @@ def _open(url: str) -> IO[bytes]:
         raise UseError(f"{url}: {error}; {cure}") from None
     except ValueError as error:
         raise UseError(f"{url}: not a URL that can be read ({error})") from None
-    if http:  # one request that streams; a size given, whichever, saves the request that asks for it
+    if http:  # one request that streams; giving any size saves the request that would ask for it
         return files.open(path, "rb", block_size=0, size=1)
     return files.open(path, "rb", block_size=CHUNK, cache_type="none")
 

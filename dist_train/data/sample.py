@@ -25,7 +25,7 @@ class BadSample(Exception):
 
 
 class NotWhereListed(BadSample):
-    """The tar has not what the list of its samples says."""
+    """The tar does not hold what the list of its samples says."""
 
 
 class Kind(IntEnum):
@@ -81,8 +81,8 @@ def check_image(shard: Shard, place: int, found: Found, max_pixels: int, baked: 
 def plain_size(encoded: bytes, max_pixels: int) -> tuple[int, int] | None:
     """(width, height) of an image that DALI may have as it is, by its header alone; None for one to be converted.
 
-    What DALI's own parser does not take is not plain either: DALI 2.4 goes on reading freed memory, and often crashes,
-    when it meets such a header in a batch that several threads share. Raises BadImage for too many pixels.
+    A header that DALI's own parser refuses is not plain either: when several threads share a batch with such an image,
+    DALI 2.4 reads freed memory and often crashes. Raises BadImage for too many pixels.
     """
     header = read_header(encoded)
     if header is not None:

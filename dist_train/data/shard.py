@@ -104,7 +104,7 @@ def map_tar(path: Path, open_file: Callable[[], IO[bytes]]) -> mmap.mmap:
 
 
 def _list_samples(path: Path, info: ShardInfo, trust_index: bool) -> tuple[Sequence[TarSample], bool]:
-    """The samples of a shard, and whether the tar itself was read for them because its index is of no use."""
+    """The samples of a shard, and whether the tar itself was read for them because its index cannot be used."""
     listed: Sequence[TarSample] | None = None
     problem = "does not match its tar"
     try:

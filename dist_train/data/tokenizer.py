@@ -46,7 +46,7 @@ class TagTokenizer:
             except (OSError, ValueError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise WorkError(
-                    f"data.tokenizer {name_or_file}: neither a vocabulary file nor to be had from the hub ({reason}); "
+                    f"data.tokenizer {name_or_file}: neither a vocabulary file nor available from the hub ({reason}); "
                     "set data.tokenizer to a vocab.txt"
                 ) from None
         self._says_nothing = torch.tensor(self._tokenizer.all_special_ids)

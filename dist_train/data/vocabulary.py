@@ -1,6 +1,6 @@
 """Which tokens there are: a WordPiece vocabulary's, one a line of a file, or the most frequent tags of a shard set.
 
-Imports nothing slow: a wrong file is told at once.
+Imports nothing slow, so that a wrong file is reported at once.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Names are timm's throughout ("plain" names, see `build.plain_weights`). A file either fits or is refused: every
 tensor of the backbone must be in it with the same shape, position embeddings apart, which are resampled to the
-model's grid; and it may hold nothing else but heads and text. So the weights of another architecture never load in
-part and in silence. Nor does a classifier of other classes, where what is read knows its classes: checkpoints and
+model's grid; and it may hold nothing else but heads and text. So the weights of another architecture never load
+partly and unnoticed. Nor does a classifier of other classes, where what is read knows its classes: checkpoints and
 exports do.
 """
 
@@ -143,7 +143,8 @@ def hub_name(backbone: str, tag: str = "") -> str:
 def read_hub(backbone: str, tag: str = "") -> dict[str, Tensor]:
     """Pretrained tensors of `backbone` by plain name, through timm, at the size they were trained at.
 
-    Raises UseError if timm does not know them and WorkError if they are neither in the local cache nor to be had.
+    Raises UseError if timm does not know them and WorkError if they are neither in the local cache nor
+    available from the hub.
     """
     name = hub_name(backbone, tag)
     try:
