@@ -21,10 +21,10 @@ from dist_train.config import DataConfig
 from dist_train.data.images import BadImage, decode, to_ppm
 from dist_train.data.manifest import SplitInfo
 from dist_train.data.plan import Need, Positions
-from dist_train.data.readahead import open_remote
+from dist_train.data.readahead import open_shards
 from dist_train.data.remote import IsStopped, never_stopped
 from dist_train.data.sample import BadSample, Kind, NotWhereListed, check_image, check_size, find_sample
-from dist_train.data.shard import LocalShards, Shard, Shards
+from dist_train.data.shard import Shard
 
 _NOTHING = TensorCPU(np.empty(0, np.uint8))
 
@@ -87,7 +87,7 @@ class ShardFetcher:
         self.max_pixels = config.max_pixels
         self.baked = baked
         self.texts_only = texts_only
-        self.shards: Shards = open_remote(root, config, split.shards, ranks) or LocalShards(Path(root), split.shards)
+        self.shards = open_shards(root, config, split.shards, ranks)
         self._kinds: dict[int, bytearray] = {}  # of images, by shard and place, also of shards let go
         self._converters = ThreadPoolExecutor(threads, "convert")
         self._open: dict[int, _OpenShard] = {}

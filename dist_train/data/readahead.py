@@ -21,7 +21,7 @@ from dist_train.data.cache import GB, NoRoom, ShardCache, default_folder
 from dist_train.data.manifest import ShardInfo
 from dist_train.data.plan import Need
 from dist_train.data.remote import IsStopped, file_url, is_url, never_stopped
-from dist_train.data.shard import Shard, map_tar
+from dist_train.data.shard import LocalShards, Shard, Shards, map_tar
 from dist_train.errors import UseError, WorkError
 
 DOWNLOADS = 4  # at a time and process, each over its own connection
@@ -31,17 +31,15 @@ FURTHEST_NEED = 64  # needs ahead of the current one that are looked at, as a pl
 CHECKED_NEEDS = 2000  # of a plan, before it starts: many epochs of a small set, one of a large one
 
 
-def open_remote(
-    root: str | Path, config: DataConfig, shards: Sequence[ShardInfo], local_world_size: int
-) -> RemoteShards | None:
-    """The shards of a set at a URL for one of the ranks of a node; None for a set in a folder."""
+def open_shards(root: str | Path, config: DataConfig, shards: Sequence[ShardInfo], local_world_size: int) -> Shards:
+    """The shards of a set in a folder or, through the cache, at a URL, for one of the ranks of a node."""
     if not is_url(root):
-        return None
+        return LocalShards(Path(root), shards)
     folder = Path(config.cache).expanduser() if config.cache else default_folder()
     return RemoteShards(str(root), shards, ShardCache(folder, int(config.cache_gb * GB)), local_world_size)
 
 
-class RemoteShards:
+class RemoteShards(Shards):
     """`Shards` of the set at the URL `root`; the cache is shared by `local_world_size` ranks of the node."""
 
     def __init__(self, root: str, shards: Sequence[ShardInfo], cache: ShardCache, local_world_size: int) -> None:
@@ -54,10 +52,7 @@ class RemoteShards:
         return file_url(self.root, self.shards[number].file)
 
     def open(self, number: int, stopped: IsStopped = never_stopped, trust_index: bool = True) -> Shard:
-        """The verified shard, downloaded first if need be; its index was made from the tar itself.
-
-        Raises WorkError naming the URL or the cache folder, and Stopped soon after `stopped()` is true.
-        """
+        """As `Shards.open`: verified, downloaded first if need be; its index was made from the tar itself."""
         info = self.shards[number]
         path = self.cache.path(info)
         tar = map_tar(path, lambda: self.cache.open(self.url(number), info, stopped))
@@ -68,13 +63,13 @@ class RemoteShards:
         return Shard(path, tar, np.frombuffer(tar, np.uint8), samples, from_tar=True, checksums=None)
 
     def let_go(self, number: int) -> None:
-        """The reader has left the shard behind; unless it comes again soon, it is the first to make room."""
+        """As `Shards.let_go`: unless the shard comes again soon, it is the first to make room."""
         if self._ahead is None or not self._ahead.wants(number):
             self.cache.let_go(self.shards[number])
 
     @contextmanager
     def reading_ahead(self, needs: Iterator[Need]) -> Iterator[None]:
-        """Download in the order of `needs` while this lasts, as far as the reader's `advance` allows."""
+        """As `Shards.reading_ahead`: in threads that download."""
         self._ahead = _ReadAhead(self, needs)
         try:
             yield
@@ -83,15 +78,12 @@ class RemoteShards:
             self._ahead = None
 
     def advance(self, position: int) -> None:
-        """The reader has come to `position` of the needs."""
+        """As `Shards.advance`."""
         if self._ahead is not None:
             self._ahead.advance(position)
 
     def check_room(self, needs: Iterator[Need], under_way: int) -> None:
-        """Raise UseError if the cache is too small for what the node's ranks need at once.
-
-        needs: of all ranks of the node together. under_way: how far behind the last position samples are still in use.
-        """
+        """As `Shards.check_room`: whether the cache is large enough."""
         total = sum(shard.bytes for shard in self.shards)
         if total <= self.cache.limit:
             return

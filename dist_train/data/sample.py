@@ -29,9 +29,8 @@ class NotWhereListed(BadSample):
 
 
 class Kind(IntEnum):
-    """What is known of an image: nothing yet; DALI may have it as it is; it has to be converted first."""
+    """Whether DALI may have an image as it is, or it has to be converted first; 0 is for those not looked at."""
 
-    UNSEEN = 0
     PLAIN = 1
     ODD = 2
 

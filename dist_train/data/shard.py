@@ -1,4 +1,4 @@
-"""An opened shard, and the protocol of the places that shards are opened from: a folder, or a URL (`readahead.py`)."""
+"""An opened shard, and where shards are opened from: a folder, or a URL (`readahead.py`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,17 +40,19 @@ class Shard:
     checksums: NDArray[np.uint32] | None
 
 
-class Shards(Protocol):
-    """The shards of one split, by their numbers in the manifest."""
+class Shards:
+    """The shards of one split, by their numbers in the manifest. Where nothing has to be fetched, `open` is enough."""
 
     def open(self, number: int, stopped: IsStopped = never_stopped, trust_index: bool = True) -> Shard:
         """A shard; without `trust_index` its samples are listed from the tar itself.
 
         Raises WorkError where it cannot be had, and Stopped (`remote.py`) soon after `stopped()` is true.
         """
+        raise NotImplementedError
 
     def reading_ahead(self, needs: Iterator[Need]) -> AbstractContextManager[None]:
         """While this lasts, shards may be fetched in the order of `needs`, as far as `advance` allows."""
+        return nullcontext()
 
     def advance(self, position: int) -> None:
         """The reader has come to `position` of the needs."""
@@ -65,8 +67,8 @@ class Shards(Protocol):
         """
 
 
-class LocalShards:
-    """The shards of a set in a folder: nothing has to be fetched, and nothing is in the way."""
+class LocalShards(Shards):
+    """The shards of a set in a folder."""
 
     def __init__(self, root: Path, shards: Sequence[ShardInfo]) -> None:
         self.root, self.shards = root, shards
@@ -79,19 +81,6 @@ class LocalShards:
         samples, from_tar = _list_samples(path, info, trust_index and len(tar) == info.bytes)
         checksums = read_checksums(path, info.samples, info.bytes) if len(samples) == info.samples else None
         return Shard(path, tar, np.frombuffer(tar, np.uint8), samples, from_tar, checksums)
-
-    def reading_ahead(self, needs: Iterator[Need]) -> AbstractContextManager[None]:
-        """Nothing is read ahead."""
-        return nullcontext()
-
-    def advance(self, position: int) -> None:
-        """Nothing to do."""
-
-    def let_go(self, number: int) -> None:
-        """Nothing to do."""
-
-    def check_room(self, needs: Iterator[Need], under_way: int) -> None:
-        """Nothing to do."""
 
 
 def map_tar(path: Path, open_file: Callable[[], IO[bytes]]) -> mmap.mmap:
