@@ -21,7 +21,7 @@ from dist_train.data.loader import Batch, EvalLoader
 from dist_train.data.manifest import Manifest, read_manifest
 from dist_train.data.reader import ImageReader
 from dist_train.data.tags import tag_line
-from dist_train.data.text import TagTokenizer
+from dist_train.data.tokenizer import TagTokenizer
 from dist_train.errors import UseError, WorkError, written
 from dist_train.files import write_atomically
 from dist_train.models.backbones import timm_name, vit_shape

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_train.config import DataConfig, Precision, Recipe
+from dist_train.data.device import decoding_gpu
 from dist_train.data.manifest import Manifest, check_has_tags, read_manifest
 from dist_train.data.plan import choose_streams, micro_batch_of
 from dist_train.data.remote import is_url
@@ -230,8 +231,7 @@ def _check_samples(recipe: Recipe, manifest: Manifest) -> None:
 
 
 def _check_data_device(recipe: Recipe, device: str) -> None:
-    if recipe.data.device == "gpu" and device == "cpu":
-        raise UseError("data.device is gpu, but this machine has none; use cpu or auto")
+    decoding_gpu(recipe.data, 0 if device == "cuda" else None)
 
 
 def _check_deepspeed_settings(recipe: Recipe, device: str, world_size: int) -> None:

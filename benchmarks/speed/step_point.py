@@ -24,7 +24,7 @@ from benchmarks.speed.timing import EnergyMeter, step_figures, timed
 from dist_train.config import Recipe
 from dist_train.data.loader import Batch, TrainLoader
 from dist_train.data.manifest import read_manifest
-from dist_train.data.text import TagTokenizer
+from dist_train.data.tokenizer import TagTokenizer
 from dist_train.errors import UseError
 from dist_train.place import Place
 from dist_train.train.engine import init_process_group, torch_device

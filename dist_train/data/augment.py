@@ -53,7 +53,7 @@ def draw_augmentation(
         return 1 + strength * (2 * drawn[what] - 1)
 
     return Augmentation(
-        crop=(np.stack([drawn[_CROP_Y], drawn[_CROP_X]], axis=1) * (config.crop_margin + 1)).astype(np.int32),
+        crop=(drawn[[_CROP_Y, _CROP_X]] * (config.crop_margin + 1)).astype(np.int32).T,
         flip=(drawn[_FLIP] < 0.5) & config.flip,
         brightness=factor(_BRIGHTNESS, config.brightness),
         contrast=factor(_CONTRAST, config.contrast),
@@ -71,5 +71,8 @@ def no_augmentation(samples: int) -> Augmentation:
 def colour_parameters(augmentation: Augmentation) -> NDArray[np.float32]:
     """(B, 5), what the colour change of B images takes: factors of brightness, contrast and saturation, the turn of the
     hue in [0, 1], and 1 for a flip, else 0."""
-    jitter = (augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue % 1)
-    return np.stack([*jitter, augmentation.flip], axis=1).astype(np.float32)
+    parameters = np.empty((len(augmentation.flip), 5), np.float32)
+    parameters[:, 0], parameters[:, 1] = augmentation.brightness, augmentation.contrast
+    parameters[:, 2], parameters[:, 3] = augmentation.saturation, augmentation.hue % 1
+    parameters[:, 4] = augmentation.flip
+    return parameters

@@ -14,7 +14,7 @@ import atexit
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from dist_train.data.remote import IsStopped
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +47,10 @@ class Batch:
     samples: NDArray[np.int64]
 
 
-IsStopped = Callable[[], bool]
+MakeBatches = Callable[[IsStopped], Generator[Batch, None, None]]
 
 
-def made_ahead(make: Callable[[IsStopped], Iterator[Batch]], depth: int, device_id: int | None) -> Iterator[Batch]:
+def made_ahead(make: MakeBatches, depth: int, device_id: int | None) -> Iterator[Batch]:
     """The batches of the generator that `make` returns, made in a thread, `depth` of them ready before they are taken.
 
     `make` is told how to find out that it is to stop; the generator is run and closed in the thread. device_id: the GPU
@@ -66,7 +68,7 @@ def made_ahead(make: Callable[[IsStopped], Iterator[Batch]], depth: int, device_
 class _Maker:
     """The thread, its queue, and how it ended."""
 
-    def __init__(self, make: Callable[[IsStopped], Iterator[Batch]], depth: int, device_id: int | None) -> None:
+    def __init__(self, make: MakeBatches, depth: int, device_id: int | None) -> None:
         self._make, self._depth, self._handover = make, depth, _Handover(device_id)
         self._changed = threading.Condition()
         self._ready: deque[tuple[Batch, torch.cuda.Event | None]] = deque()
@@ -95,7 +97,7 @@ class _Maker:
         return self._handover.receive(batch, done)
 
     def close(self) -> None:
-        """End the thread and drop what is ready. Twice is as good as once."""
+        """End the thread and drop what is ready. Calling it twice does no harm."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

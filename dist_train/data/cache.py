@@ -5,10 +5,10 @@
     SHA256.part    a shard that is being downloaded, at its full size from the start
     cache.lock     held while the folder's content changes, never during a download
 
-Every lock is a flock, which ends with its process, so a process that is killed leaves nothing but a .part that the
-next one removes. Who reads a tar holds a shared lock on it, and who downloads holds an exclusive one on the .part;
-what nobody holds may be removed, that left behind by its readers first, then the least recently used. The lock on a
-tar belongs to the opened file, which a mapping keeps: it ends with the last view of the mapping.
+Every lock is a flock, which ends with its process, so a killed process leaves nothing but a .part, which the next one
+removes. A reader holds a shared lock on its tar, a download an exclusive lock on its .part; files that nobody holds may
+be removed: first those that their readers have left behind, then the least recently used. The lock on a tar belongs to
+the open file, which its mapping keeps open: it ends with the last view of the mapping.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 from dist_train.data.manifest import ShardInfo
-from dist_train.data.remote import Stopped, download
+from dist_train.data.remote import IsStopped, Stopped, download, never_stopped
 from dist_train.data.tarindex import TarSample, format_index, index_path, index_tar, open_index
 from dist_train.errors import UseError, WorkError
 from dist_train.files import write_atomically
@@ -36,7 +36,7 @@ _OURS = re.compile(r"\.?[0-9a-f]{64}\.(tar|idx|part|idx\.\d+\.tmp)")
 
 
 class NoRoom(Exception):
-    """What could be removed would not make room for the shard. `changing`: a download under way may change that."""
+    """Removing all that may be removed would not make room for a shard. changing: a download may change that."""
 
     def __init__(self, changing: bool) -> None:
         self.changing = changing
@@ -60,7 +60,7 @@ class ShardCache:
         except OSError as error:
             raise UseError(f"{folder}: cannot hold shards ({error.strerror}); set data.cache to a folder") from None
 
-    def open(self, url: str, shard: ShardInfo, stopped: Callable[[], bool] = lambda: False) -> IO[bytes]:
+    def open(self, url: str, shard: ShardInfo, stopped: IsStopped = never_stopped) -> IO[bytes]:
         """The shard, downloaded if it must be; it stays in the cache until the file and its mappings are closed.
 
         Waits where another process downloads it. Raises WorkError naming the URL or the folder, and the cure; Stopped
@@ -85,7 +85,7 @@ class ShardCache:
                 raise Stopped
             time.sleep(POLL_S)
 
-    def try_open(self, url: str, shard: ShardInfo, stopped: Callable[[], bool] = lambda: False) -> IO[bytes] | None:
+    def try_open(self, url: str, shard: ShardInfo, stopped: IsStopped = never_stopped) -> IO[bytes] | None:
         """The same without waiting: None while another downloads the shard; raises NoRoom, and Stopped if told to."""
         if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
             raise WorkError(f"{url}: its SHA-256 in the manifest is none: {shard.sha256[:70]!r}")
@@ -135,7 +135,7 @@ class ShardCache:
             os.utime(self.path(shard))
             return file
 
-    def _download(self, url: str, shard: ShardInfo, stopped: Callable[[], bool]) -> IO[bytes] | None:
+    def _download(self, url: str, shard: ShardInfo, stopped: IsStopped) -> IO[bytes] | None:
         part = self.path(shard).with_suffix(".part")
         with ExitStack() as undo:
             file = undo.enter_context(os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b"))
@@ -177,14 +177,14 @@ class ShardCache:
         try:
             index = format_index(index_tar(part))
         except WorkError:
-            index = None  # a tar that was damaged before it came into the set: for its readers to say
+            index = None  # the tar was damaged before it came into the set; its readers will say so
         with self._locked():
             if index is not None:
                 try:
                     self._make_room(len(index))
                     write_atomically(index_path(self.path(shard)), index)
                 except NoRoom:
-                    pass  # it is then made anew by each reader
+                    pass  # each reader then makes its own
             os.rename(part, self.path(shard))
             fcntl.flock(file, fcntl.LOCK_SH)
         file.seek(0)

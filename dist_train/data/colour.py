@@ -52,7 +52,7 @@ def _take_apart(image: NDArray[np.uint8], flip: bool, planes: NDArray[np.uint8])
 def _mean_grey(planes: NDArray[np.uint8], brightness: np.float32) -> np.float32:
     """The mean grey of an image after the change of its brightness."""
     _, height, width = planes.shape
-    high, total = np.float32(255), 0.0
+    high, total = np.float32(255), np.float64(0)
     for y in range(height):
         red, green, blue = planes[0, y], planes[1, y], planes[2, y]
         grey = np.float32(0)

@@ -7,6 +7,7 @@ counter. Vectorised over numpy arrays of counters.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,40 +27,43 @@ class Draw(IntEnum):
     MIXING = 7
 
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MOST = 2**64 - 1
 
 
 def random_bits(*counters: Counter) -> NDArray[np.uint64]:
-    """64 random bits for each combination of the counters (non-negative integers, broadcast together)."""
-    if all(isinstance(counter, int) for counter in counters):
-        return _random_bits_of_numbers(counters)
-    with np.errstate(over="ignore"):  # wrapping around 2**64 is what the mixer is made of
-        state = np.zeros(1, np.uint64)
-        for counter in counters:
-            state = _mix((state ^ np.asarray(counter).astype(np.uint64)) * _GOLDEN + _GOLDEN)
-    return state if any(np.ndim(counter) for counter in counters) else state[0]
+    """64 random bits for each combination of the counters (non-negative integers, broadcast together).
+
+    Of numbers alone the bits are a number too, np.uint64.
+    """
+    number, rest = 0, 0  # counters in front that are numbers are mixed as such, in a tenth of the time
+    while rest < len(counters) and isinstance(counters[rest], int):
+        number = _mix_number(((number ^ int(counters[rest])) * _GOLDEN + _GOLDEN) & _MOST)
+        rest += 1
+    state: Any = np.uint64(number)
+    if rest < len(counters):
+        golden = np.uint64(_GOLDEN)
+        with np.errstate(over="ignore"):  # wrapping around 2**64 is what the mixer is made of
+            for counter in counters[rest:]:
+                state = _mix((state ^ np.asarray(counter).astype(np.uint64)) * golden + golden)
+    return state
 
 
-def _random_bits_of_numbers(counters: tuple[int, ...]) -> np.uint64:
-    """The same without arrays, a tenth of the time: a training step draws the seed of its dropout by it."""
-    state, wrap, golden = 0, 2**64 - 1, int(_GOLDEN)
-    for counter in counters:
-        state = ((state ^ int(counter)) * golden + golden) & wrap
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & wrap
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & wrap
-        state ^= state >> 31
-    return np.uint64(state)
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_FIRST)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_SECOND)
+    return x ^ (x >> np.uint64(31))
+
+
+def _mix_number(x: int) -> int:
+    x = ((x ^ (x >> 30)) * _FIRST) & _MOST
+    x = ((x ^ (x >> 27)) * _SECOND) & _MOST
+    return x ^ (x >> 31)
 
 
 def uniform(*counters: Counter) -> NDArray[np.float64]:
     """Uniform in [0, 1), 53 bits, for each combination of the counters."""
-    return (random_bits(*counters) >> np.uint64(11)) * 2.0**-53
+    return np.asarray((random_bits(*counters) >> np.uint64(11)) * 2.0**-53, np.float64)
 
 
 def permutation(length: int, *counters: Counter) -> NDArray[np.int64]:

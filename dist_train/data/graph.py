@@ -20,7 +20,7 @@ from dist_train.data.augment import Augmentation
 
 def crop_input(augmentation: Augmentation, cut_only: bool) -> NDArray[Any]:
     """What both graphs take as `crop` in training: (B, 2) (y, x), whole pixels to cut at, else offsets to scale."""
-    return augmentation.crop if cut_only else augmentation.crop.astype(np.float32)
+    return np.ascontiguousarray(augmentation.crop, np.int32 if cut_only else np.float32)
 
 
 def cpu_graph(config: DataConfig, train: bool, cut_only: bool) -> Any:

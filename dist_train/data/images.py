@@ -47,17 +47,20 @@ _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(=[\"']|>)([0-9])")
 
 # The first bytes of the formats above; DIB has none of its own.
 _SIGNATURES = {
-    "JPEG": rb"\xff\xd8\xff",
-    "PNG": rb"\x89PNG\r\n\x1a\n",
-    "WEBP": rb"RIFF....WEBP",
-    "GIF": rb"GIF8[79]a",
-    "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
-    "TIFF": rb"II[*+]\0|MM\0[*+]",
-    "PPM": rb"P[1-6]\s+[\d#]",
-    "JPEG2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
-    "AVIF": rb"....ftypavi[fs]",
+    name: re.compile(pattern, re.DOTALL)
+    for name, pattern in {
+        "JPEG": rb"\xff\xd8\xff",
+        "PNG": rb"\x89PNG\r\n\x1a\n",
+        "WEBP": rb"RIFF....WEBP",
+        "GIF": rb"GIF8[79]a",
+        "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
+        "TIFF": rb"II[*+]\0|MM\0[*+]",
+        "PPM": rb"P[1-6]\s+[\d#]",
+        "JPEG2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+        "AVIF": rb"....ftypavi[fs]",
+    }.items()
+    if name in FORMATS
 }
-_SIGNATURES = {name: re.compile(pattern, re.DOTALL) for name, pattern in _SIGNATURES.items() if name in FORMATS}
 SIGNATURE_BYTES = 32
 """So much of a file's start shows its format."""
 
@@ -110,7 +113,7 @@ def read_header(data: bytes) -> Header | None:
 
 
 def decode(data: bytes, max_pixels: int = DataConfig.max_pixels) -> Image.Image:
-    """An encoded image of any known format as everyone is to see it: the first frame, upright, RGB, 8 bits a channel.
+    """An encoded image of any known format as everyone sees it: the first frame, upright, RGB, 8 bits a channel.
 
     Transparency is laid on white, 16-bit grey is scaled to 8 bits, CMYK is converted by Pillow without profiles.
     Metadata that is damaged or too large makes no image unusable.

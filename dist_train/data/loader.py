@@ -10,7 +10,7 @@ import io
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -21,15 +21,16 @@ from torch import Tensor
 
 from dist_train.config import DataConfig
 from dist_train.data.augment import draw_augmentation, no_augmentation
-from dist_train.data.background import Batch, IsStopped, made_ahead
+from dist_train.data.background import Batch, made_ahead
+from dist_train.data.device import decoding_gpu
 from dist_train.data.fetch import FetchedBatch, ShardFetcher
 from dist_train.data.manifest import Manifest, check_has_tags
 from dist_train.data.pipeline import ImagePipeline, UndecodableError, load_compiled_passes
 from dist_train.data.plan import EpochPlan, Need, Positions, evaluation_batches, micro_batch_of, needs_of
 from dist_train.data.quarantine import Quarantine
-from dist_train.data.readahead import open_remote
-from dist_train.data.text import TagTokenizer, shuffle_tags
-from dist_train.errors import UseError
+from dist_train.data.remote import IsStopped
+from dist_train.data.tags import shuffle_tags
+from dist_train.data.tokenizer import TagTokenizer
 from dist_train.place import Place
 from dist_train.ranges import check_section
 
@@ -38,17 +39,11 @@ log = logging.getLogger(__name__)
 UNDER_WAY = 2  # batches in DALI's hands: one is decoded while the one before is finished
 
 
-def open_device(config: DataConfig, place: Place) -> int | None:
-    """The GPU that decodes for this process, or None for the CPU. Raises UseError if a GPU is asked for and missing."""
-    if config.device == "cpu":
-        return None
-    if config.device == "gpu" and place.device_id is None:
-        raise UseError("data.device is gpu, but this machine has none; use cpu or auto")
-    return place.device_id
-
-
 class _Loader:
     """What training and evaluation share: positions in, batches out, bad samples replaced and recorded."""
+
+    train = False
+    seed = 0  # of the augmentation and of the order of tags; only training has them
 
     def __init__(
         self,
@@ -58,8 +53,6 @@ class _Loader:
         place: Place,
         *,
         batch_size: int,
-        train: bool,
-        seed: int,
         tokenizer: TagTokenizer | None,
         quarantine: Path | None,
     ) -> None:
@@ -67,12 +60,11 @@ class _Loader:
         if tokenizer is not None:
             check_has_tags(config, manifest)
         self.config, self.manifest, self.place = config, manifest, place
-        self.batch_size, self.train, self.seed = batch_size, train, seed
-        self.tokenizer, self.split = tokenizer, split
-        self._texts_read: int | None = 0 if place.rank == 0 else None  # None: no longer looked at
+        self.batch_size, self.tokenizer, self.split = batch_size, tokenizer, split
+        self._texts_read, self._texts_are_looked_at = 0, place.rank == 0
         self.bad = Quarantine(quarantine, split, config.max_bad_samples, place.rank)
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
-        self.device_id = open_device(config, place)
+        self.device_id = decoding_gpu(config, place.device_id)
         self._noted_odd = False
         self._kept: ImagePipeline | None = None  # for the next iteration: on a GPU, DALI takes 1.6 s to build one
         if self.device_id is None:
@@ -81,13 +73,20 @@ class _Loader:
             config.shards,
             manifest.split(split),
             len(manifest.classes),
-            config.max_pixels,
-            manifest.baked_size(),
-            open_remote(config, manifest.split(split).shards, place.local_world_size),
-            self.threads,
+            config=config,
+            baked=manifest.baked_size(),
+            ranks=place.local_world_size,
+            threads=self.threads,
         )
 
-    def _batches(self, positions: Iterator[Positions], depth: int = UNDER_WAY) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:
+        return made_ahead(self._make, self.config.prefetch, self.place.device_id)
+
+    def _make(self, stopped: IsStopped) -> Generator[Batch, None, None]:
+        """The batches, as they are made by the thread that is ahead."""
+        raise NotImplementedError
+
+    def _batches(self, positions: Iterator[Positions], depth: int = UNDER_WAY) -> Generator[Batch, None, None]:
         """Batches for a sequence of non-empty positions, `depth` of them under way; there must be that many."""
         pipeline, self._kept = self._kept, None
         under_way: deque[tuple[Positions, FetchedBatch]] = deque()
@@ -101,9 +100,9 @@ class _Loader:
                     if pipeline is not None and pipeline.depth == depth:  # else one for the last few of few
                         self._kept, pipeline = pipeline, None
                     return
+                if pipeline is None:
+                    pipeline, fresh = self._pipeline(self.batch_size, len(under_way)), list(under_way)
                 try:
-                    if pipeline is None:
-                        pipeline, fresh = self._pipeline(self.batch_size, len(under_way)), list(under_way)
                     for entry in fresh:
                         self._feed(pipeline, *entry)
                     batch = self._finish(pipeline.take(), *under_way[0])
@@ -151,35 +150,36 @@ class _Loader:
 
     def _finish(self, images: Tensor, positions: Positions, fetched: FetchedBatch) -> Batch:
         weights = torch.from_numpy(~self.bad.among(positions.sample))
-        ids, mask = self._tokens(positions, fetched.texts) if self.tokenizer else (None, None)
         gpu = self.place.device_id
 
-        def on_device(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or gpu is None or tensor.is_cuda:
+        def on_device(tensor: Tensor) -> Tensor:
+            if gpu is None or tensor.is_cuda:
                 return tensor
             return tensor.pin_memory().to(torch.device("cuda", gpu), non_blocking=True)
 
+        tokens = self._tokens(self.tokenizer, positions, fetched.texts) if self.tokenizer else ()
+        ids, mask = map(on_device, tokens) if tokens else (None, None)
         return Batch(
             on_device(images),
             on_device(torch.from_numpy(fetched.labels)),
             on_device(weights.float()),
-            on_device(ids),
-            on_device(mask),
+            ids,
+            mask,
             positions.sample,
         )
 
-    def _tokens(self, positions: Positions, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def _tokens(self, tokenizer: TagTokenizer, positions: Positions, texts: list[str]) -> tuple[Tensor, Tensor]:
         if self.train and self.config.tag_order == "shuffle":
             texts = shuffle_tags(texts, self.seed, positions.epoch, positions.sample)
-        ids, mask = self.tokenizer(texts)
-        if self._texts_read is not None:
-            self._look_for_unknown_tags(texts, ids)
+        ids, mask = tokenizer(texts)
+        if self._texts_are_looked_at:
+            self._look_for_unknown_tags(tokenizer, texts, ids)
         return ids, mask
 
-    def _look_for_unknown_tags(self, texts: list[str], ids: Tensor) -> None:
+    def _look_for_unknown_tags(self, tokenizer: TagTokenizer, texts: list[str], ids: Tensor) -> None:
         """Say, once, that there are texts of which the model knows no tag: they tell it nothing."""
         self._texts_read += len(texts)
-        if unknown := self.tokenizer.without_known_tags(texts, ids):
+        if unknown := tokenizer.without_known_tags(texts, ids):
             log.warning(
                 "%s: of %d of the first %d texts the model knows no tag, such as '%.80s'; see data.tokenizer",
                 self.split,
@@ -187,7 +187,7 @@ class _Loader:
                 self._texts_read,
                 texts[unknown[0]],
             )
-            self._texts_read = None
+            self._texts_are_looked_at = False
 
     def _find_undecodable(self, under_way: deque[tuple[Positions, FetchedBatch]], error: UndecodableError) -> None:
         """Decode the batches under way one image at a time: what fails is converted, or left out if it cannot be.
@@ -200,8 +200,8 @@ class _Loader:
             bad = self.bad.among(positions.sample)
             for i in np.flatnonzero(~bad).tolist():
                 one = slice(i, i + 1)
+                probe = probe or self._pipeline(batch_size=1, depth=1)
                 try:
-                    probe = probe or self._pipeline(batch_size=1, depth=1)
                     self._feed(probe, positions[one], FetchedBatch(fetched.images[one], fetched.labels[one], []))
                     probe.take()
                 except UndecodableError as failure:
@@ -248,6 +248,8 @@ class TrainLoader(_Loader):
     a multiple. samples_consumed: where to start, in samples of the whole run; the one integer that is the state.
     """
 
+    train = True
+
     def __init__(
         self,
         config: DataConfig,
@@ -262,30 +264,18 @@ class TrainLoader(_Loader):
         quarantine: Path | None = None,
     ) -> None:
         super().__init__(
-            config,
-            manifest,
-            "train",
-            place,
-            batch_size=micro_batch,
-            train=True,
-            seed=seed,
-            tokenizer=tokenizer,
-            quarantine=quarantine,
+            config, manifest, "train", place, batch_size=micro_batch, tokenizer=tokenizer, quarantine=quarantine
         )
+        self.seed = seed
         self.plan = EpochPlan(self.fetcher.split.shard_samples, batch_size, seed, config.streams, config.shuffle_window)
         micro_batch_of(batch_size, place.world_size, micro_batch)
-        self.share = batch_size // place.world_size
         self.start = samples_consumed
-        if self.fetcher.remote:
-            ranks = place.local_world_size
-            node = self.plan.shards_ahead(self.start, place.rank // ranks * ranks, place.world_size, ranks)
-            # One rank may have all that it can ahead of training, and one in hand, where another has nothing.
-            self.fetcher.remote.check_room(node, (config.prefetch + UNDER_WAY + 2) * batch_size)
+        ranks = place.local_world_size
+        node = self.plan.shards_ahead(self.start, place.rank // ranks * ranks, place.world_size, ranks)
+        # One rank may have all that it can ahead of training, and one in hand, where another has nothing.
+        self.fetcher.shards.check_room(node, (config.prefetch + UNDER_WAY + 2) * batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return made_ahead(self._make, self.config.prefetch, self.place.device_id)
-
-    def _make(self, stopped: IsStopped) -> Iterator[Batch]:
+    def _make(self, stopped: IsStopped) -> Generator[Batch, None, None]:
         with self.fetcher.following(self._needs, stopped):
             yield from self._batches(self._positions())
 
@@ -303,7 +293,7 @@ class TrainLoader(_Loader):
         while True:
             self.fetcher.advance(consumed)
             step = self.plan.batch(consumed, self.place.rank, self.place.world_size)
-            for first in range(0, self.share, self.batch_size):
+            for first in range(0, len(step), self.batch_size):
                 yield step[first : first + self.batch_size]
             consumed += self.plan.batch_size
 
@@ -326,25 +316,14 @@ class EvalLoader(_Loader):
         quarantine: Path | None = None,
     ) -> None:
         super().__init__(
-            config,
-            manifest,
-            split,
-            place,
-            batch_size=batch_size,
-            train=False,
-            seed=0,
-            tokenizer=tokenizer,
-            quarantine=quarantine,
+            config, manifest, split, place, batch_size=batch_size, tokenizer=tokenizer, quarantine=quarantine
         )
         self.batches = evaluation_batches(self.fetcher.split.shard_samples, batch_size, place.rank, place.world_size)
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return made_ahead(self._make, self.config.prefetch, self.place.device_id)
-
-    def _make(self, stopped: IsStopped) -> Iterator[Batch]:
+    def _make(self, stopped: IsStopped) -> Generator[Batch, None, None]:
         filled = [positions for positions in self.batches if len(positions)]
         if filled:
             with self.fetcher.following(lambda: needs_of(filled), stopped):

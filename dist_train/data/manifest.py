@@ -149,7 +149,7 @@ def read_manifest(root: str | Path) -> Manifest:
     Raises UseError where there is no set or an incomplete one, WorkError where the manifest is damaged.
     """
     remote = is_url(root)
-    path = file_url(str(root), MANIFEST_NAME) if remote else Path(root) / MANIFEST_NAME
+    path = file_url(str(root), MANIFEST_NAME) if remote else str(Path(root) / MANIFEST_NAME)
     if not remote and not Path(root).is_dir():
         raise UseError(f"{root}: no such shard set; build one with `python -m shards build` or `python -m shards demo`")
     try:

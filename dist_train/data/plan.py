@@ -66,16 +66,19 @@ def choose_streams(batch_size: int, streams: int) -> int:
 
     Raises UseError where it does not divide the batch size: then a batch would not take equally from each stream.
     """
-    divisors = [d for d in range(1, batch_size + 1) if batch_size % d == 0]
     if not streams:
         most = max(FEWEST_AUTO_STREAMS, batch_size // SAMPLES_PER_AUTO_STREAM)
-        return max(d for d in divisors if d <= most)
+        return max(divisor for divisor in _divisors(batch_size) if divisor <= most)
     if batch_size % streams:
         raise UseError(
             f"data.streams {streams} does not divide train.batch_size {batch_size}; "
-            f"these do: {', '.join(map(str, divisors))}"
+            f"these do: {', '.join(map(str, _divisors(batch_size)))}"
         )
     return streams
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def rank_batch(global_batch: int, world_size: int) -> int:
@@ -99,7 +102,7 @@ def micro_batch_of(global_batch: int, world_size: int, micro_batch: int = 0) -> 
         raise UseError(
             f"train.micro_batch_size {micro_batch} does not divide the {share} samples that each of {world_size} ranks "
             f"takes of train.batch_size {global_batch}; "
-            f"these do: {', '.join(str(d) for d in range(1, share + 1) if share % d == 0)}"
+            f"these do: {', '.join(map(str, _divisors(share)))}"
         )
     return micro_batch or share
 
@@ -186,7 +189,7 @@ class EpochPlan:
     def _locate(self, epochs: NDArray[np.int64], positions: NDArray[np.int64]) -> Positions:
         shard = np.empty_like(positions)
         place = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
+        for epoch in _distinct(epochs):
             chosen = epochs == epoch
             order, starts = self._line(epoch)
             line = self._line_places(epoch, positions[chosen])
@@ -219,7 +222,7 @@ class EpochPlan:
         begin, _ = self._stream_range(stream)
         window, offset = np.divmod(turn, self.window)
         places = begin + window * self.window
-        for number in np.unique(window).tolist():  # all streams are in one window, or on their way into the next
+        for number in _distinct(window):  # all streams are in one window, or on their way into the next
             chosen = window == number
             shuffled = self._shuffled(epoch, number, stream[chosen])
             places[chosen] += shuffled[stream[chosen], offset[chosen]]
@@ -249,6 +252,11 @@ class EpochPlan:
                 shuffled[some, :size] = permutation(size, self.seed, Draw.WINDOWS, epoch, some[:, None], window)
         known[fresh] = True
         return shuffled
+
+
+def _distinct(numbers: NDArray[np.int64]) -> list[int]:
+    """As np.unique, faster for the few numbers of a batch."""
+    return sorted(set(numbers.tolist()))
 
 
 def evaluation_batches(shard_samples: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[Positions]:

@@ -1,8 +1,8 @@
 """The shards of one split at a URL: read ahead of their use in the plan's order, through the cache.
 
 What a process reads ahead, together with what it reads now, stays below its share of the cache (the limit divided by
-the ranks of the node), so ranks do not push out each other's shards. Nothing that was read ahead is held in the cache
-but by being recent: a shard that some rank needs now can always take its place.
+the ranks of the node), so ranks do not push out each other's shards. Only its
+recent use keeps in the cache what was read ahead: a shard that some rank needs now can always take its place.
 """
 
 from __future__ import annotations
@@ -10,36 +10,37 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+
+import numpy as np
 
 from dist_train.config import DataConfig
 from dist_train.data.cache import GB, NoRoom, ShardCache, default_folder
 from dist_train.data.manifest import ShardInfo
 from dist_train.data.plan import Need
-from dist_train.data.remote import file_url, is_url
-from dist_train.data.tarindex import TarSample
+from dist_train.data.remote import IsStopped, file_url, is_url, never_stopped
+from dist_train.data.shard import LocalShards, Shard, Shards, map_tar
 from dist_train.errors import UseError, WorkError
 
 DOWNLOADS = 4  # at a time and process, each over its own connection
 ROOM_POLL_S = 0.5
 END_S = 3.0  # for the downloads under way when nobody wants them any more
-FURTHEST_NEED = 64  # needs ahead of the current one that are looked at, for a plan that goes on for ever
+FURTHEST_NEED = 64  # needs ahead of the current one that are looked at, as a plan has no end
 CHECKED_NEEDS = 2000  # of a plan, before it starts: many epochs of a small set, one of a large one
 
 
-def open_remote(config: DataConfig, shards: Sequence[ShardInfo], local_world_size: int) -> RemoteShards | None:
-    """The shards of a set at a URL for one of the ranks of a node; None for a set in a folder."""
-    if not is_url(config.shards):
-        return None
+def open_shards(root: str | Path, config: DataConfig, shards: Sequence[ShardInfo], local_world_size: int) -> Shards:
+    """The shards of a set in a folder or, through the cache, at a URL, for one of the ranks of a node."""
+    if not is_url(root):
+        return LocalShards(Path(root), shards)
     folder = Path(config.cache).expanduser() if config.cache else default_folder()
-    return RemoteShards(config.shards, shards, ShardCache(folder, int(config.cache_gb * GB)), local_world_size)
+    return RemoteShards(str(root), shards, ShardCache(folder, int(config.cache_gb * GB)), local_world_size)
 
 
-class RemoteShards:
-    """Shards of the set at `root`, by their numbers; shared by `local_world_size` ranks of the node."""
+class RemoteShards(Shards):
+    """`Shards` of the set at the URL `root`; the cache is shared by `local_world_size` ranks of the node."""
 
     def __init__(self, root: str, shards: Sequence[ShardInfo], cache: ShardCache, local_world_size: int) -> None:
         self.root, self.shards, self.cache = root, shards, cache
@@ -50,30 +51,25 @@ class RemoteShards:
         """Where the shard comes from."""
         return file_url(self.root, self.shards[number].file)
 
-    def open(self, number: int, stopped: Callable[[], bool] = lambda: False) -> IO[bytes]:
-        """The verified shard, downloaded first if need be. Raises WorkError naming the URL or the cache folder, and
-        Stopped soon after `stopped()` is true."""
-        return self.cache.open(self.url(number), self.shards[number], stopped)
-
-    def path(self, number: int) -> Path:
-        """Where the opened shard lies."""
-        return self.cache.path(self.shards[number])
-
-    def index(self, number: int) -> Sequence[TarSample]:
-        """Where the samples of the opened shard lie."""
+    def open(self, number: int, stopped: IsStopped = never_stopped, trust_index: bool = True) -> Shard:
+        """As `Shards.open`: verified, downloaded first if need be; its index was made from the tar itself."""
+        info = self.shards[number]
+        path = self.cache.path(info)
+        tar = map_tar(path, lambda: self.cache.open(self.url(number), info, stopped))
         try:
-            return self.cache.index(self.shards[number])
+            samples = self.cache.index(info)
         except WorkError as error:
             raise WorkError(f"{self.url(number)}: damaged before it was uploaded: {error}") from None
+        return Shard(path, tar, np.frombuffer(tar, np.uint8), samples, from_tar=True, checksums=None)
 
     def let_go(self, number: int) -> None:
-        """The reader has left the shard behind; unless it comes again soon, it is the first to make room."""
+        """As `Shards.let_go`: unless the shard comes again soon, it is the first to make room."""
         if self._ahead is None or not self._ahead.wants(number):
             self.cache.let_go(self.shards[number])
 
     @contextmanager
     def reading_ahead(self, needs: Iterator[Need]) -> Iterator[None]:
-        """Download in the order of `needs` while this lasts, as far as the reader's `advance` allows."""
+        """As `Shards.reading_ahead`: in threads that download."""
         self._ahead = _ReadAhead(self, needs)
         try:
             yield
@@ -82,15 +78,12 @@ class RemoteShards:
             self._ahead = None
 
     def advance(self, position: int) -> None:
-        """The reader has come to `position` of the needs."""
+        """As `Shards.advance`."""
         if self._ahead is not None:
             self._ahead.advance(position)
 
     def check_room(self, needs: Iterator[Need], under_way: int) -> None:
-        """Raise UseError if the cache is too small for what the node's ranks need at once.
-
-        needs: of all ranks of the node together. under_way: how far behind the last position samples are still in use.
-        """
+        """As `Shards.check_room`: whether the cache is large enough."""
         total = sum(shard.bytes for shard in self.shards)
         if total <= self.cache.limit:
             return

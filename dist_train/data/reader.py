@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from nvidia.dali.tensors import TensorCPU
 from torch import Tensor
 
 from dist_train.config import DataConfig
 from dist_train.data.augment import no_augmentation
-from dist_train.data.fetch import plain_size
 from dist_train.data.images import BadImage, decode, to_ppm
 from dist_train.data.pipeline import ImagePipeline, UndecodableError
+from dist_train.data.sample import plain_size
 
 
 class ImageReader:
@@ -25,15 +25,14 @@ class ImageReader:
 
     def read(self, data: bytes) -> Tensor:
         """(1, 3, S, S), normalised, on the device. Raises BadImage."""
-        encoded = np.frombuffer(data, np.uint8)
-        if plain_size(encoded, self._config.max_pixels) is not None:
+        if plain_size(data, self._config.max_pixels) is not None:
             try:
-                return self._decode(encoded)
+                return self._decode(data)
             except UndecodableError:
                 pass  # as the loader does, what DALI refuses is converted
         converted = to_ppm(decode(data, self._config.max_pixels))
         try:
-            return self._decode(np.frombuffer(converted, np.uint8))
+            return self._decode(converted)
         except UndecodableError as error:
             raise BadImage("cannot decode", error.reason()) from None
 
@@ -43,14 +42,14 @@ class ImageReader:
             self._pipeline.close()
             self._pipeline = None
 
-    def _decode(self, encoded: NDArray[np.uint8]) -> Tensor:
+    def _decode(self, encoded: bytes) -> Tensor:
         if self._pipeline is None:
             self._pipeline = ImagePipeline(
                 self._config, train=False, baked=None, batch_size=1, threads=1, device_id=self._device_id, depth=1
             )
         try:
-            self._pipeline.feed([encoded], no_augmentation(1))
+            self._pipeline.feed([TensorCPU(np.frombuffer(encoded, np.uint8))], no_augmentation(1))
             return self._pipeline.take()
-        except UndecodableError:  # which leaves a pipeline that is of no use
+        except UndecodableError:  # which leaves the pipeline unusable
             self.close()
             raise

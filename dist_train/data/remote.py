@@ -1,4 +1,6 @@
-"""Files of a shard set at a URL, by fsspec: small ones read whole, shards downloaded; what may pass is tried again.
+"""Files of a shard set at a URL, through fsspec: small ones are read whole, shards downloaded.
+
+Failures that may pass are retried.
 
 Credentials and endpoints come from where fsspec and the cloud's own libraries look (environment, ~/.config/fsspec,
 ~/.aws, ...); nothing of them is in a recipe.
@@ -29,6 +31,15 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 T = TypeVar("T")
 
 
+IsStopped = Callable[[], bool]
+"""Says that what is being made ready is no longer wanted; any thread may ask it, often."""
+
+
+def never_stopped() -> bool:
+    """An `IsStopped` for callers that are never interrupted."""
+    return False
+
+
 class Stopped(Exception):
     """The download is no longer wanted."""
 
@@ -51,7 +62,10 @@ def file_url(root: str, name: str) -> str:
 
 
 def read_file(url: str) -> bytes:
-    """A small file, whole. Raises FileNotFoundError, UseError for a URL of no use, WorkError if it cannot be read."""
+    """A small file, whole.
+
+    Raises FileNotFoundError, UseError for a URL that cannot be used, WorkError if the file cannot be read.
+    """
 
     def read() -> bytes:
         with _open(url) as stream:
@@ -60,7 +74,7 @@ def read_file(url: str) -> bytes:
     return _persistently(url, read)
 
 
-def download(url: str, size: int, sha256: str, file: IO[bytes], stopped: Callable[[], bool]) -> None:
+def download(url: str, size: int, sha256: str, file: IO[bytes], stopped: IsStopped) -> None:
     """Write what is at `url` to the beginning of `file`; it has that size and SHA-256 when this returns.
 
     Raises WorkError naming the URL where it cannot be had or stays damaged; Stopped soon after `stopped()` is true.
@@ -116,12 +130,12 @@ def _open(url: str) -> IO[bytes]:
         raise UseError(f"{url}: {error}; {cure}") from None
     except ValueError as error:
         raise UseError(f"{url}: not a URL that can be read ({error})") from None
-    if http:  # one request that streams; a size given, whichever, saves the request that asks for it
+    if http:  # one request that streams; giving any size saves the request that would ask for it
         return files.open(path, "rb", block_size=0, size=1)
     return files.open(path, "rb", block_size=CHUNK, cache_type="none")
 
 
-def _persistently(url: str, work: Callable[[], T], stopped: Callable[[], bool] = lambda: False) -> T:
+def _persistently(url: str, work: Callable[[], T], stopped: IsStopped = never_stopped) -> T:
     """The result of `work`, tried again with growing waits while it fails in a way that may pass."""
 
     def report(state: RetryCallState) -> None:

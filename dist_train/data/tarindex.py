@@ -105,7 +105,7 @@ def _add_samples(path: Path, file: BinaryIO, start: int, samples: list[TarSample
                 samples.append(TarSample(key, {}))
             samples[-1].members[extension] = Member(entry.offset_data, entry.size)
         file.seek(tar.offset)
-        after_members = file.read(_BLOCK)  # tarfile ends in silence at a header that is none
+        after_members = file.read(_BLOCK)  # tarfile stops silently at an invalid header
     if len(after_members) < _BLOCK:
         raise WorkError(f"{path}: cut short after {len(samples)} samples (no end-of-archive block)")
     if any(after_members):
@@ -126,7 +126,7 @@ def _next_archive(path: Path, file: BinaryIO, end: int) -> int | None:
             file.seek(start)
             if file.read(_BLOCK)[257:262] != b"ustar":
                 raise WorkError(
-                    f"{path}: after its end, at offset {start}, lies something that is no tar; pack it anew"
+                    f"{path}: after its end, at offset {start}, lies something that is no tar; pack it again"
                 )
             return start
         end += len(chunk)

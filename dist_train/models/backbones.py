@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import VisionTransformer, checkpoint
+from timm.models import EfficientNet, ResNet, VisionTransformer, checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -141,6 +141,9 @@ class TokenTransformer(VisionTransformer):
         return self.norm(tokens[:, 0])
 
 
-def create_cnn(backbone: str, drop_path: float = 0.0) -> nn.Module:
+Backbone = TokenTransformer | ResNet | EfficientNet
+
+
+def create_cnn(backbone: str, drop_path: float = 0.0) -> ResNet | EfficientNet:
     """timm's CNN of that name without its classifier: images (B, 3, H, W) to pooled features (B, num_features)."""
     return timm.create_model(backbone, num_classes=0, drop_path_rate=drop_path)

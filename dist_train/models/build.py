@@ -3,64 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_train.config import ModelConfig
-from dist_train.models.backbones import TokenTransformer, create_cnn
+from dist_train.models.backbones import Backbone, TokenTransformer, create_cnn
+from dist_train.models.classifier import Classifier
 from dist_train.models.heads import CLSHead, IFAHead, initialise_head
 from dist_train.models.names import check_model, vit_shape
 from dist_train.models.parameter_groups import freeze
-from dist_train.models.vilt import TextEmbeddings, keep_padding_out
-from dist_train.models.weights import LoadReport, load_weights
-
-
-class Classifier(nn.Module):
-    """Backbone, head, and text embeddings for a ViLT (`text` is None for a model of images alone)."""
-
-    def __init__(
-        self, backbone: nn.Module, head: CLSHead | IFAHead, text: TextEmbeddings | None, mask_padding: bool
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.text = text
-        self.head = head
-        self.mask_padding = mask_padding
-        self.frozen: list[nn.Module] = []
-        """Parts that stay in evaluation mode."""
-        self.autocast: torch.dtype | None = None
-        """What torch's autocast computes matrix products in; None: the type of the weights."""
-
-    def train(self, mode: bool = True) -> Classifier:
-        """As `nn.Module.train`, but frozen parts neither drop anything nor change their running statistics."""
-        super().train(mode)
-        for module in self.frozen:
-            module.eval()
-        return self
-
-    def forward(self, images: Tensor, text_ids: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, num_classes) of images (B, 3, H, W), float.
-
-        A ViLT also needs `text_ids` (B, T), int64, and `text_mask` (B, T), bool, True for real tokens; a model of
-        images alone takes neither. Raises ValueError where that is not so.
-        """
-        # In here and not around the model: DeepSpeed's engine switches an autocast around it off, on GPUs alone.
-        with nullcontext() if self.autocast is None else torch.autocast(images.device.type, self.autocast):
-            return self._logits(images, text_ids, text_mask)
-
-    def _logits(self, images: Tensor, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor:
-        if (text_ids is None) != (self.text is None):
-            raise ValueError("a ViLT needs text_ids; a model of images alone takes none")
-        if self.text is None:
-            return self.head(self.backbone(images))
-        attention_mask = None
-        if self.mask_padding:
-            if text_mask is None:
-                raise ValueError("mask_padding needs text_mask")
-            attention_mask = keep_padding_out(text_mask, image_tokens=1 + self.backbone.patch_embed.num_patches)
-        return self.head(self.backbone(images, self.text(text_ids), attention_mask))
+from dist_train.models.vilt import TextEmbeddings
+from dist_train.models.weights import LoadReport, load_weights, to_plain_names
 
 
 def build_model(
@@ -78,10 +31,12 @@ def build_model(
     if config.text_tokens > 0 and vocab_size <= 0:
         raise ValueError("a model with text needs vocab_size")
 
+    backbone: Backbone
+    head: CLSHead | IFAHead
     text = None
     if shape is None:
         backbone = create_cnn(config.backbone, config.drop_path)
-        head: CLSHead | IFAHead = CLSHead(backbone.num_features, num_classes)
+        head = CLSHead(backbone.num_features, num_classes)
     else:
         backbone = TokenTransformer(
             shape, image_size, config.head == "ifa", config.dropout, config.norm_eps, config.drop_path
@@ -126,16 +81,7 @@ def plain_weights(model: Classifier) -> dict[str, Tensor]:
     `classifier.` for a CNN). IFA head: `ifa.aggregate.`, `ifa.norm.`, `ifa.classifier.`; text: `text.word.weight`,
     `text.position.weight`, `text.token_type.weight`, `text.norm.`.
     """
-    if isinstance(model.head, IFAHead):
-        new_prefixes = {"backbone.": "", "head.": "ifa.", "text.": "text."}
-    else:
-        classifier = getattr(model.backbone, "default_cfg", {}).get("classifier", "head")
-        new_prefixes = {"backbone.": "", "head.classifier.": f"{classifier}.", "text.": "text."}
-    plain = {}
-    for name, tensor in model.state_dict().items():
-        prefix = next(prefix for prefix in new_prefixes if name.startswith(prefix))
-        plain[new_prefixes[prefix] + name.removeprefix(prefix)] = tensor
-    return plain
+    return to_plain_names(model.state_dict(), getattr(model.backbone, "default_cfg", {}).get("classifier", "head"))
 
 
 def to_timm_state_dict(model: Classifier) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

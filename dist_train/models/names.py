@@ -1,4 +1,5 @@
-"""Backbones by name: which there are, and what their names say. Imports nothing slow: a wrong name is told at once.
+"""Backbones by name: which there are, and what their names say. Imports nothing slow, so that a wrong
+name is reported at once.
 
 A name says what timm calls the architecture without the training resolution: `vit_base_patch16` is timm's
 `vit_base_patch16_224` at whatever image size the recipe has. The patch size is free, so that small images can be

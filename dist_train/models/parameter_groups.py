@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from dist_train.models.classifier import Classifier
+
 _EMBEDDING = ("backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed.")
 _NOT_DECAYED = ("backbone.cls_token", "backbone.pos_embed", "text.position.weight", "text.token_type.weight")
 
 
-def layer_of(model: nn.Module, name: str) -> int:
+def layer_of(model: Classifier, name: str) -> int:
     """Layer of the parameter `name`: a ViT's embedding 0, its block i (from 0) i + 1, everything else one more than the
     last block. The text embeddings belong to everything else: like the head they start untrained."""
     if name.startswith(_EMBEDDING):
@@ -18,7 +20,7 @@ def layer_of(model: nn.Module, name: str) -> int:
     return head_layer(model)
 
 
-def head_layer(model: nn.Module) -> int:
+def head_layer(model: Classifier) -> int:
     """The highest layer of a ViT, that of the head."""
     return len(model.backbone.blocks) + 1
 
@@ -28,7 +30,7 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and name not in _NOT_DECAYED
 
 
-def freeze(model: nn.Module, which: str) -> list[nn.Module]:
+def freeze(model: Classifier, which: str) -> list[nn.Module]:
     """Take gradients from what `which` names (see ModelConfig.freeze). Returns its modules, which are to stay in
     evaluation mode."""
     if which == "none":

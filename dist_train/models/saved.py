@@ -48,7 +48,7 @@ def newest_checkpoint(run: Path) -> Path | None:
             return checkpoint
         log.warning("%s is damaged, so the one before it is used: %s", checkpoint, damage)
     if checkpoints:
-        raise WorkError(f"{run / 'checkpoints'}: every checkpoint is damaged; delete {run} to start anew")
+        raise WorkError(f"{run / 'checkpoints'}: every checkpoint is damaged; delete {run} to start again")
     return None
 
 

@@ -2,8 +2,8 @@
 
 Names are timm's throughout ("plain" names, see `build.plain_weights`). A file either fits or is refused: every
 tensor of the backbone must be in it with the same shape, position embeddings apart, which are resampled to the
-model's grid; and it may hold nothing else but heads and text. So the weights of another architecture never load in
-part and in silence. Nor does a classifier of other classes, where what is read knows its classes: checkpoints and
+model's grid; and it may hold nothing else but heads and text. So the weights of another architecture never load
+partly and unnoticed. Nor does a classifier of other classes, where what is read knows its classes: checkpoints and
 exports do.
 """
 
@@ -97,7 +97,9 @@ def load_weights(
     if source == "hub" or source.startswith("hub:"):
         return _fit(own, read_hub(backbone, source.removeprefix("hub").removeprefix(":")), source, pos_resize)
     theirs, classes, which = _read_path(source)
-    theirs = _plain_names(theirs, own)
+    if any(name.startswith("backbone.") for name in theirs):  # the names of a checkpoint
+        classifier = next((name for name in ("fc", "classifier") if f"{name}.weight" in own), "head")
+        theirs = to_plain_names(theirs, classifier)
     other = bool(classes) and bool(class_names) and list(classes) != list(class_names)
     if other:
         theirs = {name: tensor for name, tensor in theirs.items() if not _CLASSIFIER.fullmatch(name)}
@@ -141,7 +143,8 @@ def hub_name(backbone: str, tag: str = "") -> str:
 def read_hub(backbone: str, tag: str = "") -> dict[str, Tensor]:
     """Pretrained tensors of `backbone` by plain name, through timm, at the size they were trained at.
 
-    Raises UseError if timm does not know them and WorkError if they are neither in the local cache nor to be had.
+    Raises UseError if timm does not know them and WorkError if they are neither in the local cache nor
+    available from the hub.
     """
     name = hub_name(backbone, tag)
     try:
@@ -187,18 +190,14 @@ def _classes_of_export(path: Path) -> list[str]:
     return [str(name) for name in classes] if isinstance(classes, list) else []
 
 
-def _plain_names(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by plain name, where they have the names of a checkpoint, which are those of `Classifier`."""
-    if not any(name.startswith("backbone.") for name in tensors):
-        return tensors
-    classifier = next((name for name in ("fc", "classifier") if f"{name}.weight" in own), "head")
-    prefixes = {"backbone.": "", "head.classifier.": f"{classifier}.", "text.": "text."}
-    if "head.aggregate.weight" in tensors:
-        prefixes = {"backbone.": "", "head.": "ifa.", "text.": "text."}
+def to_plain_names(tensors: dict[str, Tensor], classifier: str) -> dict[str, Tensor]:
+    """The tensors of a `Classifier`, as in a checkpoint, by plain name. classifier: what timm calls the backbone's."""
+    head = ("head.", "ifa.") if "head.aggregate.weight" in tensors else ("head.classifier.", f"{classifier}.")
+    prefixes = [("backbone.", ""), head, ("text.", "text.")]
     plain = {}
     for name, tensor in tensors.items():
-        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-        plain[prefixes.get(prefix, "") + name.removeprefix(prefix)] = tensor
+        old, new = next(((old, new) for old, new in prefixes if name.startswith(old)), ("", ""))
+        plain[new + name.removeprefix(old)] = tensor
     return plain
 
 

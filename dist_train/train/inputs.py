@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dist_train.config import Recipe
 from dist_train.data.manifest import Manifest, read_manifest
-from dist_train.data.text import TAGS_NAME, TagTokenizer, find_frequent_tags, read_frequent_tags
-from dist_train.data.vocabulary import WHOLE_TAGS
+from dist_train.data.tokenizer import TagTokenizer
+from dist_train.data.vocabulary import TAGS_NAME, WHOLE_TAGS, find_frequent_tags, read_frequent_tags
 from dist_train.files import write_atomically
 from dist_train.place import Place
 from dist_train.recipe import check_digest

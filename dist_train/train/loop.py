@@ -20,7 +20,7 @@ from dist_train.data.loader import Batch, EvalLoader, TrainLoader
 from dist_train.data.manifest import Manifest, read_manifest
 from dist_train.data.plan import micro_batch_of
 from dist_train.data.quarantine import QUARANTINE_NAME
-from dist_train.data.text import TagTokenizer
+from dist_train.data.tokenizer import TagTokenizer
 from dist_train.errors import UseError
 from dist_train.models.saved import read_averaged_weights
 from dist_train.place import Place

@@ -217,7 +217,7 @@ def test_micro_batches_that_do_not_divide_are_refused_with_the_numbers_that_woul
 
 
 def test_text_asked_of_shards_without_tags_is_refused(shard_set: MakeSet, shared_data: Path) -> None:
-    from dist_train.data.text import TagTokenizer
+    from dist_train.data.tokenizer import TagTokenizer
 
     root = shard_set({"train": [8]})
     tokenizer = TagTokenizer(str(shared_data / "text" / "bert-base-uncased-vocab.txt"), 16)
@@ -228,7 +228,7 @@ def test_text_asked_of_shards_without_tags_is_refused(shard_set: MakeSet, shared
 
 
 def test_tags_come_as_wordpiece_ids_with_a_mask(shard_set: MakeSet, shared_data: Path) -> None:
-    from dist_train.data.text import TagTokenizer
+    from dist_train.data.tokenizer import TagTokenizer
 
     vocabulary = (shared_data / "text" / "bert-base-uncased-vocab.txt").read_text().splitlines()
     root = shard_set({"train": [6]}, text=True)

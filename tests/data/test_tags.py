@@ -18,9 +18,10 @@ from dist_train.data.fetch import ShardFetcher
 from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.manifest import ShardInfo, SplitInfo, read_manifest
 from dist_train.data.plan import evaluation_batches
-from dist_train.data.tags import tag_line
+from dist_train.data.tags import shuffle_tags, tag_line
 from dist_train.data.tarindex import index_tar, write_index
-from dist_train.data.text import TagTokenizer, find_frequent_tags, shuffle_tags
+from dist_train.data.tokenizer import TagTokenizer
+from dist_train.data.vocabulary import find_frequent_tags
 from dist_train.errors import UseError
 from dist_train.place import Place
 from shards.sources import read_source

@@ -18,7 +18,7 @@ from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
 from dist_train.data.loader import TrainLoader
 from dist_train.data.manifest import read_manifest
-from dist_train.data.text import TagTokenizer
+from dist_train.data.tokenizer import TagTokenizer
 from dist_train.models.build import Classifier, build_model
 from dist_train.models.names import VIT_SIZES
 from dist_train.place import Place

@@ -1,30 +1,18 @@
-"""Tags to token ids and mask, and the order in which they come.
+"""Lines of tags (`tags.py`) to token ids and mask.
 
-The tags of a sample stand on one line, separated by blanks (`tags.tag_line`). As the line is cut at model.text_tokens,
-the order decides which tags are lost (data.tag_order).
+As a line is cut at model.text_tokens, the order of its tags decides which are lost (data.tag_order).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_train.config import DataConfig
-from dist_train.data.draws import Draw, random_bits
-from dist_train.data.fetch import ShardFetcher
-from dist_train.data.manifest import Manifest, check_has_tags
-from dist_train.data.plan import evaluation_batches, needs_of
-from dist_train.data.readahead import open_remote
 from dist_train.data.vocabulary import WHOLE_TAGS, read_vocabulary
 from dist_train.errors import WorkError
 
-TAGS_NAME = "tags.txt"
 _PADDING, _UNKNOWN, _FIRST_TAG = 0, 1, 2  # ids of whole tags
 
 
@@ -58,7 +46,7 @@ class TagTokenizer:
             except (OSError, ValueError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise WorkError(
-                    f"data.tokenizer {name_or_file}: neither a vocabulary file nor to be had from the hub ({reason}); "
+                    f"data.tokenizer {name_or_file}: neither a vocabulary file nor available from the hub ({reason}); "
                     "set data.tokenizer to a vocab.txt"
                 ) from None
         self._says_nothing = torch.tensor(self._tokenizer.all_special_ids)
@@ -91,42 +79,3 @@ class TagTokenizer:
             known = [self._rank.get(tag, _UNKNOWN - _FIRST_TAG) for tag in text.split()[: self.tokens]]
             ids[row, : len(known)] = _FIRST_TAG + torch.tensor(known, dtype=torch.int64)
         return ids, ids > 0
-
-
-def shuffle_tags(texts: list[str], seed: int, epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> list[str]:
-    """Lines of tags in random order, a pure function of (seed, epoch, sample) of each; (B,) each."""
-    lines = [text.split() for text in texts]
-    lengths = np.array([len(line) for line in lines], np.int64)
-    ends = np.cumsum(lengths)
-    row = np.repeat(np.arange(len(lines)), lengths)
-    place = np.arange(len(row)) - (ends - lengths)[row]
-    order = np.lexsort((random_bits(seed, Draw.TAG_ORDER, epochs[row], samples[row], place), row))
-    tags = [tag for line in lines for tag in line]
-    return [" ".join(tags[i] for i in order[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
-
-
-def find_frequent_tags(config: DataConfig, manifest: Manifest) -> list[str]:
-    """The data.tag_vocabulary most frequent tags of the train split, most frequent first, ties in order of code points.
-
-    Exact: reads each sample's tags once, about half a minute for a million samples on a local disk.
-    """
-    check_has_tags(config, manifest)
-    split = manifest.split("train")
-    remote = open_remote(config, split.shards, local_world_size=1)
-    fetcher = ShardFetcher(config.shards, split, len(manifest.classes), remote=remote, texts_only=True)
-    counts: Counter[str] = Counter()
-    batches = evaluation_batches(split.shard_samples, 4096, rank=0, world_size=1)
-    with fetcher.following(lambda: needs_of(batches)):
-        for i, positions in enumerate(batches):
-            fetcher.advance(i)
-            for text in fetcher.fetch(positions, with_text=True).texts:
-                counts.update(set(text.split()))
-    return sorted(counts, key=lambda tag: (-counts[tag], tag))[: config.tag_vocabulary]
-
-
-def read_frequent_tags(run: Path) -> list[str]:
-    """The tags that a run found most frequent. Raises WorkError where it has no list of them."""
-    try:
-        return (run / TAGS_NAME).read_text(encoding="utf-8").split("\n")[:-1]
-    except (OSError, ValueError) as error:
-        raise WorkError(f"{run / TAGS_NAME}: cannot be read ({error}); the model reads tags by this list") from None
