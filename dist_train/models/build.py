@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_train.config import ModelConfig
 from dist_train.models.backbones import Backbone, TokenTransformer, create_cnn
 from dist_train.models.classifier import Classifier
-from dist_train.models.heads import CLSHead, IFAHead, initialise_head
+from dist_train.models.heads import HEAD_PREFIXES, CLSHead, HeadModule, IFAHead, initialise_head
 from dist_train.models.names import check_model, vit_shape
 from dist_train.models.parameter_groups import freeze
 from dist_train.models.vilt import TextEmbeddings
@@ -32,7 +32,7 @@ def build_model(
         raise ValueError("a model with text needs vocab_size")
 
     backbone: Backbone
-    head: CLSHead | IFAHead
+    head: HeadModule
     text = None
     if shape is None:
         backbone = create_cnn(config.backbone, config.drop_path)
@@ -92,5 +92,5 @@ def to_timm_state_dict(model: Classifier) -> tuple[dict[str, Tensor], dict[str, 
     model does not have. The second holds the IFA head and the text embeddings and is empty for the others.
     """
     plain = plain_weights(model)
-    extra = {name: tensor for name, tensor in plain.items() if name.startswith(("ifa.", "text."))}
+    extra = {name: tensor for name, tensor in plain.items() if name.startswith(("text.", *HEAD_PREFIXES.values()))}
     return {name: tensor for name, tensor in plain.items() if name not in extra}, extra

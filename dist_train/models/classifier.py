@@ -8,16 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.models.backbones import Backbone
-from dist_train.models.heads import CLSHead, IFAHead
+from dist_train.models.heads import HeadModule
 from dist_train.models.vilt import TextEmbeddings, keep_padding_out
 
 
 class Classifier(nn.Module):
     """Backbone, head, and text embeddings for a ViLT (`text` is None for a model of images alone)."""
 
-    def __init__(
-        self, backbone: Backbone, head: CLSHead | IFAHead, text: TextEmbeddings | None, mask_padding: bool
-    ) -> None:
+    def __init__(self, backbone: Backbone, head: HeadModule, text: TextEmbeddings | None, mask_padding: bool) -> None:
         super().__init__()
         self.backbone = backbone
         self.text = text

@@ -40,7 +40,15 @@ class IFAHead(nn.Module):
         return self.classifier(self.norm(functional.relu(mixture)))
 
 
-def initialise_head(head: CLSHead | IFAHead, head_init: Literal["reference", "zero", "default", "mean"]) -> None:
+HeadModule = CLSHead | IFAHead
+"""A head; its last layer is called `classifier`."""
+
+HEAD_PREFIXES = {"aggregate": "ifa."}
+"""What the plain names (`weights.to_plain_names`) of a head begin with that timm's models do not have, by the name of a
+layer that only this head has."""
+
+
+def initialise_head(head: HeadModule, head_init: Literal["reference", "zero", "default", "mean"]) -> None:
     """Set the start of the head; what is not named here keeps PyTorch's default.
 
     `reference` is a zero classifier for the CLS head and PyTorch's for the IFA head, as in the paper's code; a

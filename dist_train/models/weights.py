@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_train.errors import UseError, WorkError
+from dist_train.models.heads import HEAD_PREFIXES
 from dist_train.models.names import FILE_TYPES
 from dist_train.models.saved import (
     EXTRA_NAME,
@@ -44,10 +45,11 @@ HUB_TAGS = ("orig_in21k", "augreg_in21k", "tv_in1k", "ra_in1k")
 
 # May be new in the model or unused in the file: classifiers, the layer before one, what only one of the two heads
 # has, text. Everything else is the backbone.
+_OWN_HEADS = "|".join(prefix.removesuffix(".") for prefix in HEAD_PREFIXES.values())
 NOT_BACKBONE = re.compile(
-    r"(head|head_dist|fc|fc_norm|classifier|pre_logits(\.fc)?|norm|(ifa|text)\.\w+)\.(weight|bias)"
+    rf"(head(\.fc)?|head_dist|fc|fc_norm|classifier|pre_logits(\.fc)?|norm|({_OWN_HEADS}|text)\.\w+)\.(weight|bias)"
 )
-_CLASSIFIER = re.compile(r"(head|fc|classifier|ifa\.classifier)\.(weight|bias)")
+_CLASSIFIER = re.compile(rf"(head(\.fc)?|fc|classifier|({_OWN_HEADS})\.classifier)\.(weight|bias)")
 AVERAGED = ":ema"
 """Behind a run's or checkpoint's folder: its averaged weights."""
 
@@ -98,7 +100,7 @@ def load_weights(
         return _fit(own, read_hub(backbone, source.removeprefix("hub").removeprefix(":")), source, pos_resize)
     theirs, classes, which = _read_path(source)
     if any(name.startswith("backbone.") for name in theirs):  # the names of a checkpoint
-        classifier = next((name for name in ("fc", "classifier") if f"{name}.weight" in own), "head")
+        classifier = next((name for name in ("fc", "classifier", "head.fc") if f"{name}.weight" in own), "head")
         theirs = to_plain_names(theirs, classifier)
     other = bool(classes) and bool(class_names) and list(classes) != list(class_names)
     if other:
@@ -192,7 +194,8 @@ def _classes_of_export(path: Path) -> list[str]:
 
 def to_plain_names(tensors: dict[str, Tensor], classifier: str) -> dict[str, Tensor]:
     """The tensors of a `Classifier`, as in a checkpoint, by plain name. classifier: what timm calls the backbone's."""
-    head = ("head.", "ifa.") if "head.aggregate.weight" in tensors else ("head.classifier.", f"{classifier}.")
+    own = next((prefix for layer, prefix in HEAD_PREFIXES.items() if f"head.{layer}.weight" in tensors), None)
+    head = ("head.", own) if own else ("head.classifier.", f"{classifier}.")
     prefixes = [("backbone.", ""), head, ("text.", "text.")]
     plain = {}
     for name, tensor in tensors.items():
