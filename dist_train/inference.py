@@ -181,7 +181,7 @@ def run_export(options: argparse.Namespace, recipe: Recipe) -> int:
     weights, extra = to_timm_state_dict(trained.model)
     name, arguments = timm_name(recipe.model.backbone, recipe.data.image_size)
     classes = len(trained.class_names)
-    arguments |= {"num_classes": 0 if recipe.model.head == "ifa" else classes}
+    arguments |= {"num_classes": classes if recipe.model.head == "cls" else 0}
     tensors = {key: tensor.cpu().contiguous() for key, tensor in {**weights, **extra}.items()}
     metadata = {
         "backbone": recipe.model.backbone,

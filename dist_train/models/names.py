@@ -93,8 +93,10 @@ def check_model(config: ModelConfig, image_size: int) -> None:
     check_section("model", config)
     shape = vit_shape(config.backbone)
     check_image_size(config.backbone, image_size)
-    if shape is None and config.head == "ifa":
-        raise UseError(f"model.head: ifa needs the [CLS] tokens of a ViT, {config.backbone} has none; use cls")
+    if shape is None and config.head != "cls":
+        raise UseError(
+            f"model.head: {config.head} needs the [CLS] tokens of a ViT, {config.backbone} has none; use cls"
+        )
     if shape is None and config.text_tokens > 0:
         raise UseError(f"model.text_tokens: text needs a ViT, not {config.backbone}; use 0, or a vit_ backbone")
     if shape is None and config.checkpoint_blocks:

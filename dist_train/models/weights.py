@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_train.errors import UseError, WorkError
+from dist_train.models.heads import HEAD_PREFIXES
 from dist_train.models.names import FILE_TYPES
 from dist_train.models.saved import (
     EXTRA_NAME,
@@ -44,10 +45,11 @@ HUB_TAGS = ("orig_in21k", "augreg_in21k", "tv_in1k", "ra_in1k")
 
 # May be new in the model or unused in the file: classifiers, the layer before one, what only one of the two heads
 # has, text. Everything else is the backbone.
+_OWN_HEADS = "|".join(prefix.removesuffix(".") for prefix in HEAD_PREFIXES.values())
 NOT_BACKBONE = re.compile(
-    r"(head|head_dist|fc|fc_norm|classifier|pre_logits(\.fc)?|norm|(ifa|text)\.\w+)\.(weight|bias)"
+    rf"(head|head_dist|fc|fc_norm|classifier|pre_logits(\.fc)?|norm|({_OWN_HEADS}|text)\.\w+)\.(weight|bias)"
 )
-_CLASSIFIER = re.compile(r"(head|fc|classifier|ifa\.classifier)\.(weight|bias)")
+_CLASSIFIER = re.compile(rf"(head|fc|classifier|({_OWN_HEADS})\.classifier)\.(weight|bias)")
 AVERAGED = ":ema"
 """Behind a run's or checkpoint's folder: its averaged weights."""
 
@@ -193,8 +195,11 @@ def _plain_names(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str
         return tensors
     classifier = next((name for name in ("fc", "classifier") if f"{name}.weight" in own), "head")
     prefixes = {"backbone.": "", "head.classifier.": f"{classifier}.", "text.": "text."}
-    if "head.aggregate.weight" in tensors:
-        prefixes = {"backbone.": "", "head.": "ifa.", "text.": "text."}
+    of_head = {name.removeprefix("head.") for name in tensors if name.startswith("head.")}
+    if any(not name.startswith("classifier.") for name in of_head):  # not the CLS head: the model's own, or another
+        fits = [prefix for prefix in HEAD_PREFIXES.values() if {prefix + name for name in of_head} <= own.keys()]
+        others = [prefix for prefix in HEAD_PREFIXES.values() if f"{prefix}classifier.weight" not in own]
+        prefixes = {"backbone.": "", "head.": [*fits, *others, *HEAD_PREFIXES.values()][0], "text.": "text."}
     plain = {}
     for name, tensor in tensors.items():
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
