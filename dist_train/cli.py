@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dist_train.config import Recipe
-from dist_train.errors import run_command
-from dist_train.output import keep_stdout
+from dist_train.errors import WorkError, run_command, written
+from dist_train.files import write_atomically
+from dist_train.output import keep_stdout, say
 from dist_train.parse import expanded, parse_recipe, recipe_from_run
 from dist_train.recipe import check, ranks_of_this_job
 
@@ -23,10 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: _main(words, keep_stdout if arguments is None else lambda: None))
 
 
-def _main(words: list[str], keep: Callable[[], None]) -> int | None:
+def _main(words: list[str], keep: Callable[[], None]) -> int:
     # --help goes to standard output: it is asked for before that is kept.
     if words[:1] == ["train"]:
-        return run_training(words[1:], keep)
+        run_training(words[1:], keep)
+        return 0
     if words[:1] == ["doctor"]:
         hostfile, recipe, resume = _doctors_arguments(words[1:])
         keep()
@@ -94,7 +98,7 @@ def _command_parser() -> argparse.ArgumentParser:
     grid = commands.add_parser("grid", help="a picture of predictions on a split, right and wrong")
     grid.add_argument("run", type=Path, help="run folder")
     grid.add_argument("--split", default="test")
-    grid.add_argument("--shards", help="another shard set of the same classes (default: the run's)")
+    grid.add_argument("--shards", type=_path_or_url, help="another shard set of the same classes (default: the run's)")
     grid.add_argument("--output", type=Path, help="PNG file (default: RUN/predictions.png)")
 
     export = commands.add_parser("export", help="plain weights as safetensors, in timm's names")
@@ -113,16 +117,46 @@ def _command_parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    recipe = recipe_from_run(options.run)
-    from dist_train import inference  # importing torch and DALI takes seconds: a wrong folder is told before
+    recipe_from_run(options.run)  # a wrong folder is told before importing torch and DALI, which takes seconds
+    from dist_train import inference
 
+    which: Any = {"checkpoint": options.checkpoint, "averaged": options.ema}
     if options.command == "evaluate":
-        return inference.run_evaluate(options, recipe)
+        figures, table = inference.evaluate(
+            options.run, options.split, shards=options.shards, batch_size=options.batch_size, **which
+        )
+        return _say_evaluation(figures, table, options)
     if options.command == "predict":
-        return inference.run_predict(options, recipe)
+        bad = 0
+        for path, best in inference.predict(options.run, options.images, tags=options.tags, top=options.top, **which):
+            if isinstance(best, WorkError):
+                print(best, file=sys.stderr)
+                bad = 1
+            else:
+                say(path, *(f"  {probability:.4f}  {name}" for name, probability in best))
+        return bad
     if options.command == "grid":
-        return inference.run_grid(options, recipe)
-    return inference.run_export(options, recipe)
+        say(inference.grid(options.run, options.split, shards=options.shards, output=options.output, **which))
+    else:
+        say(inference.export(options.run, options.file, **which))
+    return 0
+
+
+def _say_evaluation(figures: dict[str, Any], table: str, options: argparse.Namespace) -> int:
+    """Print the figures, also where the table cannot be written: that is an error only if --csv asked for it."""
+    path = options.csv or options.run / f"evaluation_{options.split}.csv"
+    unwritten = None
+    try:
+        with written(path, "--csv FILE puts it elsewhere"):
+            write_atomically(path, table.encode())
+    except WorkError as error:
+        unwritten = error
+    say(json.dumps(figures | {"csv": None if unwritten else str(path)}, indent=1))
+    if unwritten and options.csv:
+        raise unwritten
+    if unwritten:
+        print(f"warning: {unwritten}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
-from dist_train.config import DeepSpeedConfig, Recipe
+from dist_train.config import DataConfig, DeepSpeedConfig, Recipe
 from dist_train.data.images import BadImage
 from dist_train.data.loader import Batch, EvalLoader
 from dist_train.data.manifest import Manifest, read_manifest
@@ -25,13 +25,14 @@ from dist_train.data.text import TagTokenizer
 from dist_train.errors import UseError, WorkError, written
 from dist_train.files import write_atomically
 from dist_train.models.backbones import timm_name, vit_shape
-from dist_train.models.build import build_model, to_timm_state_dict
+from dist_train.models.build import Classifier, build_model, to_timm_state_dict
 from dist_train.models.saved import choose_checkpoint, read_averaged_weights, read_class_names, read_weights
-from dist_train.output import say
+from dist_train.parse import recipe_from_run
 from dist_train.place import Place
 from dist_train.train.checkpoint import read_state
 from dist_train.train.engine import torch_device
-from dist_train.train.evaluate import Evaluation, Forward, evaluate
+from dist_train.train.evaluate import Evaluation, Forward
+from dist_train.train.evaluate import evaluate as evaluate_batches
 from dist_train.train.inputs import build_tokenizer
 from dist_train.train.step import make_forward
 
@@ -40,7 +41,7 @@ from dist_train.train.step import make_forward
 class TrainedModel:
     """A model with the weights of a checkpoint, in eval mode, on this machine's device, in float32."""
 
-    model: nn.Module
+    model: Classifier
     forward: Forward
     tokenizer: TagTokenizer | None
     class_names: list[str]
@@ -49,7 +50,8 @@ class TrainedModel:
 
 
 def load_trained(run: Path, recipe: Recipe, which: str, averaged: bool) -> TrainedModel:
-    """The model of a run, by the checkpoint that `choose_checkpoint` takes for `which`; says on stderr which that is.
+    """The model of a run, by the checkpoint that `choose_checkpoint` takes for `which` (auto, best, last, a step or a
+    folder); says on stderr which that is.
 
     averaged: with train.ema's weights; as the best is that of the raw ones, `auto` then means the last. Raises UseError
     where there is none, WorkError where it is damaged.
@@ -73,46 +75,40 @@ def load_trained(run: Path, recipe: Recipe, which: str, averaged: bool) -> Train
     return TrainedModel(model, make_forward(model, float32, device), tokenizer, class_names, checkpoint, place)
 
 
-def run_evaluate(options: argparse.Namespace, recipe: Recipe) -> int:
-    """`dist-train evaluate`: top-1, top-5, class means, the most and least frequent classes, a per-class CSV.
+def evaluate(
+    run: Path,
+    split: str = "test",
+    *,
+    shards: str | None = None,
+    batch_size: int | None = None,
+    checkpoint: str = "auto",
+    averaged: bool = False,
+) -> tuple[dict[str, Any], str]:
+    """How good a run's model is on a split. Returns the figures, as `dist-train evaluate` prints them, and a CSV table
+    of the classes.
 
-    The result is said also where the CSV cannot be written: that is a warning, an error (exit 1) if --csv asks for it.
+    shards: another set of the same classes; None: the run's. batch_size: samples of one pass; None: the run's.
+    checkpoint, averaged: as `load_trained` takes them.
     """
-    trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
-    shards = options.shards or recipe.data.shards
-    manifest = _read_set(trained, shards, asked_for=options.shards is not None)
-    if note := manifest.resize_note(recipe.data.image_size, recipe.data.crop_margin):
-        print(f"{shards}: {note}", file=sys.stderr)
-    loader = EvalLoader(
-        replace(recipe.data, shards=shards),
-        manifest,
-        options.split,
-        trained.place,
-        batch_size=options.batch_size or recipe.train.eval_batch_size,
-        tokenizer=trained.tokenizer,
-    )
-    result = evaluate(trained.forward, loader, manifest.split(options.split).samples)
-    table = options.csv or options.run / f"evaluation_{options.split}.csv"
+    recipe = recipe_from_run(run)
+    trained = load_trained(run, recipe, checkpoint, averaged)
+    data, manifest = _set_to_look_at(trained, recipe.data, shards)
+    if note := manifest.resize_note(data.image_size, data.crop_margin):
+        print(f"{data.shards}: {note}", file=sys.stderr)
+    batch_size = batch_size or recipe.train.eval_batch_size
+    loader = EvalLoader(data, manifest, split, trained.place, batch_size=batch_size, tokenizer=trained.tokenizer)
+    result = evaluate_batches(trained.forward, loader, manifest.split(split).samples)
     counts = [info.count for info in manifest.classes]
-    unwritten = None
-    try:
-        with written(table, "--csv FILE puts it elsewhere"):
-            _write_class_table(table, result, trained.class_names, counts)
-    except WorkError as error:
-        unwritten = error
-    csv_path = None if unwritten else str(table)
     chosen = {"checkpoint": str(trained.checkpoint), "step": read_state(trained.checkpoint).step}
-    figures = {"split": options.split, **chosen, **_describe(result, torch.tensor(counts))}
-    say(json.dumps(figures | {"csv": csv_path}, indent=1))
-    if unwritten and options.csv:  # it was asked for
-        raise unwritten
-    if unwritten:
-        print(f"warning: {unwritten}", file=sys.stderr)
-    return 0
+    figures = {"split": split, **chosen, **_describe(result, torch.tensor(counts))}
+    return figures, _class_table(result, trained.class_names, counts)
 
 
-def _read_set(trained: TrainedModel, shards: str, asked_for: bool) -> Manifest:
-    """The manifest of a set to look at. One that the model was not trained on must be asked for, with its classes."""
+def _set_to_look_at(trained: TrainedModel, data: DataConfig, other: str | None) -> tuple[DataConfig, Manifest]:
+    """The run's set, or another that was asked for, which must have the run's classes. Raises UseError where the run's
+    own is not the one any more that the model was trained on."""
+    asked_for = other is not None
+    shards = other if other is not None else data.shards
     manifest = read_manifest(shards)
     ours, theirs = len(trained.class_names), len(manifest.classes)
     if asked_for and manifest.class_names != trained.class_names:
@@ -121,8 +117,9 @@ def _read_set(trained: TrainedModel, shards: str, asked_for: bool) -> Manifest:
             f"{ours}{'' if theirs != ours else ' others'}; evaluate on a set of the same classes"
         )
     trained_on = read_state(trained.checkpoint).manifest_digest
+    data = replace(data, shards=shards)
     if manifest.digest == trained_on:
-        return manifest
+        return data, manifest
     digests = f"its manifest's digest is {manifest.digest[:12]}, that of the run's set was {trained_on[:12]}"
     if not asked_for:
         raise UseError(
@@ -134,29 +131,36 @@ def _read_set(trained: TrainedModel, shards: str, asked_for: bool) -> Manifest:
         "may have been trained on",
         file=sys.stderr,
     )
-    return manifest
+    return data, manifest
 
 
-def run_predict(options: argparse.Namespace, recipe: Recipe) -> int:
-    """`dist-train predict`: the first classes of each image with their probabilities; exit 1 if any file is bad."""
-    trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
-    if options.tags and trained.tokenizer is None:
-        raise UseError(f"--tags: the model of {options.run} reads no tags (model.text_tokens is 0)")
-    tags = _known_tags(trained, options.tags)
+def predict(
+    run: Path,
+    images: Iterable[Path],
+    *,
+    tags: str = "",
+    top: int = 5,
+    checkpoint: str = "auto",
+    averaged: bool = False,
+) -> Iterator[tuple[Path, list[tuple[str, float]] | WorkError]]:
+    """Each image file with its `top` most probable classes and their probabilities, or with why it has none.
+
+    tags: of all the images, for a model that reads them. checkpoint, averaged: as `load_trained` takes them.
+    """
+    recipe = recipe_from_run(run)
+    trained = load_trained(run, recipe, checkpoint, averaged)
+    if tags and trained.tokenizer is None:
+        raise UseError(f"--tags: the model of {run} reads no tags (model.text_tokens is 0)")
+    tags = _known_tags(trained, tags)
     reader = ImageReader(recipe.data, trained.place.device_id)
-    bad = 0
-    for path in options.images:
+    for path in images:
         try:
-            probabilities = _predict_file(trained, reader, path, tags)
+            best = _predict_file(trained, reader, path, tags).topk(min(top, len(trained.class_names)))
         except WorkError as error:
-            print(error, file=sys.stderr)
-            bad += 1
+            yield path, error
             continue
-        best = probabilities.topk(min(options.top, len(trained.class_names)))
-        say(path)
-        for probability, number in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            say(f"  {probability:.4f}  {trained.class_names[number]}")
-    return 1 if bad else 0
+        names = [trained.class_names[number] for number in best.indices.tolist()]
+        yield path, list(zip(names, best.values.tolist(), strict=True))
 
 
 def _known_tags(trained: TrainedModel, text: str) -> str:
@@ -171,17 +175,19 @@ def _known_tags(trained: TrainedModel, text: str) -> str:
     return tags
 
 
-def run_export(options: argparse.Namespace, recipe: Recipe) -> int:
-    """`dist-train export`: weights that load into timm's model, the rest beside them, and in the file's metadata what
-    one needs to use them.
+def export(run: Path, file: Path, *, checkpoint: str = "auto", averaged: bool = False) -> str:
+    """Write weights that load into timm's model, the rest beside them, and in the file's metadata what one needs to use
+    them. Returns how they are loaded, in words.
+
+    file: FILE.safetensors. checkpoint, averaged: as `load_trained` takes them.
     """
-    if options.file.suffix != ".safetensors":
-        raise UseError(f"{options.file}: name the file .safetensors")
-    trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
+    if file.suffix != ".safetensors":
+        raise UseError(f"{file}: name the file .safetensors")
+    recipe = recipe_from_run(run)
+    trained = load_trained(run, recipe, checkpoint, averaged)
     weights, extra = to_timm_state_dict(trained.model)
     name, arguments = timm_name(recipe.model.backbone, recipe.data.image_size)
-    classes = len(trained.class_names)
-    arguments |= {"num_classes": classes if recipe.model.head == "cls" else 0}
+    arguments |= {"num_classes": len(trained.class_names) if recipe.model.head == "cls" else 0}
     tensors = {key: tensor.cpu().contiguous() for key, tensor in {**weights, **extra}.items()}
     metadata = {
         "backbone": recipe.model.backbone,
@@ -194,57 +200,64 @@ def run_export(options: argparse.Namespace, recipe: Recipe) -> int:
         "mean": recipe.data.mean,
         "std": recipe.data.std,
         "norm_eps": recipe.model.norm_eps if vit_shape(recipe.model.backbone) else None,
-        "weights": "averaged" if options.ema else "raw",
+        "weights": "averaged" if averaged else "raw",
         "step": read_state(trained.checkpoint).step,
     }
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    with written(options.file, "choose another"):
-        options.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.file, save(tensors, texts))
+    with written(file, "choose another"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, save(tensors, texts))
     call = f"timm.create_model({', '.join([repr(name), *(f'{key}={value}' for key, value in arguments.items())])})"
     if not extra:
-        say(f"{options.file}: {len(weights)} tensors that load into {call}")
-        return 0
+        return f"{file}: {len(weights)} tensors that load into {call}"
     missing = "" if recipe.model.head != "ifa" else "; timm's own final norm stays untrained, as IFA does without it"
-    say(
-        f"{options.file}: the {len(weights)} tensors of the backbone load into {call} with strict=False{missing}. "
+    return (
+        f"{file}: the {len(weights)} tensors of the backbone load into {call} with strict=False{missing}. "
         f"timm has no place for the other {len(extra)} ({', '.join(sorted(extra))}): for the classes take "
         "dist-train predict, or this file as model.weights"
     )
-    return 0
 
 
-def run_grid(options: argparse.Namespace, recipe: Recipe) -> int:
-    """`dist-train grid`: a picture of 48 samples spread over the split, each with its prediction and its class."""
+def grid(
+    run: Path,
+    split: str = "test",
+    *,
+    shards: str | None = None,
+    output: Path | None = None,
+    checkpoint: str = "auto",
+    averaged: bool = False,
+) -> Path:
+    """Draw 48 samples spread over the split, each with its prediction and its class. Returns the picture's file.
+
+    output: a PNG file; None: RUN/predictions.png. The others are as for `evaluate`.
+    """
     from PIL import Image, ImageDraw
 
-    trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
-    shards = options.shards or recipe.data.shards
-    manifest = _read_set(trained, shards, asked_for=options.shards is not None)
-    data = replace(recipe.data, shards=shards)
-    loader = EvalLoader(data, manifest, options.split, trained.place, batch_size=48, tokenizer=trained.tokenizer)
+    recipe = recipe_from_run(run)
+    trained = load_trained(run, recipe, checkpoint, averaged)
+    data, manifest = _set_to_look_at(trained, recipe.data, shards)
+    loader = EvalLoader(data, manifest, split, trained.place, batch_size=48, tokenizer=trained.tokenizer)
     batch = next(iter(loader))
     with torch.no_grad():
         predicted = trained.forward(batch).argmax(dim=1).tolist()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.data.mean, recipe.data.std))
     pixels = ((batch.images.cpu() * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
     columns, side, caption = 8, 128, 34
-    grid = Image.new("RGB", (columns * side, -(-len(pixels) // columns) * (side + caption)), "white")
-    draw = ImageDraw.Draw(grid)
+    picture = Image.new("RGB", (columns * side, -(-len(pixels) // columns) * (side + caption)), "white")
+    draw = ImageDraw.Draw(picture)
     for i, image in enumerate(pixels):
         x, y = i % columns * side, i // columns * (side + caption)
-        grid.paste(Image.fromarray(image).resize((side, side)), (x, y))
+        picture.paste(Image.fromarray(image).resize((side, side)), (x, y))
         label = int(batch.labels[i])
         colour = "darkgreen" if predicted[i] == label else "crimson"
         draw.text((x + 3, y + side + 2), trained.class_names[predicted[i]][:20], fill=colour)
         draw.text((x + 3, y + side + 17), f"is {trained.class_names[label][:17]}", fill="grey")
     file = io.BytesIO()
-    grid.save(file, "PNG")
-    output = options.output or options.run / "predictions.png"
+    picture.save(file, "PNG")
+    output = output or run / "predictions.png"
     with written(output, "--output FILE puts it elsewhere"):
         write_atomically(output, file.getvalue())
-    say(output)
-    return 0
+    return output
 
 
 @torch.no_grad()
@@ -256,14 +269,12 @@ def _predict_file(trained: TrainedModel, reader: ImageReader, path: Path, tags: 
         raise WorkError(f"{path}: {error.strerror}") from None
     except BadImage as problem:
         raise WorkError(f"{path}: not an image that can be used ({problem})") from None
-    ids, mask = trained.tokenizer([tags]) if trained.tokenizer else (None, None)
+    ids = mask = None
+    if trained.tokenizer is not None:
+        ids, mask = (part.to(images.device) for part in trained.tokenizer([tags]))
     none = torch.zeros(1, dtype=torch.int64)
-    batch = Batch(images, none, torch.ones(1), _to(ids, images), _to(mask, images), none.numpy())
+    batch = Batch(images, none, torch.ones(1), ids, mask, none.numpy())
     return trained.forward(batch)[0].float().softmax(dim=0).cpu()
-
-
-def _to(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if tensor is None else tensor.to(like.device)
 
 
 def _describe(result: Evaluation, class_counts: Tensor) -> dict[str, Any]:
@@ -281,14 +292,14 @@ def _describe(result: Evaluation, class_counts: Tensor) -> dict[str, Any]:
     }
 
 
-def _write_class_table(path: Path, result: Evaluation, names: list[str], counts: list[int]) -> None:
+def _class_table(result: Evaluation, names: list[str], counts: list[int]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["class_id", "class", "images_in_set", "samples", "correct", "top5_correct", "top1"])
     rows = zip(names, counts, result.seen.tolist(), result.correct.tolist(), result.top5_correct.tolist(), strict=True)
     for number, (name, count, seen, correct, top5) in enumerate(rows):
         writer.writerow([number, name, count, seen, correct, top5, f"{correct / seen:.4f}" if seen else ""])
-    write_atomically(path, text.getvalue().encode())
+    return text.getvalue()
 
 
 def _one_line(error: Exception) -> str:

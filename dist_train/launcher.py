@@ -41,10 +41,11 @@ def note_launcher() -> None:
         if node is None or "deepspeed.launcher.launch" not in node.cmdline():
             return
         runner = node.parent()
-        known = runner is not None and any(Path(word).name in _RUNNERS for word in runner.cmdline()[:4])
+        if runner is not None and not any(Path(word).name in _RUNNERS for word in runner.cmdline()[:4]):
+            runner = None
     except psutil.Error:
         return
-    _noted.append(Launcher(node, runner.pid if known else None))
+    _noted.append(Launcher(node, runner.pid if runner is not None else None))
 
 
 def noted_launcher() -> Launcher | None:

@@ -19,12 +19,11 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from dist_train.config import Recipe
+from dist_train.config import SECTIONS, Recipe, recipe_from_dict
 from dist_train.errors import UseError
 from dist_train.ranges import check_ranges
 from dist_train.synonyms import advice_for_key, advice_for_section
 
-SECTIONS: dict[str, type] = {section.name: section.default_factory for section in fields(Recipe)}
 _FIELDS = {f"{section}.{field.name}": field for section, kind in SECTIONS.items() for field in fields(kind)}
 KNOWN_KEYS = list(_FIELDS)
 PATH_KEYS = ("data.shards", "data.cache", "data.tokenizer", "model.weights", "train.run", "deepspeed.config")
@@ -49,7 +48,7 @@ def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
         parsed = parser.parse_args(arguments)
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UseError(f"the command line: {_line(error)}") from None
-    recipe = _recipe(parsed.as_dict())
+    recipe = recipe_from_dict(parsed.as_dict())
     check_ranges(recipe)
     return recipe, parsed.resume
 
@@ -62,7 +61,7 @@ def recipe_from_run(run: Path) -> Recipe:
     document = _read_recipe_file(path)
     if isinstance(document.get("model", {}).get("compile"), bool):  # of runs before there was more than on and off
         document["model"]["compile"] = "kernels" if document["model"]["compile"] else "none"
-    return _recipe(_typed(document, path, recipe_parser()))
+    return recipe_from_dict(_typed(document, path, recipe_parser()))
 
 
 def recipe_parser() -> jsonargparse.ArgumentParser:
@@ -102,8 +101,11 @@ def _read(arguments: list[str], parser: jsonargparse.ArgumentParser) -> Iterator
         elif name != "--config" and name not in _WITH_VALUE:
             advice = advice_for_key(key, KNOWN_KEYS)
             raise UseError(f"the command line: unknown option '{name}'{f'; {advice}' if advice else ''}")
-        if not equals and (value := next(words, None)) is None:
-            raise UseError(f"the command line: {name} needs a value")
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise UseError(f"the command line: {name} needs a value")
+            value = following
         if name == "--config":
             path = Path(expanded("--config", value))
             document = _expanded_document(_read_recipe_file(path), path)
@@ -156,7 +158,7 @@ class _Repeated(yaml.YAMLError):
 class _Loader(yaml.SafeLoader):
     """YAML without repeated keys, in which 1e-3 is a number."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         # Before `<<` is resolved: what a mapping takes from another it may well have itself.
@@ -247,14 +249,6 @@ def _typed(document: dict[str, Any], path: Path, parser: jsonargparse.ArgumentPa
         return parser.parse_object(document).as_dict()
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UseError(f"{path}: {_line(error)}") from None
-
-
-def _recipe(values: dict[str, Any]) -> Recipe:
-    return Recipe(**{section: _build(kind, values[section]) for section, kind in SECTIONS.items()})
-
-
-def _build(kind: type, values: dict[str, Any]) -> Any:
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def _line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dist_train.config import DataConfig, Recipe
+from dist_train.config import DataConfig, Precision, Recipe
 from dist_train.data.manifest import Manifest, check_has_tags, read_manifest
 from dist_train.data.plan import choose_streams, micro_batch_of
 from dist_train.data.remote import is_url
@@ -36,6 +36,19 @@ def check(
         raise problem
 
 
+def check_step(recipe: Recipe, world_size: int, device: str) -> None:
+    """Raise UseError where no optimizer step can be made by the recipe, whatever its data and its run folder.
+
+    world_size: ranks that make it together. device: cpu or cuda.
+    """
+    check_ranges(recipe)
+    check_model(recipe.model, recipe.data.image_size)
+    _check_layer_decay(recipe)
+    _check_batch(recipe, world_size)
+    check_combination(recipe, device, world_size)
+    _check_deepspeed_settings(recipe, device, world_size)
+
+
 def problems(
     recipe: Recipe, world_size: int, device: str | None = None, manifest: Manifest | None = None, resume: str = "none"
 ) -> Iterator[UseError | WorkError]:
@@ -55,7 +68,7 @@ def problems(
     yield from _refusals(
         [
             lambda: check_model(recipe.model, recipe.data.image_size),
-            lambda: goes_on or check_weights(recipe.model.weights),
+            lambda: None if goes_on else check_weights(recipe.model.weights),
             lambda: _check_layer_decay(recipe),
             lambda: check_run_folder(Path(recipe.train.run), resume),
             lambda: _check_wandb(recipe),
@@ -79,8 +92,8 @@ def problems(
         [
             lambda: _check_data_device(recipe, device),
             lambda: check_combination(recipe, device, world_size),
-            lambda: unreadable or _check_deepspeed_settings(recipe, device, world_size),
-            lambda: goes_on or _check_hub_weights(recipe),
+            lambda: None if unreadable else _check_deepspeed_settings(recipe, device, world_size),
+            lambda: None if goes_on else _check_hub_weights(recipe),
         ]
     )
 
@@ -169,7 +182,7 @@ def _check_tf32() -> None:
         raise UseError(f"deepspeed.precision tf32: {torch.cuda.get_device_name()} has no such arithmetic")
 
 
-def _precision_on(recipe: Recipe, device: str) -> str:
+def _precision_on(recipe: Recipe, device: str) -> Precision:
     config = recipe.deepspeed
     return "float32" if config.precision == "auto" and device == "cpu" else precision_of(config)
 

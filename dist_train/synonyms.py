@@ -227,7 +227,7 @@ def nearest(word: str, known: Collection[str]) -> str | None:
     two such in words of ten letters or more."""
     allowed = 2 if len(word) >= 10 else 1
     distances = {other: _distance(word, other) for other in known if abs(len(word) - len(other)) <= allowed}
-    best = min(distances, key=distances.get, default=None)
+    best = min(distances, key=lambda other: distances[other], default=None)
     return best if best is not None and distances[best] <= allowed else None
 
 

@@ -83,7 +83,7 @@ def newest_step(run: Path) -> int:
 
 def is_complete(run: Path, stop_after_steps: int) -> bool:
     """Whether the run has come to its end, or to the step where the recipe stops it."""
-    return (run / "summary.json").exists() or (stop_after_steps and newest_step(run) >= stop_after_steps)
+    return (run / "summary.json").exists() or 0 < stop_after_steps <= newest_step(run)
 
 
 def say(text: str) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -154,7 +155,7 @@ def differences(answers: dict[str, dict[str, Any]]) -> list[Finding]:
     if len(answers) > 1:
         compare("Python", lambda answer: answer["python"], "use the same environment on all hosts")
         for name in next(iter(answers.values()))["packages"]:
-            compare(name, lambda answer, name=name: answer["packages"][name], "use the same environment on all hosts")
+            compare(name, partial(_version_of, name), "use the same environment on all hosts")
         compare("the project's code", lambda answer: answer["code"][:12], "check out the same commit on all hosts")
         compare("the shard set", lambda answer: answer["digest"], "copy the same set to all hosts")
         if not set.intersection(*(set(answer["interfaces"]) for answer in answers.values())):
@@ -166,6 +167,10 @@ def differences(answers: dict[str, dict[str, Any]]) -> list[Finding]:
                 Finding("ok", "hosts", f"{len(answers)} with the same Python, packages, code and shard set")
             )
     return findings
+
+
+def _version_of(package: str, answer: dict[str, Any]) -> str | None:
+    return answer["packages"][package]
 
 
 def _manifest_at_url(recipe: Recipe) -> Manifest | None:

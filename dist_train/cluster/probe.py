@@ -13,11 +13,12 @@ import shutil
 import socket
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from dist_train.machine import versions
 
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda120", "timm", "transformers", "numpy")
 
@@ -46,7 +47,7 @@ def describe_host(shards: str, run: Path, marker: Path) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(PACKAGES),
         "code": code_digest(),
         "devices": [{"free": free, "total": total} for free, total in devices],
         "cores": len(os.sched_getaffinity(0)),
@@ -78,13 +79,6 @@ def _digest(shards: str) -> str:
         return read_manifest(shards).digest
     except (UseError, WorkError) as error:
         return f"error: {error}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

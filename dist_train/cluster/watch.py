@@ -24,6 +24,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -121,7 +122,7 @@ class Watch:
         """Rank 0 listens; the others connect to it, with a password that comes through the process group."""
         if self.place.rank == 0:
             listener = socket.create_server(("", 0), backlog=self.place.world_size)
-            meeting = [(listener.getsockname()[1], secrets.token_hex(16), self._host)]
+            meeting: list[Any] = [(listener.getsockname()[1], secrets.token_hex(16), self._host)]
             torch.distributed.broadcast_object_list(meeting, 0)
             self._accept_all(listener, password=meeting[0][1])
             return
@@ -223,7 +224,7 @@ class Watch:
         elif (
             os.getppid() != self._parent
             or (self._launcher is not None and self._launcher.is_gone())
-            or _nobody_reads(sys.__stderr__.fileno())
+            or (sys.__stderr__ is not None and _nobody_reads(sys.__stderr__.fileno()))
         ):
             self._stop_asked = time.monotonic()
             log.warning("rank %d on %s: its launcher is gone; stopping", self.place.rank, self._host)

@@ -23,13 +23,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dist_train.config import Recipe
+from dist_train.data.manifest import Manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.files import write_atomically
 from dist_train.models.saved import (
@@ -47,6 +47,7 @@ from dist_train.models.saved import (
     read_tensors,
     read_weights,
 )
+from dist_train.train.engine import Engine
 from dist_train.train.engine_state import gather_state, read_loss_scale, restore_loss_scale, restore_state
 
 # Keys that change how fast a run is and what it says, and not what it learns.
@@ -76,6 +77,21 @@ class RunState:
     manifest_digest: str
     best_top1: float = -1.0
     best_step: int = -1
+
+    @classmethod
+    def at_start(cls, recipe: Recipe, manifest: Manifest, world_size: int) -> RunState:
+        """Before the first step of a run."""
+        return cls(
+            step=0,
+            samples_consumed=0,
+            seed=recipe.train.seed,
+            batch_size=recipe.train.batch_size,
+            world_size=world_size,
+            zero_stage=recipe.deepspeed.zero_stage,
+            precision=recipe.deepspeed.precision,
+            num_classes=len(manifest.classes),
+            manifest_digest=manifest.digest,
+        )
 
 
 # ---------------------------------------------------------------------- reading
@@ -115,7 +131,7 @@ def load_weights(model: nn.Module, checkpoint: Path, expected: RunState, recipe:
     return now
 
 
-def load_optimizer(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> None:
+def load_optimizer(engine: Engine, checkpoint: Path) -> None:
     """Put the engine back to where the checkpoint was written; its model has the weights of `load_weights`."""
     restore_state(engine, read_weights(checkpoint), read_tensors(checkpoint / OPTIMIZER_NAME))
     restore_loss_scale(engine, read_document(checkpoint)["loss_scale"])
@@ -200,7 +216,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")  # the interpreter waits for it at its end
         self._writing: Future[None] | None = None
 
-    def save(self, engine: deepspeed.DeepSpeedEngine, state: RunState, extra: dict[str, Tensor] | None = None) -> None:
+    def save(self, engine: Engine, state: RunState, extra: dict[str, Tensor] | None = None) -> None:
         """Take the state and begin to write the checkpoint; all ranks call this together.
 
         extra: further tensors by name, of rank 0, that `read_extra` gives back. Of the older checkpoints the newest

@@ -8,21 +8,19 @@ import shutil
 import socket
 import warnings
 from datetime import timedelta
+from typing import Any, Protocol
 
 import deepspeed
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dist_train.config import OptimConfig, Recipe
+from dist_train.config import Compile, OptimConfig, Recipe
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import Classifier, compile_blocks, compile_parts
 from dist_train.models.parameter_groups import head_layer, is_decayed, layer_of
 from dist_train.place import Place
-from dist_train.recipe import check_combination
 from dist_train.train.replica import Replica
 from dist_train.train.settings import deepspeed_settings, uses_deepspeed, why_no_graphs
-
-Engine = deepspeed.DeepSpeedEngine | Replica
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +34,7 @@ def init_process_group(timeout_s: float = 1800) -> Place:
     timeout_s: longest wait in a collective, seconds; for the ranks to meet there are five minutes where it is shorter.
     Returns this process's place. Raises WorkError where the ranks do not find each other.
     """
-    logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
-    logger.addFilter(_tells_something)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Newer torch has other names for what DeepSpeed's ZeRO 3 calls, and says so at every call on every rank.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # DeepSpeed would compile a collective of tensor-parallel inference here, for a minute, on every rank of a new host.
@@ -59,11 +55,6 @@ def init_process_group(timeout_s: float = 1800) -> Place:
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size),
         device_id=local_rank if gpu else None,
     )
-
-
-def _tells_something(record: logging.LogRecord) -> bool:
-    """Not that an optimizer of torch's is untested with ZeRO: the tests here have all of them."""
-    return "untested optimizer" not in record.getMessage()
 
 
 def _meet(backend: str, timeout_s: float, device: torch.device) -> None:
@@ -120,8 +111,28 @@ def torch_device(place: Place) -> torch.device:
     return torch.device("cpu") if place.device_id is None else torch.device("cuda", place.device_id)
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW over the trainable parameters of a `Classifier`.
+class Engine(Protocol):
+    """What this trainer asks of DeepSpeed's engine, and of the replica that stands for it."""
+
+    module: Classifier
+    optimizer: Any
+    """What steps: a torch optimizer, or DeepSpeed's around one. Its param_groups have the rates."""
+    basic_optimizer: torch.optim.Optimizer
+    """The torch optimizer in any case."""
+    device: torch.device
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor: ...
+    def train(self) -> Any: ...
+    def eval(self) -> Any: ...
+    def backward(self, loss: Tensor) -> Any: ...
+    def step(self) -> Any: ...
+    def zero_optimization_stage(self) -> int: ...
+    def fp16_enabled(self) -> bool: ...
+    def destroy(self) -> None: ...
+
+
+def build_optimizer(config: OptimConfig, model: Classifier) -> torch.optim.Optimizer:
+    """SGD with momentum or AdamW over the trainable parameters of a model.
 
     Parameters of one rate and decay make a group; the rate is set at each step, times the group's `rate_scale`.
     """
@@ -140,7 +151,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     return torch.optim.AdamW(described, config.lr, config.betas, fused=True)
 
 
-def compile_mode(recipe: Recipe, device: torch.device, world_size: int) -> str:
+def compile_mode(recipe: Recipe, device: torch.device, world_size: int) -> Compile:
     """What model.compile is for this recipe and place: none, kernels or graphs."""
     if recipe.model.compile != "auto":
         return recipe.model.compile
@@ -153,9 +164,8 @@ def compile_mode(recipe: Recipe, device: torch.device, world_size: int) -> str:
 
 
 def build_engine(model: Classifier, recipe: Recipe, place: Place, micro_batch: int) -> Engine:
-    """The model on its device, ready for steps. Raises UseError for settings that do not go together."""
+    """The model on its device, ready for steps. The settings must go together: `recipe.check_step`."""
     device = torch_device(place)
-    check_combination(recipe, device.type, place.world_size)
     model.to(device)
     if compile_mode(recipe, device, place.world_size) != "none":
         # Compiled as a whole a model yields all gradients at the end of its backward pass; several ranks exchange them

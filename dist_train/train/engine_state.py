@@ -6,7 +6,7 @@ that any other number, stage or precision can take them up. DeepSpeed's own chec
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -21,10 +21,12 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dist_train.train.engine import Engine
+
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def gather_state(engine: deepspeed.DeepSpeedEngine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def gather_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights and optimizer state, copied to rank 0's memory; two empty dictionaries on the other ranks.
 
     All ranks call this together, between two steps; sharded tensors are brought together one at a time. Weights are the
@@ -63,7 +65,7 @@ def gather_state(engine: deepspeed.DeepSpeedEngine) -> tuple[dict[str, Tensor], 
     return weights, optimizer
 
 
-def restore_state(engine: deepspeed.DeepSpeedEngine, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+def restore_state(engine: Engine, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
     """Give the engine the masters and the optimizer state that `gather_state` returned; all ranks call this with all
     of them. The engine's model must have been loaded with the weights before the engine was built.
     """
@@ -90,20 +92,20 @@ def restore_state(engine: deepspeed.DeepSpeedEngine, weights: dict[str, Tensor],
                 _set_sharded(engine, parameter, value, key)
 
 
-def read_loss_scale(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
+def read_loss_scale(engine: Engine) -> dict[str, float]:
     """The numbers of fp16's loss scaler; {} where the precision has none."""
     scaler = _loss_scaler(engine)
     return {key: getattr(scaler, key) for key in _LOSS_SCALE if hasattr(scaler, key)}
 
 
-def restore_loss_scale(engine: deepspeed.DeepSpeedEngine, numbers: dict[str, float]) -> None:
+def restore_loss_scale(engine: Engine, numbers: dict[str, float]) -> None:
     """Set what `read_loss_scale` returned; numbers that the scaler does not have are left out."""
     scaler = _loss_scaler(engine)
     for key in read_loss_scale(engine).keys() & numbers.keys():
         setattr(scaler, key, numbers[key])
 
 
-def _loss_scaler(engine: deepspeed.DeepSpeedEngine) -> Any:
+def _loss_scaler(engine: Engine) -> Any:
     if not engine.fp16_enabled():
         return None
     return getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config
@@ -117,7 +119,7 @@ def _keys(optimizer: dict[str, Tensor]) -> list[str]:
     return sorted({name.partition("/")[0] for name in optimizer})
 
 
-def _masters(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, Tensor]:
+def _masters(engine: Engine) -> dict[nn.Parameter, Tensor]:
     """Without ZeRO: what the optimizer steps for each trainable parameter: itself, or fp16's float32 copy."""
     if hasattr(engine.optimizer, "fp32_groups"):
         pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
@@ -125,7 +127,7 @@ def _masters(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, Tensor]:
     return {parameter: parameter for parameter in engine.module.parameters() if parameter.requires_grad}
 
 
-def _flat_masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
+def _flat_masters(engine: Engine) -> list[Tensor]:
     """Under ZeRO: this rank's part of the masters, several parameters in one flat tensor."""
     if engine.zero_optimization_stage() == 3:  # which takes them out of the optimizer's groups between two steps
         return engine.optimizer.fp32_partitioned_groups_flat
@@ -133,7 +135,7 @@ def _flat_masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
 
 
 def _create_flat_state(
-    engine: deepspeed.DeepSpeedEngine,
+    engine: Engine,
     optimizer: dict[str, Tensor],
     parameters: dict[str, nn.Parameter],
     beside: bool,
@@ -153,7 +155,7 @@ def _create_flat_state(
         engine.optimizer._lazy_init_hp_params_optimizer_state()  # links the state to the parameters
 
 
-def _set_sharded(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+def _set_sharded(engine: Engine, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
     """Under ZeRO: set the master (key None) or an optimizer state of a parameter from the whole tensor."""
     if engine.zero_optimization_stage() < 3:
         value = value.to(parameter.device)
@@ -163,10 +165,11 @@ def _set_sharded(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, val
             safe_set_full_optimizer_state(parameter, value, key)
         return
     # DeepSpeed's own cut of a whole tensor fails where the ranks do not divide it: the last part is padded.
-    size = parameter.ds_tensor.numel()
+    part: Tensor = cast(Any, parameter).ds_tensor
+    size = part.numel()
     start = torch.distributed.get_rank() * size
     mine = value.flatten()[start : start + size]
-    mine = functional.pad(mine, (0, size - mine.numel())).to(parameter.ds_tensor.device)
+    mine = functional.pad(mine, (0, size - mine.numel())).to(part.device)
     if key is None:
         safe_set_local_fp32_param(parameter, mine)
     else:

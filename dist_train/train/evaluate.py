@@ -58,12 +58,12 @@ def _padded(batch: Batch, size: int) -> Batch:
     if missing == 0:
         return batch
 
-    def pad(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+    def pad(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
 
+    ids, mask = (None if text is None else pad(text) for text in (batch.text_ids, batch.text_mask))
     samples = np.concatenate([batch.samples, np.full(missing, -1)])
-    labels, weights = pad(batch.labels), pad(batch.weights)
-    return Batch(pad(batch.images), labels, weights, pad(batch.text_ids), pad(batch.text_mask), samples)
+    return Batch(pad(batch.images), pad(batch.labels), pad(batch.weights), ids, mask, samples)
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ class GradientExchange:
         if not self._running:
             if bucket.parameters[place].grad is not bucket.views[place]:
                 # The next pass then adds to the bucket, and no gradient takes memory twice.
-                bucket.parameters[place].grad = bucket.views[place].copy_(bucket.parameters[place].grad)
+                bucket.parameters[place].grad = bucket.views[place].copy_(_gradient(bucket.parameters[place]))
             return
         if place not in bucket.missing:
             raise RuntimeError("two backward passes after one GradientExchange.begin: call finish after the first")
@@ -119,7 +119,7 @@ class GradientExchange:
                 return
             if bucket.flat.is_cuda:
                 _join_streams(bucket)
-            gradients = [parameter.grad for parameter in bucket.parameters]
+            gradients = [_gradient(parameter) for parameter in bucket.parameters]
             if self._averages:  # few launches, whatever the number of parameters
                 torch._foreach_copy_(bucket.views, gradients)
             else:  # one pass over memory
@@ -138,6 +138,11 @@ def forward_order(model: Classifier) -> list[nn.Parameter]:
     return [*text, *model.backbone.parameters(), *model.head.parameters()]
 
 
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None  # it has arrived
+    return parameter.grad
+
+
 def _join_streams(bucket: _Bucket) -> None:
     """Let the current stream wait for gradients that came on others.
 
@@ -148,7 +153,7 @@ def _join_streams(bucket: _Bucket) -> None:
     for stream in bucket.streams - {current}:
         current.wait_stream(stream)
         for parameter in bucket.parameters:
-            parameter.grad.record_stream(current)  # or its memory could be given away before it is copied
+            _gradient(parameter).record_stream(current)  # or its memory could be given away before it is copied
     bucket.streams.clear()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -97,8 +97,9 @@ def generator_of(device: torch.device) -> torch.Generator:
 
 def _own_tensors(inputs: Inputs) -> Inputs:
     """The same with copies of its tensors."""
-    values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-    return replace(inputs, **{name: value.clone() for name, value in values.items() if isinstance(value, Tensor)})
+    values: dict[str, Any] = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    copies: dict[str, Any] = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(inputs, **copies)
 
 
 def _copy(target: Inputs, source: Inputs) -> None:

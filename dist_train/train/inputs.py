@@ -9,8 +9,10 @@ from torch import Tensor
 
 from dist_train.config import Recipe
 from dist_train.data.manifest import Manifest, read_manifest
-from dist_train.data.text import TagTokenizer, read_frequent_tags
+from dist_train.data.text import TAGS_NAME, TagTokenizer, find_frequent_tags, read_frequent_tags
 from dist_train.data.vocabulary import WHOLE_TAGS
+from dist_train.files import write_atomically
+from dist_train.place import Place
 from dist_train.recipe import check_digest
 
 
@@ -28,6 +30,19 @@ def build_tokenizer(recipe: Recipe, run: Path) -> TagTokenizer | None:
     tags = read_frequent_tags(run) if needs_frequent_tags(recipe) else []
     by_frequency = recipe.data.tag_order == "frequency"
     return TagTokenizer(recipe.data.tokenizer, recipe.model.text_tokens, tags, by_frequency)
+
+
+def begin_tokenizer(recipe: Recipe, manifest: Manifest, place: Place, resumed: bool) -> TagTokenizer | None:
+    """The same for training; all ranks call this together. Rank 0 of a new run first counts the tags, where their
+    frequency matters, and writes them into the run folder."""
+    if needs_frequent_tags(recipe) and not resumed:
+        if place.rank == 0:
+            run = Path(recipe.train.run)
+            run.mkdir(parents=True, exist_ok=True)
+            tags = find_frequent_tags(recipe.data, manifest)
+            write_atomically(run / TAGS_NAME, "".join(f"{tag}\n" for tag in tags).encode())
+        torch.distributed.barrier()
+    return build_tokenizer(recipe, Path(recipe.train.run))
 
 
 def needs_frequent_tags(recipe: Recipe) -> bool:

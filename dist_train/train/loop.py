@@ -6,23 +6,21 @@ import logging
 import math
 import socket
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.cluster.watch import Watch
 from dist_train.config import Recipe
-from dist_train.data.draws import Draw, random_bits
-from dist_train.data.loader import EvalLoader, TrainLoader
-from dist_train.data.manifest import Manifest
+from dist_train.data.loader import Batch, EvalLoader, TrainLoader
+from dist_train.data.manifest import Manifest, read_manifest
 from dist_train.data.quarantine import QUARANTINE_NAME
-from dist_train.data.text import TAGS_NAME, TagTokenizer, find_frequent_tags
+from dist_train.data.text import TagTokenizer
 from dist_train.errors import UseError
-from dist_train.files import write_atomically
-from dist_train.models.build import build_model
 from dist_train.models.saved import read_averaged_weights
 from dist_train.place import Place
 from dist_train.recipe import check
@@ -36,18 +34,11 @@ from dist_train.train.checkpoint import (
     recipe_changes,
 )
 from dist_train.train.ema import WeightAverage
-from dist_train.train.engine import build_engine, compile_mode, init_process_group, torch_device
+from dist_train.train.engine import Engine, init_process_group, torch_device
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
-from dist_train.train.inputs import build_tokenizer, needs_frequent_tags, one_sample, read_shard_set
-from dist_train.train.losses import Objective
-from dist_train.train.meters import (
-    StepMeter,
-    StepTrace,
-    device_name,
-    device_peak,
-    training_flops_per_sample,
-)
-from dist_train.train.precision import compute_dtype, precision_of
+from dist_train.train.inputs import begin_tokenizer
+from dist_train.train.meters import StepTrace, device_name
+from dist_train.train.precision import compute_dtype
 from dist_train.train.ranks import (
     StopSignal,
     average_batch_statistics,
@@ -59,7 +50,8 @@ from dist_train.train.ranks import (
 from dist_train.train.record import SUMMARY_NAME, RunRecord, read_summary, start_console_log
 from dist_train.train.runfolder import held_run_folder
 from dist_train.train.schedule import count_steps, learning_rate
-from dist_train.train.step import TrainStep, make_forward
+from dist_train.train.setup import build_step, initial_model, without_auto
+from dist_train.train.step import TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +67,9 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     done = False
     try:
         with StopSignal(recipe.train.timeout_s) as stop, Watch(place, recipe.train.timeout_s):
-            manifest = read_shard_set(recipe)
+            manifest = read_manifest(recipe.data.shards)
             check(recipe, place.world_size, torch_device(place).type, manifest, resume)
-            with held_run_folder(Path(recipe.train.run), place, resume):
+            with held_run_folder(Path(recipe.train.run), place):
                 _train(recipe, resume, place, manifest, stop)
         done = True
     finally:
@@ -90,105 +82,51 @@ def train(recipe: Recipe, resume: str = "none") -> None:
 
 
 def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: StopSignal) -> None:
+    """Build all that the run needs, or take it from a checkpoint; then make its steps."""
     # ------------------------------------------------------------------ where this process stands
     started = time.perf_counter()
     run = Path(recipe.train.run)
-    device = torch_device(place)
-    # What `auto` is here goes into the record of the run.
-    recipe = replace(
-        recipe,
-        model=replace(recipe.model, compile=compile_mode(recipe, device, place.world_size)),
-        deepspeed=replace(recipe.deepspeed, precision=precision_of(recipe.deepspeed)),
-    )
+    recipe = without_auto(recipe, torch_device(place), place.world_size)  # so that the record says what `auto` was
+    checkpoint = from_rank_zero(lambda: checkpoint_to_resume(run, resume), place)
 
     # ------------------------------------------------------------------ data
-    train_samples = manifest.split("train").samples
     if place.rank == 0 and (untrained := manifest.untrained_classes()):
         log.warning("%s: %s", recipe.data.shards, untrained)
-    share = recipe.train.batch_size // place.world_size
-    micro_batch = recipe.train.micro_batch_size or share
-    checkpoint = from_rank_zero(lambda: checkpoint_to_resume(run, resume), place)
-    if needs_frequent_tags(recipe) and checkpoint is None:
-        if place.rank == 0:
-            run.mkdir(parents=True, exist_ok=True)
-            tags = find_frequent_tags(recipe.data, manifest)
-            write_atomically(run / TAGS_NAME, "".join(f"{tag}\n" for tag in tags).encode())
-        torch.distributed.barrier()
-    tokenizer = build_tokenizer(recipe, run)
-    total_steps = count_steps(recipe.train.epochs, train_samples, recipe.train.batch_size)
+    tokenizer = begin_tokenizer(recipe, manifest, place, resumed=checkpoint is not None)
+    train_loader(recipe, manifest, place, tokenizer)  # says whether the cache has room before the model is built
 
-    def train_loader(samples_consumed: int) -> TrainLoader:
-        return TrainLoader(
-            recipe.data,
-            manifest,
-            place,
-            batch_size=recipe.train.batch_size,
-            micro_batch=micro_batch,
-            seed=recipe.train.seed,
-            samples_consumed=samples_consumed,
-            tokenizer=tokenizer,
-            quarantine=run / QUARANTINE_NAME,
-        )
-
-    bad_steps = BadSteps(
-        recipe.train.skip_bad_steps,
-        run,
-        place,
-        lambda step: train_loader(step * recipe.train.batch_size).names_of_first_batch(),
-    )
-    train_loader(0)  # says whether the cache has room before the model is built
-
-    # ------------------------------------------------------------------ model and engine
-    torch.manual_seed(int(random_bits(recipe.train.seed, Draw.WEIGHTS) >> 1))
-    vocab_size = tokenizer.vocab_size if tokenizer else 0
-    # A run that goes on has its weights in the checkpoint: those that it started from may be gone.
-    config = recipe.model if checkpoint is None else replace(recipe.model, weights="none")
-    classes = manifest.class_names
-    model, report = build_model(config, recipe.data.image_size, len(classes), vocab_size, classes)
-    start = report.summary() if checkpoint is None else "weights of the checkpoint"
-    log.info("%s, %s head: %s", recipe.model.backbone, recipe.model.head, start)
-    flops = training_flops_per_sample(model, *one_sample(recipe))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    has_batch_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    objective = Objective(recipe.optim, [info.count for info in manifest.classes], device)
-
-    # ------------------------------------------------------------------ resume
-    state = RunState(
-        step=0,
-        samples_consumed=0,
-        seed=recipe.train.seed,
-        batch_size=recipe.train.batch_size,
-        world_size=place.world_size,
-        zero_stage=recipe.deepspeed.zero_stage,
-        precision=recipe.deepspeed.precision,
-        num_classes=len(manifest.classes),
-        manifest_digest=manifest.digest,
-    )
-    former_recipe, changes = None, []
+    # ------------------------------------------------------------------ model
+    # A resumed run has its weights in the checkpoint: those that it started from may be gone.
+    start = recipe if checkpoint is None else replace(recipe, model=replace(recipe.model, weights="none"))
+    model, report = initial_model(start, manifest.class_names, tokenizer.vocab_size if tokenizer else 0)
+    described = report.summary() if checkpoint is None else "weights of the checkpoint"
+    log.info("%s, %s head: %s", recipe.model.backbone, recipe.model.head, described)
+    total_steps = count_steps(recipe.train.epochs, manifest.split("train").samples, recipe.train.batch_size)
+    state = RunState.at_start(recipe, manifest, place.world_size)
+    former_recipe: dict[str, Any] | None = None
+    changes: list[str] = []
     if checkpoint is not None:
         state = load_weights(model, checkpoint, state, recipe)
-        nothing = from_rank_zero(lambda: nothing_to_do(run, state.step, total_steps, recipe), place)
-        if nothing:
+        if nothing := from_rank_zero(lambda: nothing_to_do(run, state.step, total_steps, recipe), place):
             log.info("%s", nothing)
             return
         former_recipe, changes = recipe_changes(checkpoint, recipe)
-    engine = build_engine(model, recipe, place, micro_batch)
-    average = WeightAverage(engine.module, recipe.train.ema) if recipe.train.ema else None
+
+    # ------------------------------------------------------------------ engine
+    def names_at(step: int) -> list[str]:
+        at_step = step * recipe.train.batch_size
+        return train_loader(recipe, manifest, place, tokenizer, at_step).names_of_first_batch()
+
+    bad_steps = BadSteps(recipe.train.skip_bad_steps, run, place, names_at)
+    counts = [info.count for info in manifest.classes]
+    train_step = build_step(model, recipe, place, counts, bad_steps)
+    average = WeightAverage(train_step.engine.module, recipe.train.ema) if recipe.train.ema else None
     if checkpoint is not None:
-        load_optimizer(engine, checkpoint)
+        load_optimizer(train_step.engine, checkpoint)
         if average is not None:
             average.load(read_averaged_weights(checkpoint))
-    writer = CheckpointWriter(run, recipe, manifest.class_names)
-    forward = make_forward(engine, recipe, device)
 
-    dtype = compute_dtype(recipe.deepspeed)
-    meter = StepMeter(device, flops, device_peak(device, dtype) * place.world_size)
-    graphs = recipe.model.compile == "graphs"
-    accumulation = share // micro_batch
-    train_step = TrainStep(engine, forward, objective, recipe, accumulation, place.rank, meter, bad_steps, graphs)
-    throughput: list[float] = []
-
-    hosts = gather(f"{socket.gethostname()}: {device_name(device)}", place)
+    # ------------------------------------------------------------------ steps and result
     with RunRecord(run, recipe, place.rank, state.step, former_recipe if changes else None) as record:
         if checkpoint is not None:
             log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
@@ -196,114 +134,193 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
             log.warning("from step %d on the recipe is another one: %s", state.step + 1, ", ".join(changes))
         if note := manifest.resize_note(recipe.data.image_size, recipe.data.crop_margin):
             log.info("%s: %s", recipe.data.shards, note)
-        # -------------------------------------------------------------- steps
-        trace = StepTrace(recipe.train.profile_steps, run, place.rank)
-        batches = iter(train_loader(state.samples_consumed))
-        loss_since_log = torch.zeros((), device=device)
-        last: dict[str, Evaluation] = {}
-        eval_loaders: dict[str, EvalLoader] = {}
+        job = _Run(recipe, place, manifest, tokenizer, total_steps, state, train_step, average, record, stop, started)
+        complete = job.go()
+    if complete:
+        log.info("done: %s (tensorboard --logdir %s)", run / SUMMARY_NAME, run / "tensorboard")
 
-        def measure(split: str) -> None:
-            """Evaluate the raw weights, and the averaged ones as SPLIT_ema; record both."""
-            if split not in eval_loaders:
-                eval_loaders[split] = eval_loader(split, recipe, manifest, place, tokenizer)
-            loader = eval_loaders[split]
-            last[split] = evaluate_split(loader, engine, forward)
-            record.evaluation(evaluation_figures(split, state.step, last[split]))
-            if average is not None:
-                name = f"{split}_ema"
-                with average.applied():
-                    last[name] = evaluate_split(loader, engine, forward)
-                record.evaluation(evaluation_figures(name, state.step, last[name]))
 
-        meter.reset()
-        while state.step < total_steps:
-            rate = learning_rate(recipe.optim, recipe.train.batch_size, state.step, total_steps, train_samples)
-            loss_since_log += train_step(batches, rate, state.step)
-            if not throughput and meter.steps == 0:
-                log.info("%s", train_step.products)
-            if has_batch_statistics:
-                average_batch_statistics(engine.module, place.world_size)
-            epoch_before = state.samples_consumed // train_samples
-            state.step += 1
-            state.samples_consumed += recipe.train.batch_size
-            if average is not None:
-                average.update(state.step)
-            meter.step(recipe.train.batch_size)
-            trace.step()
-            finished = state.step == total_steps
-            stopping = stop.requested(place) or state.step == recipe.train.stop_after_steps
+@dataclass
+class _Run:
+    """The steps of a run, what is measured and saved between them, and its result."""
 
+    recipe: Recipe
+    place: Place
+    manifest: Manifest
+    tokenizer: TagTokenizer | None
+    total_steps: int
+    state: RunState
+    train_step: TrainStep
+    average: WeightAverage | None
+    record: RunRecord
+    stop: StopSignal
+    started: float
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    """The last of each split, of the averaged weights as SPLIT_ema."""
+    throughput: list[float] = field(default_factory=list)
+    eval_loaders: dict[str, EvalLoader] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.run = Path(self.recipe.train.run)
+        self.meter = self.train_step.meter
+        self.dtype = compute_dtype(self.recipe.deepspeed)
+        self.samples = self.manifest.split("train").samples
+        self.writer = CheckpointWriter(self.run, self.recipe, self.manifest.class_names)
+        self.trace = StepTrace(self.recipe.train.profile_steps, self.run, self.place.rank)
+        modules = self.train_step.engine.module.modules()
+        self.has_batch_statistics = any(isinstance(module, _BatchNorm) for module in modules)
+        self.hosts = gather(f"{socket.gethostname()}: {device_name(self.train_step.engine.device)}", self.place)
+
+    def go(self) -> bool:
+        """Make the steps that are left. Returns whether the run is complete, or was stopped."""
+        recipe, state, writer = self.recipe, self.state, self.writer
+        self.meter.measure_peak(self.dtype, self.place.world_size)
+        batches = iter(train_loader(recipe, self.manifest, self.place, self.tokenizer, state.samples_consumed))
+        loss_since_log = torch.zeros((), device=self.train_step.engine.device)
+        self.meter.reset()
+        while state.step < self.total_steps:
+            epoch_before = state.samples_consumed // self.samples
+            rate = learning_rate(recipe.optim, recipe.train.batch_size, state.step, self.total_steps, self.samples)
+            loss_since_log += self.step(batches, rate)
+            finished = state.step == self.total_steps
+            stopping = self.stop.requested(self.place) or state.step == recipe.train.stop_after_steps
             if state.step % recipe.train.log_every == 0 or finished or stopping:
-                steps_counted = meter.steps - bad_steps.skipped_since_log
-                loss = mean_over_ranks(loss_since_log / steps_counted, place.world_size)
-                figures = {
-                    "step": state.step,
-                    "epoch": round(state.samples_consumed / train_samples, 4),
-                    "samples": state.samples_consumed,
-                    "loss": loss,
-                    "lr": rate,
-                } | meter.read()
-                record.step(figures, total_steps, recipe.train.epochs)
-                warn_of_stragglers(meter, place)
-                throughput.append(figures["images_per_s"])
-                if steps_counted and not math.isfinite(loss):
-                    bad_steps.end_run(state.step)
-                loss_since_log.zero_()
-                bad_steps.logged()
-                meter.reset()
-
-            # ---------------------------------------------------------- end of an epoch
-            epoch = state.samples_consumed // train_samples
+                self.log_steps(loss_since_log, rate)
+            epoch = state.samples_consumed // self.samples
             if epoch > epoch_before or finished or stopping:
-                with meter.paused():
+                with self.meter.paused():
                     due = finished or (epoch > epoch_before and epoch % recipe.train.eval_every == 0)
-                    if due and "val" in manifest.splits:
-                        measure("val")
-                        if last["val"].top1 > state.best_top1:
-                            state.best_top1, state.best_step = last["val"].top1, state.step
-                    writer.save(engine, state, average and average.state())
-                    # Other work on the machine can only lower a measured peak: the highest counts.
-                    meter.peak = max(meter.peak, device_peak(device, dtype) * place.world_size)
+                    self.save(evaluated=due)
             writer.check()
             if stopping and not finished:
                 writer.finish()
                 log.info(
                     "stopped after step %d, which is saved; the same command with --resume auto continues", state.step
                 )
-                return
+                return False
+        self.trace.close()
+        self.finish()
+        return True
 
-        # -------------------------------------------------------------- result
-        trace.close()
-        if not last and "val" in manifest.splits:  # resumed where only the result was missing
-            measure("val")
-        if "test" in manifest.splits:
-            measure("test")
-        writer.finish()
-        record.summary(
+    def step(self, batches: Iterator[Batch], rate: float) -> torch.Tensor:
+        """Make one optimizer step. Returns this rank's mean loss, on the device."""
+        state, batch_size = self.state, self.recipe.train.batch_size
+        loss = self.train_step(batches, rate, state.step)
+        if not self.throughput and self.meter.steps == 0:
+            log.info("%s", self.train_step.products)
+        if self.has_batch_statistics:
+            average_batch_statistics(self.train_step.engine.module, self.place.world_size)
+        state.step += 1
+        state.samples_consumed += batch_size
+        if self.average is not None:
+            self.average.update(state.step)
+        self.meter.step(batch_size)
+        self.trace.step()
+        return loss
+
+    def log_steps(self, loss_sum: torch.Tensor, rate: float) -> None:
+        """Record the mean loss and the cost of the steps since the last record, and begin the next. Ends the run where
+        the loss is not finite."""
+        state, bad_steps = self.state, self.train_step.bad_steps
+        assert bad_steps is not None
+        steps_counted = self.meter.steps - bad_steps.skipped_since_log
+        loss = mean_over_ranks(loss_sum / steps_counted, self.place.world_size)
+        figures = {
+            "step": state.step,
+            "epoch": round(state.samples_consumed / self.samples, 4),
+            "samples": state.samples_consumed,
+            "loss": loss,
+            "lr": rate,
+        } | self.meter.read()
+        self.record.step(figures, self.total_steps, self.recipe.train.epochs)
+        warn_of_stragglers(self.meter, self.place)
+        self.throughput.append(figures["images_per_s"])
+        if steps_counted and not math.isfinite(loss):
+            bad_steps.end_run(state.step)
+        loss_sum.zero_()
+        bad_steps.logged()
+        self.meter.reset()
+
+    def save(self, evaluated: bool) -> None:
+        """Write a checkpoint, evaluated on val first or not."""
+        state = self.state
+        if evaluated and "val" in self.manifest.splits:
+            self.measure("val")
+            if self.evaluations["val"].top1 > state.best_top1:
+                state.best_top1, state.best_step = self.evaluations["val"].top1, state.step
+        self.writer.save(self.train_step.engine, state, None if self.average is None else self.average.state())
+        self.meter.measure_peak(self.dtype, self.place.world_size)
+
+    def measure(self, split: str) -> None:
+        """Evaluate the raw weights, and the averaged ones as SPLIT_ema; record both."""
+        if split not in self.eval_loaders:  # for any number of evaluations in the run
+            self.eval_loaders[split] = EvalLoader(
+                self.recipe.data,
+                self.manifest,
+                split,
+                self.place,
+                batch_size=self.recipe.train.eval_batch_size,
+                tokenizer=self.tokenizer,
+                quarantine=self.run / QUARANTINE_NAME,
+            )
+        loader, step = self.eval_loaders[split], self.train_step
+        result = self.evaluations[split] = evaluate_split(loader, step.engine, step.forward)
+        self.record.evaluation(evaluation_figures(split, self.state.step, result))
+        if self.average is not None:
+            name = f"{split}_ema"
+            with self.average.applied():
+                result = self.evaluations[name] = evaluate_split(loader, step.engine, step.forward)
+            self.record.evaluation(evaluation_figures(name, self.state.step, result))
+
+    def finish(self) -> None:
+        """Evaluate on test and write the summary."""
+        recipe, state = self.recipe, self.state
+        if not self.evaluations and "val" in self.manifest.splits:  # resumed where only the result was missing
+            self.measure("val")
+        if "test" in self.manifest.splits:
+            self.measure("test")
+        self.writer.finish()
+        evaluations = self.evaluations.items()
+        self.record.summary(
             {
-                "run": str(run),
+                "run": str(self.run),
                 "steps": state.step,
                 "epochs": recipe.train.epochs,
                 "samples": state.samples_consumed,
                 "batch_size": recipe.train.batch_size,
-                "world_size": place.world_size,
+                "world_size": self.place.world_size,
                 "backbone": recipe.model.backbone,
                 "head": recipe.model.head,
                 "text_tokens": recipe.model.text_tokens,
-                "parameters": parameters,
-                "evaluations": {split: evaluation_figures(split, state.step, result) for split, result in last.items()},
+                "parameters": self.train_step.parameters,
+                "evaluations": {split: evaluation_figures(split, state.step, result) for split, result in evaluations},
                 "best_val_top1": state.best_top1,
                 "best_step": state.best_step,
-                "seconds": round(time.perf_counter() - started, 1),
-                "images_per_s": sorted(throughput)[len(throughput) // 2] if throughput else None,
-                "peak_memory_mb": meter.highest_mb,
-                "matrix_products": train_step.products,
-                "hosts": hosts,
-                "manifest_digest": manifest.digest,
+                "seconds": round(time.perf_counter() - self.started, 1),
+                "images_per_s": sorted(self.throughput)[len(self.throughput) // 2] if self.throughput else None,
+                "peak_memory_mb": self.meter.highest_mb,
+                "matrix_products": self.train_step.products,
+                "hosts": self.hosts,
+                "manifest_digest": self.manifest.digest,
             }
         )
-    log.info("done: %s (tensorboard --logdir %s)", run / "summary.json", run / "tensorboard")
+
+
+def train_loader(
+    recipe: Recipe, manifest: Manifest, place: Place, tokenizer: TagTokenizer | None, samples_consumed: int = 0
+) -> TrainLoader:
+    """This rank's micro-batches from a position in the run on."""
+    return TrainLoader(
+        recipe.data,
+        manifest,
+        place,
+        batch_size=recipe.train.batch_size,
+        micro_batch=recipe.train.micro_batch_size or recipe.train.batch_size // place.world_size,
+        seed=recipe.train.seed,
+        samples_consumed=samples_consumed,
+        tokenizer=tokenizer,
+        quarantine=Path(recipe.train.run) / QUARANTINE_NAME,
+    )
 
 
 def nothing_to_do(run: Path, step: int, total_steps: int, recipe: Recipe) -> str | None:
@@ -326,22 +343,7 @@ def nothing_to_do(run: Path, step: int, total_steps: int, recipe: Recipe) -> str
     return None
 
 
-def eval_loader(
-    split: str, recipe: Recipe, manifest: Manifest, place: Place, tokenizer: TagTokenizer | None
-) -> EvalLoader:
-    """The batches of a split, for any number of evaluations in the run."""
-    return EvalLoader(
-        recipe.data,
-        manifest,
-        split,
-        place,
-        batch_size=recipe.train.eval_batch_size,
-        tokenizer=tokenizer,
-        quarantine=Path(recipe.train.run) / QUARANTINE_NAME,
-    )
-
-
-def evaluate_split(loader: EvalLoader, model: nn.Module, forward: Forward) -> Evaluation:
+def evaluate_split(loader: EvalLoader, model: Engine, forward: Forward) -> Evaluation:
     """Evaluate the model on a loader's split, in eval mode."""
     model.eval()
     result = evaluate(forward, loader, loader.fetcher.split.samples)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
 import resource
 import statistics
 import time
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
+
+from dist_train.machine import processor_name
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +82,7 @@ def device_name(device: torch.device) -> str:
     """What the device calls itself: the GPU's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
+    return processor_name()
 
 
 def synchronize(device: torch.device) -> None:
@@ -165,13 +163,20 @@ class _Wait:
         return min(self.host, self.idle_from.elapsed_time(self.idle_to) / 1000)
 
 
+def _mark() -> torch.cuda.Event:
+    """Where the GPU's work so far ends, on its own clock."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 @dataclass
 class StepMeter:
     """Times the steps between two logged ones. flops_per_sample and peak (FLOP/s of all ranks) give the MFU."""
 
     device: torch.device
     flops_per_sample: float
-    peak: float
+    peak: float = 1.0
     steps: int = 0
     samples: int = 0
     forward: float = 0.0
@@ -184,31 +189,31 @@ class StepMeter:
     _waited: float = 0.0
     _on_gpu: deque[_Wait] = field(default_factory=deque)  # those that the GPU had not come to when it was looked at
 
+    def measure_peak(self, dtype: torch.dtype, world_size: int) -> None:
+        """Measure, or look up, what all ranks' devices could do in `dtype`: until then `mfu` is FLOP/s.
+
+        Other work on the machine can only lower a measured peak: of several the highest counts.
+        """
+        self.peak = max(self.peak, device_peak(self.device, dtype) * world_size)
+
     def wait(self, fetch: Callable[[], T]) -> T:
         """Call `fetch` and count its time as data wait; on a GPU only as far as that was idle.
 
         There the host is ahead of the steps, most of all where they are CUDA graphs: it waits for batches that the GPU
         does not need yet.
         """
-        idle_from = self._mark()
+        on_gpu = self.device.type == "cuda"
+        idle_from = _mark() if on_gpu else None
         start = time.perf_counter()
         result = fetch()
         waited = time.perf_counter() - start
         if idle_from is None:
             self._waited += waited
-        else:
-            self._on_gpu.append(_Wait(waited, idle_from, self._mark()))
-            while self._on_gpu and self._on_gpu[0].idle_to.query():
-                self._waited += self._on_gpu.popleft().seconds()
+            return result
+        self._on_gpu.append(_Wait(waited, idle_from, _mark()))
+        while self._on_gpu and self._on_gpu[0].idle_to.query():
+            self._waited += self._on_gpu.popleft().seconds()
         return result
-
-    def _mark(self) -> torch.cuda.Event | None:
-        """Where the GPU's work so far ends, on its own clock; None on the CPU."""
-        if self.device.type != "cuda":
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def data_wait(self) -> float:
         """Seconds that the steps waited for data since the reset, as far as the GPU has come; `synchronize` first."""

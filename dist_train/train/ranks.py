@@ -96,6 +96,7 @@ class StopSignal:
         self._received = False
         self._timeout = timedelta(seconds=timeout_s)
         self._before: dict[signal.Signals, Any] = {}
+        self._group: Any = None
 
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
@@ -125,7 +126,7 @@ class StopSignal:
         if place.world_size == 1:
             return self._received
         # On the CPU, so that no rank waits for its GPU here.
-        if not hasattr(self, "_group"):
+        if self._group is None:
             self._group = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
         flag = torch.tensor(int(self._received))
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)

@@ -10,16 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import secrets
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,14 +25,15 @@ import torch
 import yaml
 
 from dist_train.config import Recipe
-from dist_train.errors import UseError, WorkError
+from dist_train.errors import WorkError
 from dist_train.files import write_atomically
+from dist_train.machine import ask_git, gpu_names, processor_name, software
 from dist_train.recipe import METRICS_NAME
-from dist_train.train.meters import device_name
 
 RECIPE_NAME = "recipe.yaml"
 SUMMARY_NAME = "summary.json"
 WANDB_NAME = "wandb.json"
+_PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda120", "timm", "transformers", "numpy", "dist-train")
 log = logging.getLogger("dist_train")
 
 
@@ -237,10 +235,8 @@ class _Wandb:
 
 def _start_wandb(recipe: Recipe, run: Path, lines: list[dict[str, Any]]) -> _Wandb:
     """lines: the record as earlier processes left it."""
-    try:
-        import wandb
-    except ImportError:
-        raise UseError("train.wandb_project needs the package: pip install wandb") from None
+    import wandb  # `recipe.check` has seen to it that it is there
+
     file = run / WANDB_NAME
     before = read_summary(file)
     sent: dict[str, int] = before.get("sent", {})
@@ -276,30 +272,12 @@ def start_console_log(rank: int) -> None:
 
 
 def describe_software() -> dict[str, Any]:
-    """Versions, git commit (None outside a checkout) and hardware, for summaries and benchmark results."""
-    names = ("torch", "deepspeed", "nvidia-dali-cuda120", "timm", "transformers", "numpy", "dist-train")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    """Versions, git commit (None outside a checkout) and hardware, for a run's summary."""
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
-        "commit": _git_commit(),
-        "hardware": {"cpu": device_name(torch.device("cpu")), "cores": torch.get_num_threads(), "gpus": gpus},
+        "versions": software(_PACKAGES),
+        "commit": ask_git("rev-parse", "HEAD") or None,
+        "hardware": {"cpu": processor_name(), "cores": torch.get_num_threads(), "gpus": gpu_names()},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).parent
-    try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
 def _yaml(recipe: dict[str, Any]) -> bytes:

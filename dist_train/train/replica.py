@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dist_train.models.build import Classifier
 from dist_train.train.exchange import GradientExchange, forward_order
 
 
@@ -21,7 +22,7 @@ class Replica:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Classifier,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         *,
@@ -43,7 +44,7 @@ class Replica:
                 torch.distributed.broadcast(tensor.detach(), 0)
             self._exchange = GradientExchange(forward_order(module), world_size)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
         return self.module(*inputs)
 
     def train(self) -> None:

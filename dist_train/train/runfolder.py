@@ -15,7 +15,7 @@ import torch
 
 from dist_train.errors import WorkError
 from dist_train.place import Place
-from dist_train.recipe import check_run_folder
+from dist_train.train.ranks import from_rank_zero
 
 log = logging.getLogger(__name__)
 
@@ -30,42 +30,35 @@ _CURES = {
 
 
 @contextmanager
-def held_run_folder(run: Path, place: Place, resume: str) -> Iterator[None]:
+def held_run_folder(run: Path, place: Place) -> Iterator[None]:
     """The run folder, for this job alone while the block runs. All ranks call this together.
 
-    Raises UseError as `check_run_folder`, WorkError where another job holds the folder or where it cannot be written,
-    now or later.
+    Raises WorkError where another job holds the folder or where it cannot be written, now or later.
     """
     with _named_disk_errors(run), ExitStack() as held:
-        check_run_folder(run, resume)
-        torch.distributed.barrier()  # all ranks have looked before rank 0 begins to write
-        refusal = [None]
-        if place.rank == 0:
-            refusal = [_lock(run, held)]
-        torch.distributed.broadcast_object_list(refusal, 0)
-        if refusal[0] is not None:
-            raise WorkError(refusal[0])
+        torch.distributed.barrier()  # all ranks have looked into it before rank 0 begins to write
+        from_rank_zero(lambda: _lock(run, held), place)
         yield
 
 
-def _lock(run: Path, held: ExitStack) -> str | None:
-    """Lock the folder until `held` ends, or the process. Returns why that cannot be, or None."""
+def _lock(run: Path, held: ExitStack) -> None:
+    """Lock the folder until `held` ends, or the process. Raises WorkError where that cannot be."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = held.enter_context(open(run / LOCK_NAME, "a+", encoding="utf-8"))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        return f"{run} is in use by {file.read().strip() or 'another job'}; end that one or choose another train.run"
+        holder = file.read().strip() or "another job"
+        raise WorkError(f"{run} is in use by {holder}; end that one or choose another train.run") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            return _disk_error(run, error) or f"{run}: cannot be locked ({error})"
+            raise WorkError(_disk_error(run, error) or f"{run}: cannot be locked ({error})") from None
         log.warning("%s: its file system has no locks, so nothing keeps a second job out (%s)", run, error.strerror)
-        return None
+        return
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    return None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dist_train.config import DeepSpeedConfig, Recipe
+from dist_train.config import DeepSpeedConfig, Precision, Recipe
 from dist_train.errors import UseError
 
 _SILENT_STEPS = 1 << 30
@@ -19,7 +19,7 @@ _SILENT_STEPS = 1 << 30
 _SMALLEST_BUCKET, _LARGEST_BUCKET = 2_000_000, 50_000_000
 
 
-def precision_of(config: DeepSpeedConfig) -> str:
+def precision_of(config: DeepSpeedConfig) -> Precision:
     """The recipe's precision on this machine: `auto` is bf16 on a GPU that has it, by autocast's rules at ZeRO 0, else
     float32."""
     if config.precision != "auto":

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_train.config import Recipe
 from dist_train.data.draws import Draw, random_bits
 from dist_train.data.loader import Batch
+from dist_train.models.build import Classifier
 from dist_train.train.badsteps import BadSteps
 from dist_train.train.engine import Engine
 from dist_train.train.evaluate import Forward
@@ -19,6 +20,7 @@ from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter, forget_peak_memory, peak_memory_mb
 from dist_train.train.mixing import Mix, mix_neighbours
 from dist_train.train.precision import check_products, compute_dtype, measured_products, set_arithmetic, uses_autocast
+from dist_train.train.replica import Replica
 
 
 @dataclass
@@ -36,6 +38,8 @@ class TrainStep:
     meter: StepMeter
     bad_steps: BadSteps | None = None
     graphs: bool = False
+    parameters: int = 0
+    """Numbers that the model has; here, as ZeRO 3 leaves none of them in place."""
     products: str | None = None
     """What computed the matrix products of the first pass, in words; None before it."""
     _graph: GraphedPass | None = field(default=None, init=False)
@@ -84,15 +88,17 @@ class TrainStep:
         return loss.detach()
 
     def _graphed_pass(self, batch: Batch, mix: Mix | None, step: int) -> Tensor | None:
+        engine = self.engine
+        assert isinstance(engine, Replica)  # a recipe that asks for more is refused
         if self._graph is None:
-            self._graph = GraphedPass(self.engine, self._loss)
-            forget_peak_memory(self.engine.device)
+            self._graph = GraphedPass(engine, self._loss)
+            forget_peak_memory(engine.device)
             loss = self._graph(batch, mix)
-            self.meter.recorded_mb = peak_memory_mb(self.engine.device)
+            self.meter.recorded_mb = peak_memory_mb(engine.device)
         else:
             loss = self._graph(batch, mix)
-        if self.bad_steps is not None and self.bad_steps.skips(self.engine.module, loss, step):
-            self.engine.drop_gradients()
+        if self.bad_steps is not None and self.bad_steps.skips(engine.module, loss, step):
+            engine.drop_gradients()
             return None
         return loss
 
@@ -100,13 +106,10 @@ class TrainStep:
         return self.objective(self.forward(batch).float(), batch.labels, batch.weights, mix)
 
 
-def make_forward(model: Engine | nn.Module, recipe: Recipe, device: torch.device) -> Forward:
-    """A function from batch to logits in the recipe's precision, which this gives the model.
-
-    model: a `Classifier`, or an engine with one.
-    """
+def make_forward(model: Engine | Classifier, recipe: Recipe, device: torch.device) -> Forward:
+    """A function from batch to logits in the recipe's precision, which this gives the model, or that of the engine."""
     config = recipe.deepspeed
-    set_arithmetic(getattr(model, "module", model), config)
+    set_arithmetic(model if isinstance(model, Classifier) else model.module, config)
     dtype = torch.float32 if uses_autocast(config) else compute_dtype(config)
     # Activations take the images' layout; weights keep theirs, as DeepSpeed refuses or flattens any other.
     layout = torch.channels_last if recipe.train.channels_last else torch.preserve_format

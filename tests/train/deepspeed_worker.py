@@ -22,10 +22,8 @@ from dist_train.data.text import TagTokenizer
 from dist_train.models.build import Classifier, build_model
 from dist_train.models.names import VIT_SIZES
 from dist_train.place import Place
-from dist_train.train.engine import build_engine, init_process_group, torch_device
-from dist_train.train.losses import Objective
-from dist_train.train.meters import StepMeter
-from dist_train.train.step import TrainStep, make_forward
+from dist_train.train.engine import init_process_group
+from dist_train.train.setup import build_step
 from tests.conftest import CLASSES, REPOSITORY
 
 STEPS, BATCH = 50, 8
@@ -106,20 +104,15 @@ def losses_through_deepspeed(
 
 def run_job(recipe: Recipe, place: Place, steps: int) -> list[float]:
     model, tokenizer = start(recipe)
-    share = BATCH // place.world_size
-    micro_batch = recipe.train.micro_batch_size or share
+    micro_batch = recipe.train.micro_batch_size or BATCH // place.world_size
     batches = iter(loader_of(recipe, place, micro_batch, tokenizer))
-    engine = build_engine(model, recipe, place, micro_batch)
-    device = torch_device(place)
-    objective = Objective(recipe.optim, [12, 6, 4, 2], device)
-    forward, meter = make_forward(engine, recipe, device), StepMeter(device, 1, 1)
-    train_step = TrainStep(engine, forward, objective, recipe, share // micro_batch, place.rank, meter)
+    train_step = build_step(model, recipe, place, [12, 6, 4, 2])
     losses = []
     for step in range(steps):
         loss = train_step(batches, rate_of(recipe, step), step)
         torch.distributed.all_reduce(loss)
         losses.append(float(loss) / place.world_size)
-    engine.destroy()
+    train_step.engine.destroy()
     return losses
 
 

@@ -21,7 +21,7 @@ from dist_train.data.manifest import read_manifest
 from dist_train.models.build import build_model, to_timm_state_dict
 from dist_train.models.saved import list_checkpoints, newest_checkpoint, read_averaged_weights, read_weights
 from dist_train.place import Place
-from dist_train.train.loop import make_forward
+from dist_train.train.step import make_forward
 from tests.conftest import CLASSES, write_shard_set
 
 COUNTS = [6, 6, 6, 5]  # of each class among 23 samples

@@ -18,9 +18,13 @@ from dist_train import config, synonyms
 from dist_train.cli import main, parse_recipe
 from dist_train.errors import UseError
 from dist_train.models.build import build_model
-from dist_train.parse import KNOWN_KEYS, PATH_KEYS, SECTIONS, recipe_from_run
-from dist_train.ranges import RANGES, check_ranges
+from dist_train.parse import KNOWN_KEYS, PATH_KEYS, recipe_from_run
+from dist_train.ranges import check_ranges, ranges_of
 from tests.conftest import REPOSITORY
+
+RANGES = {
+    f"{name}.{key}": allowed for name, kind in config.SECTIONS.items() for key, allowed in ranges_of(kind).items()
+}
 
 RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
 ROWS = yaml.safe_load((REPOSITORY / "launch" / "recipes" / "paper" / "rows.yaml").read_text())
@@ -284,7 +288,7 @@ def test_a_key_like_none_is_answered_with_no_guess(key: str) -> None:
 
 
 def test_the_table_of_synonyms_names_keys_that_there_are_and_each_word_once() -> None:
-    assert set(synonyms.KEYS) <= set(KNOWN_KEYS) and set(synonyms.SECTIONS) == set(SECTIONS)
+    assert set(synonyms.KEYS) <= set(KNOWN_KEYS) and set(synonyms.SECTIONS) == set(config.SECTIONS)
     words = [
         word for line in [*synonyms.KEYS.values(), *(words for words, _ in synonyms.SENTENCES)] for word in line.split()
     ]

@@ -1,0 +1,77 @@
+"""What the steps of a recipe need, built once for runs, benchmarks and tests alike: first the model, then the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from dist_train.config import Recipe
+from dist_train.data.draws import Draw, random_bits
+from dist_train.models.build import Classifier, build_model
+from dist_train.models.weights import LoadReport
+from dist_train.place import Place
+from dist_train.recipe import check_step
+from dist_train.train.badsteps import BadSteps
+from dist_train.train.engine import build_engine, compile_mode, torch_device
+from dist_train.train.inputs import one_sample
+from dist_train.train.losses import Objective
+from dist_train.train.meters import StepMeter, training_flops_per_sample
+from dist_train.train.settings import precision_of
+from dist_train.train.step import TrainStep, make_forward
+
+
+def without_auto(recipe: Recipe, device: torch.device, world_size: int) -> Recipe:
+    """The recipe with what model.compile and deepspeed.precision `auto` are here."""
+    return replace(
+        recipe,
+        model=replace(recipe.model, compile=compile_mode(recipe, device, world_size)),
+        deepspeed=replace(recipe.deepspeed, precision=precision_of(recipe.deepspeed)),
+    )
+
+
+def initial_model(recipe: Recipe, class_names: Sequence[str], vocab_size: int = 0) -> tuple[Classifier, LoadReport]:
+    """The model that a run of the recipe begins with, and an account of its weights; see `build_model`.
+
+    Sets the seed of torch's global generator to the recipe's.
+    """
+    torch.manual_seed(int(random_bits(recipe.train.seed, Draw.WEIGHTS) >> 1))
+    return build_model(recipe.model, recipe.data.image_size, len(class_names), vocab_size, class_names)
+
+
+def build_step(
+    model: Classifier,
+    recipe: Recipe,
+    place: Place,
+    class_counts: Sequence[int],
+    bad_steps: BadSteps | None = None,
+    graphs: bool | None = None,
+) -> TrainStep:
+    """What makes the optimizer steps of the recipe, with its engine around the model, on this rank.
+
+    All ranks build it together. class_counts: images of each class, by id. graphs: whether forward and backward pass
+    are a CUDA graph; None: as the recipe says. Raises UseError for settings that do not go together.
+    """
+    device = torch_device(place)
+    check_step(recipe, place.world_size, device.type)
+    if graphs is None:
+        graphs = compile_mode(recipe, device, place.world_size) == "graphs"
+    share = recipe.train.batch_size // place.world_size
+    micro_batch = recipe.train.micro_batch_size or share
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    with next(model.parameters()).device:
+        flops = training_flops_per_sample(model, *one_sample(recipe))
+    engine = build_engine(model, recipe, place, micro_batch)
+    return TrainStep(
+        engine,
+        make_forward(engine, recipe, device),
+        Objective(recipe.optim, class_counts, device),
+        recipe,
+        share // micro_batch,
+        place.rank,
+        StepMeter(device, flops),
+        bad_steps,
+        graphs,
+        parameters,
+    )
