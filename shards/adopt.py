@@ -5,53 +5,42 @@ Everything is checked before anything is written; the manifest comes last.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from dist_train import __version__
 from dist_train.data.checksums import compute_checksums, write_checksums
-from dist_train.data.draws import permutation
-from dist_train.data.manifest import (
-    LEFT_OUT_NAME,
-    MANIFEST_NAME,
-    ClassInfo,
-    Manifest,
-    ShardInfo,
-    SplitInfo,
-    write_manifest,
-)
-from dist_train.data.tarindex import IMAGE_EXTENSIONS, TarSample, index_tar, write_index
+from dist_train.data.manifest import MANIFEST_NAME, ClassInfo, Manifest, ShardInfo, write_manifest
+from dist_train.data.tarindex import TarSample, index_tar, write_index
 from dist_train.errors import UseError, WorkError, name_some
-from dist_train.files import write_atomically
 from dist_train.output import say
-from shards.build import BUILD_NAME, warn_of_classes
+from shards.build import BUILD_NAME
+from shards.finish import make_manifest, warn_of_classes, write_left_out
 from shards.records import LeftOut, warn
-from shards.sources.tars import image_extensions, read_class_names, splits_in_names, tar_files
-from shards.splits import SPLITS, check_ratios, split_counts
-from shards.verify import ShardReport, check_samples, several_images
+from shards.sources.tars import read_class_names, splits_in_names, tar_files
+from shards.splits import SPLITS, check_ratios, draw_splits
+from shards.verify import ShardReport, check_samples, sha256_of
 from shards.workers import run_jobs
 
 UNDECODABLE = "in the tar but undecodable"
 """Reason of images that training will meet and set aside: they could not be left out of a tar that is not copied."""
 
 _MOST_NAMELESS_CLASSES = 1_000_000  # a larger id without a name is no class id
-_REPACK = "`python -m shards build --format webdataset` packs such tars anew"
+_REPACK = "`python -m shards build --format webdataset` packs such tars again"
 
 
 @dataclass(frozen=True)
 class TarReport:
-    """What was found in one tar. texts: samples with a .txt. report: with a difference for each obstacle. joined: it is
-    several archives, one behind the other."""
+    """What was found in one tar. obstacles: a line for each. samples: classes, and images that do not decode. texts:
+    samples with a .txt. joined: it is several archives, one behind the other."""
 
     shard: ShardInfo
+    obstacles: list[str]
+    samples: ShardReport
     texts: int
-    report: ShardReport
     joined: bool
 
 
@@ -75,7 +64,8 @@ def adopt_tars(
     """
     if not folder.is_dir():
         raise UseError(f"{folder}: no such folder")
-    for name, cure in ((MANIFEST_NAME, "delete that file to adopt the tars anew"), (BUILD_NAME, "complete that build")):
+    cures = {MANIFEST_NAME: "delete that file to adopt the tars again", BUILD_NAME: "complete that build"}
+    for name, cure in cures.items():
         if (folder / name).exists():
             raise UseError(f"{folder}: has a {name} already; {cure}")
     tars = tar_files(folder)
@@ -83,20 +73,20 @@ def adopt_tars(
     names = read_class_names(classes) if classes else None
 
     jobs = {tar.name: (tar, len(names) if names else _MOST_NAMELESS_CLASSES, decode) for tar in tars}
-    reports = dict(run_jobs(inspect_tar, jobs, workers, 0, "adopt"))
-    obstacles = [line for tar in tars for line in reports[tar.name].report.differences]
-    if obstacles:
+    by_name = dict(run_jobs(inspect_tar, jobs, workers, 0, "adopt"))
+    reports = [by_name[tar.name] for tar in tars]
+    if obstacles := [line for report in reports for line in report.obstacles]:
         last = f"{folder}: not adopted, nothing was written"
         if any(" images (" in line for line in obstacles):
             last += f"; {_REPACK}, and --image-ending says which of a sample's images to take"
         raise WorkError("\n".join([*obstacles, last]))
 
-    counts = sum((reports[tar.name].report.class_counts for tar in tars), Counter())
+    counts = sum((report.samples.class_counts for report in reports), Counter[int]())
     samples = counts.total()
-    texts = sum(reports[tar.name].texts for tar in tars)
+    texts = sum(report.texts for report in reports)
     if 0 < texts < samples:
         say(f"{folder}: {samples - texts:,} of {samples:,} samples have no .txt, so the set counts as without text")
-    if joined := [tar.name for tar in tars if reports[tar.name].joined]:
+    if joined := [report.shard.file for report in reports if report.joined]:
         warn(
             f"{folder}: tars joined into one ({name_some(joined)}); all of it is read here, but the webdataset library "
             "reads the first of them alone"
@@ -104,29 +94,22 @@ def adopt_tars(
     for _ in run_jobs(index_in_place, {tar.name: (tar,) for tar in tars}, workers, 0, "index"):
         pass
     left_out = [
-        LeftOut(f"{tar.name}:{key}", UNDECODABLE, why)
-        for tar in tars
-        for key, why in reports[tar.name].report.undecodable
+        LeftOut(f"{report.shard.file}:{key}", UNDECODABLE, why)
+        for report in reports
+        for key, why in report.samples.undecodable
     ]
-    write_atomically(folder / LEFT_OUT_NAME, "".join(json.dumps(asdict(entry)) + "\n" for entry in left_out).encode())
+    write_left_out(folder, left_out)
     class_names = names or [str(number) for number in range(max(counts) + 1)]
     trained: Counter[int] = Counter()
-    for tar, its in zip(tars, splits, strict=True):
+    for report, its in zip(reports, splits, strict=True):
         if its == "train":
-            report = reports[tar.name].report
-            trained += report.class_counts - report.undecodable_counts
-    untrained = tuple(number for number in range(len(class_names)) if not trained[number]) if trained else ()
-    manifest = Manifest(
-        classes=tuple(ClassInfo(name, counts[number]) for number, name in enumerate(class_names)),
-        splits={
-            name: SplitInfo(sum(shard.samples for shard in shards), shards)
-            for name in SPLITS
-            if (shards := tuple(reports[t.name].shard for t, its in zip(tars, splits, strict=True) if its == name))
-        },
+            trained += report.samples.class_counts - report.samples.undecodable_counts
+    manifest = make_manifest(
+        classes=[ClassInfo(name, counts[number]) for number, name in enumerate(class_names)],
+        shards=[(its, report.shard) for report, its in zip(reports, splits, strict=True)],
+        left_out=left_out,
+        trained=set(trained),
         text=texts == samples,
-        left_out={UNDECODABLE: len(left_out)} if left_out else {},
-        tool=f"dist-train {__version__}",
-        untrained=untrained,
     )
     write_manifest(folder, manifest)
     warn_of_classes(folder, manifest)
@@ -135,28 +118,32 @@ def adopt_tars(
 
 def inspect_tar(tar: Path, classes: int, decode: bool) -> TarReport:
     """Check that the loader can read every sample of a tar; runs in a worker process."""
-    report, samples, size, sha256 = ShardReport(), [], 0, ""
+    obstacles: list[str] = []
+    checked, samples, size, sha256 = ShardReport(), [], 0, ""
     try:
         samples = index_tar(tar)
         size = tar.stat().st_size
         with open(tar, "rb") as file:
             if file.read(512)[257:262] != b"ustar":
-                report.differences.append(f"{tar}: a tar from before the USTAR format; {_REPACK}")
-            file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if not any("cls" in sample.members for sample in samples):
-            what = "none of its samples has a .cls" if samples else "holds no samples"
-            report.differences.append(f"{tar}: {what}; {_REPACK}, with --class-key for a class in the .json")
+                obstacles.append(f"{tar}: a tar from before the USTAR format; {_REPACK}")
+        sha256 = sha256_of(tar)
+        if any("cls" in sample.members for sample in samples):
+            checked = check_samples(tar, samples, classes, text=False, decode_images=decode)
+            obstacles += checked.differences
         else:
-            report = check_samples(tar, samples, classes, text=False, decode_images=decode)
-            report.differences += [line for sample in samples if (line := _other_images(tar, sample))]
-        report.differences += _unlistable(tar, samples)
+            what = "none of its samples has a .cls" if samples else "holds no samples"
+            obstacles.append(f"{tar}: {what}; {_REPACK}, with --class-key for a class in the .json")
+        for sample in samples:
+            name = sample.key + "".join(sample.members)
+            if len(name.splitlines()) > 1 or not name.isprintable():  # an index is lines of text
+                obstacles.append(f"{tar}: sample {sample.key!r} has a name that no index can hold; {_REPACK}")
     except WorkError as error:
-        report.differences.append(str(error))
+        obstacles.append(str(error))
     except OSError as error:
-        report.differences.append(f"{tar}: cannot be read ({error.strerror})")
+        obstacles.append(f"{tar}: cannot be read ({error.strerror})")
+    shard = ShardInfo(tar.name, len(samples), size, sha256)
     texts = sum("txt" in sample.members for sample in samples)
-    return TarReport(ShardInfo(tar.name, len(samples), size, sha256), texts, report, _is_joined(tar, samples))
+    return TarReport(shard, obstacles, checked, texts, _is_joined(tar, samples))
 
 
 def index_in_place(tar: Path) -> None:
@@ -174,13 +161,11 @@ def _splits(tars: list[Path], split: str | None, ratios: Sequence[float] | None,
         return [split] * len(tars)
     if ratios is not None:
         check_ratios(ratios)
-        numbers = split_counts(len(tars), ratios)
-        empty = [name for name, number, ratio in zip(SPLITS, numbers, ratios, strict=True) if ratio and not number]
+        drawn = draw_splits(len(tars), ratios, seed)
+        empty = [name for name, ratio in zip(SPLITS, ratios, strict=True) if ratio and name not in drawn]
         if empty:
             raise UseError(f"{len(tars)} tars divided by these --ratios leave none for {' and '.join(empty)}")
-        by_rank = [name for name, number in zip(SPLITS, numbers, strict=True) for _ in range(number)]
-        drawn = dict(zip(permutation(len(tars), seed).tolist(), by_rank, strict=True))
-        return [drawn[i] for i in range(len(tars))]
+        return drawn
     named = splits_in_names(tars)
     if named is None:
         raise UseError(
@@ -202,22 +187,3 @@ def _is_joined(tar: Path, samples: list[TarSample]) -> bool:
         return False
     with open(tar, "rb") as file:
         return any(not any(os.pread(file.fileno(), 512, gap)) for gap in gaps)
-
-
-def _other_images(tar: Path, sample: TarSample) -> str | None:
-    """A line for a sample with images that the loader passes over: as in a build, nothing says which is meant."""
-    extensions = image_extensions(sample)
-    readable = [extension for extension in extensions if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
-    if len(readable) != 1 or len(extensions) == 1:
-        return None  # those of other numbers have their line already
-    return several_images(tar, sample, extensions)
-
-
-def _unlistable(tar: Path, samples: list[TarSample]) -> list[str]:
-    """A line for each sample whose names an index, which is lines of text, cannot hold."""
-    lines = []
-    for sample in samples:
-        name = sample.key + "".join(sample.members)
-        if len(name.splitlines()) > 1 or not name.isprintable():
-            lines.append(f"{tar}: sample {sample.key!r} has a name that no index can hold; {_REPACK}")
-    return lines

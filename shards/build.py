@@ -8,29 +8,25 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dist_train import __version__
 from dist_train.data.manifest import (
     LEFT_OUT_NAME,
     MANIFEST_NAME,
     ClassInfo,
     Manifest,
-    ShardInfo,
-    SplitInfo,
     read_manifest,
     write_manifest,
 )
 from dist_train.errors import UseError, WorkError, name_some
 from dist_train.files import write_atomically
 from dist_train.output import say
+from shards.finish import make_manifest, warn_of_classes, write_left_out
 from shards.plan import BuildOptions, Plan, make_plan, too_few
 from shards.records import LeftOut, Record, warn
 from shards.workers import run_jobs
@@ -63,8 +59,9 @@ def build_shard_set(records: Iterable[Record | LeftOut], out: Path, options: Bui
 
 def _write_shards(out: Path, plan: Plan, options: BuildOptions) -> dict[str, ShardStatistics]:
     """Write the shards that are not there yet; returns the statistics of all, by shard name."""
-    finished = {shard.name: read_statistics(out, shard.name) for shard in plan.shards}
-    missing = [shard for shard in plan.shards if finished[shard.name] is None]
+    there = {shard.name: read_statistics(out, shard.name) for shard in plan.shards}
+    finished = {name: statistics for name, statistics in there.items() if statistics is not None}
+    missing = [shard for shard in plan.shards if shard.name not in finished]
     if len(missing) < len(plan.shards):
         say(f"{out}: {len(plan.shards) - len(missing)} of {len(plan.shards)} shards are there already")
     start = time.monotonic()
@@ -74,109 +71,67 @@ def _write_shards(out: Path, plan: Plan, options: BuildOptions) -> dict[str, Sha
         finished[name] = statistics
     seconds = time.monotonic() - start
     say(f"{out}: {images:,} images in {seconds:.1f} s, {images / max(seconds, 1e-9):,.0f} images/s")
-    return {name: statistics for name, statistics in finished.items() if statistics is not None}
+    return finished
+
+
+def _assemble(out: Path, plan: Plan, options: BuildOptions, written: dict[str, ShardStatistics]) -> Manifest:
+    """Write the list of left-out images and, last, the manifest."""
+    left_out = [*plan.left_out, *(entry for shard in plan.shards for entry in written[shard.name].left_out)]
+    write_left_out(out, left_out)  # before there is a reason to end: it says why
+    usable = sum((Counter(statistics.class_counts) for statistics in written.values()), Counter[int]())
+    dropped = _drop_small_classes(out, plan, options, written, usable)
+    kept = [number for number in range(len(plan.class_names)) if number not in dropped]
+    if dropped:
+        for shard in plan.shards:
+            unusable = {entry.name for entry in written[shard.name].left_out}
+            for record, number in shard.samples:
+                if number in dropped and record.name not in unusable:
+                    detail = f"class {record.class_name}: {usable[number]} usable"
+                    left_out.append(LeftOut(record.name, too_few(options), detail))
+        write_left_out(out, left_out)
+    trained = {number for shard in plan.shards if shard.split == "train" for number in written[shard.name].class_counts}
+    manifest = make_manifest(
+        classes=[ClassInfo(plan.class_names[number], usable[number]) for number in kept],
+        shards=[(shard.split, written[shard.name].shard) for shard in plan.shards],
+        left_out=left_out,
+        trained={i for i, number in enumerate(kept) if number in trained},
+        text=plan.text,
+        transform=options.transform,
+    )
+    write_manifest(out, manifest)
+    return manifest
 
 
 def _drop_small_classes(
-    out: Path, plan: Plan, options: BuildOptions, written: dict[str, ShardStatistics]
-) -> tuple[int, ...]:
+    out: Path, plan: Plan, options: BuildOptions, written: dict[str, ShardStatistics], usable: Counter[int]
+) -> set[int]:
     """Take classes with too few usable images out of the written shards; `written` gets the new statistics.
 
-    Returns the ids of these classes. Raises WorkError if none is left.
+    usable: usable images by class id. Returns the ids of the classes taken out. Raises WorkError if none is left.
     """
-    usable = sum((Counter(statistics.class_counts) for statistics in written.values()), Counter())
     dropped = tuple(number for number in range(len(plan.class_names)) if usable[number] < options.min_per_class)
     if len(dropped) == len(plan.class_names):
-        most = max(usable.values(), default=0)
         few = f"none of the images is usable; {out / LEFT_OUT_NAME} says why"
-        if most:
+        if most := max(usable.values(), default=0):
             few = f"no class has {options.min_per_class} usable images (the largest has {most}); see --min-per-class"
         raise WorkError(f"{out}: {few}")
-    shards = {shard.name: shard for shard in plan.shards}
     jobs = {
-        name: (out, shards[name], plan.text, options, statistics, dropped)
-        for name, statistics in written.items()
-        if statistics.dropped != dropped
+        shard.name: (out, shard, plan.text, options, written[shard.name], dropped)
+        for shard in plan.shards
+        if written[shard.name].dropped != dropped
     }
     for name, statistics in run_jobs(drop_classes, jobs, options.workers, 0, "drop small classes"):
         written[name] = statistics
     if dropped:
         names = name_some([f"{plan.class_names[number]} ({usable[number]})" for number in dropped])
         warn(f"{out}: classes with fewer usable images than {options.min_per_class} are left out: {names}")
-    return dropped
-
-
-def _assemble(out: Path, plan: Plan, options: BuildOptions, written: dict[str, ShardStatistics]) -> Manifest:
-    """Write the list of left-out images and, last, the manifest."""
-    left_out = [*plan.left_out, *(entry for shard in plan.shards for entry in written[shard.name].left_out)]
-    _write_left_out(out, left_out)  # before there is a reason to end: it says why
-    dropped = _drop_small_classes(out, plan, options, written)
-    if dropped:
-        left_out += _of_dropped_classes(plan, options, written, set(dropped))
-        _write_left_out(out, left_out)
-
-    class_counts: Counter[int] = Counter()
-    trained: set[int] = set()
-    shards: dict[str, list[ShardInfo]] = {}
-    for shard in plan.shards:
-        statistics = written[shard.name]
-        class_counts.update(statistics.class_counts)
-        if shard.split == "train":
-            trained |= statistics.class_counts.keys()
-        if statistics.shard.samples:
-            shards.setdefault(shard.split, []).append(statistics.shard)
-    kept = [number for number in range(len(plan.class_names)) if number not in set(dropped)]
-    manifest = Manifest(
-        classes=tuple(ClassInfo(plan.class_names[number], class_counts[number]) for number in kept),
-        splits={split: SplitInfo(sum(s.samples for s in its), tuple(its)) for split, its in shards.items()},
-        transform=options.transform,
-        text=plan.text,
-        left_out=_count_by_reason(left_out),
-        tool=f"dist-train {__version__}",
-        untrained=tuple(i for i, number in enumerate(kept) if number not in trained) if "train" in shards else (),
-    )
-    write_manifest(out, manifest)
-    return manifest
-
-
-def _write_left_out(out: Path, left_out: list[LeftOut]) -> None:
-    lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in left_out)
-    write_atomically(out / LEFT_OUT_NAME, lines.encode())
-
-
-def _of_dropped_classes(
-    plan: Plan, options: BuildOptions, written: dict[str, ShardStatistics], dropped: set[int]
-) -> list[LeftOut]:
-    """The usable images of classes that have too few of them."""
-    usable = sum((Counter(statistics.class_counts) for statistics in written.values()), Counter())
-    entries = []
-    for shard in plan.shards:
-        unusable = {entry.name for entry in written[shard.name].left_out}
-        for record, number in shard.samples:
-            if number in dropped and record.name not in unusable:
-                detail = f"class {record.class_name}: {usable[number]} usable"
-                entries.append(LeftOut(record.name, too_few(options), detail))
-    return entries
-
-
-def warn_of_classes(folder: Path, manifest: Manifest) -> None:
-    """Say what a classifier will not learn from a set: classes without training images, or that there is one class."""
-    if untrained := manifest.untrained_classes():
-        warn(f"{folder}: {untrained}")
-    if len(manifest.classes) == 1:
-        warn(f"{folder}: one class alone, '{manifest.classes[0].name}': are its subfolders the classes?")
-
-
-def _count_by_reason(left_out: list[LeftOut]) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for entry in left_out:
-        counts[entry.reason] += entry.count
-    return dict(sorted(counts.items()))
+    return set(dropped)
 
 
 def _claim(out: Path, plan: Plan, options: BuildOptions) -> bool:
     """Make sure that `out` is empty or holds this very build, and mark it; returns whether the set is complete."""
-    claim = {"settings": options.settings(), "fingerprint": plan.fingerprint()}
+    settings = options.settings()
+    claim = {"settings": settings, "fingerprint": plan.fingerprint()}
     complete = (out / MANIFEST_NAME).exists()
     what = "a complete shard set" if complete else "an unfinished build"
     try:
@@ -193,7 +148,7 @@ def _claim(out: Path, plan: Plan, options: BuildOptions) -> bool:
         theirs = found.get("settings", {})
         differences = [
             f"{name} {theirs.get(name)} there, {value} here"
-            for name, value in claim["settings"].items()
+            for name, value in settings.items()
             if theirs.get(name) != value
         ]
         why = "; ".join(differences) or "the source's images, classes, splits or tags"
@@ -206,10 +161,10 @@ def _locked(out: Path) -> Iterator[None]:
     """Make the folder `out`, and keep other builds out of it. The lock ends with this process, however it ends."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = open(out / _LOCK_NAME, "w")
     except OSError as error:
         raise UseError(f"{out}: not a folder that can be written to ({error.strerror})") from None
-    try:
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -218,5 +173,3 @@ def _locked(out: Path) -> Iterator[None]:
             yield
         finally:
             (out / _LOCK_NAME).unlink()
-    finally:
-        os.close(lock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from dist_train.errors import UseError, WorkError
-from shards.workers import WorkerDied
+from shards.processes import WorkerDied
 
 Result = TypeVar("Result")
 
@@ -31,7 +32,7 @@ class RayCluster:
         self._started = not ray.is_initialized()
         if self._started:
             try:
-                ray.init(log_to_driver=False, logging_level="warning")
+                ray.init(log_to_driver=False, logging_level=logging.WARNING)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0]
                 raise WorkError(f"no Ray cluster by RAY_ADDRESS or on this machine: {reason}") from None
@@ -46,20 +47,17 @@ class RayCluster:
         self._running[future] = reference
         return future
 
-    def finish(self, future: Future[Any]) -> Exception | None:
+    def finish(self, future: Future[Any]) -> BaseException | None:
         """To be called when a job has ended; returns what it raised, WorkerDied if its process or node died."""
         del self._running[future]
         error = future.exception()
         if isinstance(error, self._ray.exceptions.RayTaskError):
             return error.cause if isinstance(error.cause, Exception) else error
-        if isinstance(error, self._ray.exceptions.RayError):
-            return WorkerDied()
-        if error is not None and not isinstance(error, Exception):
-            raise error
-        return error
+        return WorkerDied() if isinstance(error, self._ray.exceptions.RayError) else error
 
-    def images_done(self) -> None:
+    def images_done(self) -> int | None:
         """None: images are not counted across a cluster, only shards are."""
+        return None
 
     def close(self, kill: bool) -> None:
         """Leave the cluster; kill: end the jobs that still run."""

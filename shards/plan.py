@@ -10,13 +10,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dist_train.data.draws import permutation
 from dist_train.errors import UseError
 from shards.records import LeftOut, Record, check_class_names
-from shards.sources import FileContent, TarContent
 from shards.splits import SPLITS, check_ratios, draw_splits
 from shards.workers import check_workers
 
@@ -78,15 +77,9 @@ class BuildOptions:
 
     def settings(self) -> dict[str, Any]:
         """What decides the set's bytes, as JSON values."""
-        return {
-            "size": self.size,
-            "max_side": self.max_side,
-            "min_per_class": self.min_per_class,
-            "shard_mb": self.shard_mb,
-            "ratios": list(self.ratios),
-            "seed": self.seed,
-            "quality": self.quality,
-        }
+        settings = asdict(self) | {"ratios": list(self.ratios)}
+        del settings["workers"]
+        return settings
 
 
 @dataclass(frozen=True)
@@ -123,10 +116,9 @@ def make_plan(found: Iterable[Record | LeftOut], options: BuildOptions) -> Plan:
     The order in which the records come does not matter. Raises UseError if nothing is left to build, or if a record
     has an unusable class or split.
     """
-    records: list[Record] = []
-    left_out: list[LeftOut] = []
-    for item in found:
-        (records if isinstance(item, Record) else left_out).append(item)
+    found = list(found)
+    left_out = [item for item in found if isinstance(item, LeftOut)]
+    records = [item for item in found if isinstance(item, Record)]
     ordered = sorted(records, key=lambda r: (r.name, r.class_name, r.split or "", r.tags or ""))
     class_sizes = Counter(record.class_name for record in ordered)
     class_names = _in_id_order([name for name, count in class_sizes.items() if count >= options.min_per_class])
@@ -211,7 +203,7 @@ def _estimated_bytes(record: Record, options: BuildOptions) -> float:
     encoded = 0.45 * side**2 + 1_000 if side else None  # photos at quality 92: 0.44 bytes a pixel at 160x160
     if options.size and encoded:
         return encoded + _MEMBER_OVERHEAD
-    on_disk = record.read.size() if isinstance(record.read, FileContent | TarContent) else None
+    on_disk = record.size()
     if on_disk is None:
         on_disk = _UNKNOWN_BYTES
     return min(on_disk, encoded or on_disk) + _MEMBER_OVERHEAD

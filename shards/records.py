@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -14,6 +15,57 @@ _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclass(frozen=True)
+class FileContent:
+    """A record's `read` for a file on disk."""
+
+    path: str
+
+    def __call__(self) -> bytes:
+        """The file's bytes. Raises OSError."""
+        with open(self.path, "rb") as file:
+            return file.read()
+
+    def size(self) -> int | None:
+        """Bytes, or None if the file cannot be found."""
+        try:
+            return os.stat(self.path).st_size
+        except OSError:
+            return None
+
+    def identity(self) -> object:
+        """Equal for two paths of one file, links included."""
+        return file_identity(self.path) or os.path.normpath(self.path)
+
+
+@dataclass(frozen=True)
+class TarContent:
+    """A record's `read` for a file inside a tar: `length` bytes from `offset` on."""
+
+    path: str
+    offset: int
+    length: int
+
+    def __call__(self) -> bytes:
+        """The file's bytes. Raises OSError."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
+
+    def size(self) -> int:
+        """Bytes."""
+        return self.length
+
+
+def file_identity(path: str) -> tuple[int, int] | None:
+    """What tells a file or folder from all others, whatever the name; None if it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+@dataclass(frozen=True)
 class Record:
     """One image on its way into a shard set.
 
@@ -23,10 +75,14 @@ class Record:
     """
 
     name: str
-    read: Callable[[], bytes]
+    read: FileContent | TarContent | Callable[[], bytes]
     class_name: str
     split: str | None = None
     tags: str | None = None
+
+    def size(self) -> int | None:
+        """Bytes of the encoded image; None where the file is not there, or only reading it would tell."""
+        return self.read.size() if isinstance(self.read, FileContent | TarContent) else None
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from dist_train.data.checksums import checksums_path, compute_checksums, read_checksums, write_checksums
 from dist_train.data.images import BadImage, decode
-from dist_train.data.manifest import Manifest, ShardInfo, read_manifest
-from dist_train.data.tarindex import IMAGE_EXTENSIONS, TarSample, index_path, index_tar, read_index, write_index
+from dist_train.data.manifest import ShardInfo, read_manifest
+from dist_train.data.tarindex import TarSample, index_path, index_tar, read_index, write_index
 from dist_train.errors import WorkError
-from shards.workers import count_image, run_jobs
+from shards.processes import count_image
+from shards.sources.tars import image_extensions
+from shards.workers import run_jobs
 
 
 @dataclass
@@ -26,7 +28,7 @@ class ShardReport:
     undecodable: list[tuple[str, str]] = field(default_factory=list)
 
 
-def verify_shard_set(root: Path, workers: int = 1) -> list[str]:
+def verify_shard_set(root: Path, workers: int | str = 1) -> list[str]:
     """Check the shard set `root`; returns its differences from what it should be, one line each, sorted by shard.
 
     Checked are each shard's presence, size, SHA-256, tar structure, index, checksums (if it has them) and samples, that
@@ -35,23 +37,17 @@ def verify_shard_set(root: Path, workers: int = 1) -> list[str]:
     Raises UseError if there is no complete set, WorkError if its manifest is damaged.
     """
     manifest = read_manifest(root)
-    shards = _shards(manifest)
-    jobs = {
-        shard.file: (root / shard.file, shard, len(manifest.classes), manifest.text)
-        for shard in shards
-        if (root / shard.file).is_file()
-    }
-    images = sum(shard.samples for shard in shards if shard.file in jobs)
+    shards = {shard.file: shard for split in manifest.splits.values() for shard in split.shards}
+    there = [shard for file, shard in shards.items() if (root / file).is_file()]
+    jobs = {shard.file: (root / shard.file, shard, len(manifest.classes), manifest.text) for shard in there}
+    images = sum(shard.samples for shard in there)
     reports = dict(run_jobs(verify_shard, jobs, workers, images, "verify"))
 
     differences = []
-    for shard in shards:
-        differences += reports[shard.file].differences if shard.file in reports else [f"{root / shard.file}: missing"]
-    listed = {shard.file for shard in shards}
-    for tar in sorted(root.glob("*.tar")):
-        if tar.name not in listed:
-            differences.append(f"{tar}: not in the manifest")
-    found = sum((report.class_counts for report in reports.values()), Counter())
+    for file in shards:
+        differences += reports[file].differences if file in reports else [f"{root / file}: missing"]
+    differences += [f"{tar}: not in the manifest" for tar in sorted(root.glob("*.tar")) if tar.name not in shards]
+    found = sum((report.class_counts for report in reports.values()), Counter[int]())
     for class_id, info in enumerate(manifest.classes):
         if found[class_id] != info.count:
             differences.append(
@@ -63,26 +59,32 @@ def verify_shard_set(root: Path, workers: int = 1) -> list[str]:
 
 def verify_shard(tar: Path, shard: ShardInfo, classes: int, text: bool) -> ShardReport:
     """Check one tar against its entry in the manifest and its index; runs in a worker process."""
-    report = ShardReport()
+    lines: list[str] = []
+    checked = ShardReport()
     try:
-        _check_file(tar, shard, report)
+        size = tar.stat().st_size
+        if size != shard.bytes:
+            lines.append(f"{tar}: has {size:,} bytes, {shard.bytes:,} by the manifest")
+        if sha256_of(tar) != shard.sha256:
+            lines.append(f"{tar}: its SHA-256 is not the manifest's; build the set again")
         samples = index_tar(tar)
-        _check_index(tar, samples, report)
+        try:
+            if not _same_places(read_index(tar), samples):
+                lines.append(f"{index_path(tar)}: does not match its tar; write it again with --fix-index")
+        except WorkError as error:
+            lines.append(str(error))
         if len(samples) != shard.samples:
-            report.differences.append(f"{tar}: has {len(samples):,} samples, {shard.samples:,} by the manifest")
-        else:
-            _check_checksums(tar, shard, samples, report)
+            lines.append(f"{tar}: has {len(samples):,} samples, {shard.samples:,} by the manifest")
+        elif checksums_path(tar).exists():  # sets that were built before there were any have none
+            lines += _wrong_checksums(tar, shard, samples)
         checked = check_samples(tar, samples, classes, text)
-        report.class_counts = checked.class_counts
-        report.differences += checked.differences
-        report.differences += [
-            f"{tar}: sample {key}: its image does not decode ({why})" for key, why in checked.undecodable
-        ]
+        lines += checked.differences
+        lines += [f"{tar}: sample {key}: its image does not decode ({why})" for key, why in checked.undecodable]
     except WorkError as error:
-        report.differences.append(str(error))
+        lines.append(str(error))
     except OSError as error:
-        report.differences.append(f"{tar}: cannot be read ({error.strerror})")
-    return report
+        lines.append(f"{tar}: cannot be read ({error.strerror})")
+    return ShardReport(checked.class_counts, differences=lines)
 
 
 def fix_indexes(root: Path) -> list[Path]:
@@ -92,7 +94,7 @@ def fix_indexes(root: Path) -> list[Path]:
     Raises UseError if there is no complete set, WorkError if a tar cannot be read.
     """
     fixed = []
-    for shard in _shards(read_manifest(root)):
+    for shard in (shard for split in read_manifest(root).splits.values() for shard in split.shards):
         tar = root / shard.file
         if not tar.is_file():
             continue  # verify names it
@@ -104,47 +106,26 @@ def fix_indexes(root: Path) -> list[Path]:
         if not right:
             write_index(tar, samples)
             fixed.append(index_path(tar))
-        if read_checksums(tar, len(samples), shard.bytes) is None and _sha256(tar) == shard.sha256:
+        if read_checksums(tar, len(samples), shard.bytes) is None and sha256_of(tar) == shard.sha256:
             write_checksums(tar, compute_checksums(tar, samples))
             fixed.append(checksums_path(tar))
     return fixed
 
 
-def _shards(manifest: Manifest) -> list[ShardInfo]:
-    return [shard for split in manifest.splits.values() for shard in split.shards]
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file in hex. Raises OSError."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _check_file(tar: Path, shard: ShardInfo, report: ShardReport) -> None:
-    size = tar.stat().st_size
-    if size != shard.bytes:
-        report.differences.append(f"{tar}: has {size:,} bytes, {shard.bytes:,} by the manifest")
-    if _sha256(tar) != shard.sha256:
-        report.differences.append(f"{tar}: its SHA-256 is not the manifest's; build the set again")
-
-
-def _sha256(tar: Path) -> str:
-    with open(tar, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_index(tar: Path, samples: list[TarSample], report: ShardReport) -> None:
-    try:
-        if not _same_places(read_index(tar), samples):
-            report.differences.append(f"{index_path(tar)}: does not match its tar; write it again with --fix-index")
-    except WorkError as error:
-        report.differences.append(str(error))
-
-
-def _check_checksums(tar: Path, shard: ShardInfo, samples: list[TarSample], report: ShardReport) -> None:
-    if not checksums_path(tar).exists():
-        return  # of a set that was built before there were any
+def _wrong_checksums(tar: Path, shard: ShardInfo, samples: list[TarSample]) -> list[str]:
+    """A line for each sample that is not what the checksums say, or one where they are damaged."""
+    path = checksums_path(tar)
     listed = read_checksums(tar, shard.samples, shard.bytes)
     if listed is None:
-        report.differences.append(f"{checksums_path(tar)}: damaged, or of another tar; write it again with --fix-index")
-        return
-    for sample, here, there in zip(samples, compute_checksums(tar, samples), listed.tolist(), strict=True):
-        if here != there:
-            report.differences.append(f"{tar}: sample {sample.key}: is not what {checksums_path(tar).name} says")
+        return [f"{path}: damaged, or of another tar; write it again with --fix-index"]
+    pairs = zip(samples, compute_checksums(tar, samples), listed.tolist(), strict=True)
+    return [f"{tar}: sample {sample.key}: is not what {path.name} says" for sample, here, by in pairs if here != by]
 
 
 def _same_places(index: list[TarSample], samples: list[TarSample]) -> bool:
@@ -184,11 +165,13 @@ def check_samples(
             if text and sample.find("txt") is None:
                 report.differences.append(f"{place}: has no .txt, but the manifest says that samples have tags")
 
-            images = [extension for extension in sample.members if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
+            images = image_extensions(sample)
             if not images:
                 report.differences.append(f"{place}: has 0 images")
             elif len(images) > 1:
-                report.differences.append(several_images(tar, sample, images))
+                names = ", ".join(f"{sample.key}.{extension}" for extension in images)
+                why = ", as a key ends at the first dot" if all("." in extension for extension in images) else ""
+                report.differences.append(f"{place}: has {len(images)} images ({names}){why}")
             for extension in images if decode_images else []:
                 try:
                     decode(content(sample, extension))
@@ -198,10 +181,3 @@ def check_samples(
                         report.undecodable_counts[int(label)] += 1
             count_image()
     return report
-
-
-def several_images(tar: Path, sample: TarSample, extensions: list[str]) -> str:
-    """The line for a sample with more images than one."""
-    names = ", ".join(f"{sample.key}.{extension}" for extension in extensions)
-    why = ", as a key ends at the first dot" if all("." in extension for extension in extensions) else ""
-    return f"{tar}: sample {sample.key}: has {len(extensions)} images ({names}){why}"

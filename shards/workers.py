@@ -1,27 +1,19 @@
-"""Jobs spread over workers: building, adopting and verifying work shard by shard, in processes here or on a cluster.
-
-Processes are spawned, not forked (a fork of a process with threads can hang). They end when their parent does, however
-it ends, and they count the images that they finish, for the progress line.
-"""
+"""Jobs spread over workers: building, adopting and verifying work shard by shard, in processes here or on a cluster."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for_end
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from dist_train.errors import UseError, WorkError
+from shards.cluster import RayCluster
+from shards.processes import Processes, WorkerDied
 
 Result = TypeVar("Result")
 
@@ -30,22 +22,6 @@ RAY = "ray"
 
 _ATTEMPTS = 3
 _SECONDS_BETWEEN_LINES = 30.0
-
-_images_done: Any = None  # a shared integer (multiprocessing.Value), set in worker processes
-
-
-class WorkerDied(Exception):
-    """The process that a job ran in ended before the job did."""
-
-    def __init__(self) -> None:
-        super().__init__("its worker process died: killed, or out of memory")
-
-
-def count_image() -> None:
-    """Called by a job after each image; does nothing outside a worker process."""
-    if _images_done is not None:
-        with _images_done.get_lock():
-            _images_done.value += 1
 
 
 def check_workers(workers: int | str) -> None:
@@ -69,37 +45,35 @@ def run_jobs(
     check_workers(workers)
     if not jobs:
         return
-    if workers == RAY:
-        from shards.cluster import RayCluster
-
-        engine: Any = RayCluster()
-    else:
-        engine = _Processes(min(int(workers), len(jobs)))
+    engine = RayCluster() if workers == RAY else Processes(min(int(workers), len(jobs)))
     waiting = deque(jobs)
     attempts: Counter[str] = Counter()
     running: dict[Future[Result], str] = {}
     failed: dict[str, Exception] = {}
+    progress = _Progress(images, len(jobs), what, counts_images=engine.images_done() is not None)
     try:
-        with _Progress(images, len(jobs), what, engine.images_done() is not None) as progress:
-            while waiting or running:
-                while waiting and len(running) < engine.slots:
-                    name = waiting.popleft()
-                    attempts[name] += 1
-                    running[engine.submit(function, *jobs[name])] = name
-                for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                    name = running.pop(future)
-                    error = engine.finish(future)
-                    if error is None:
-                        progress.jobs_done += 1
-                        yield name, future.result()
-                    elif attempts[name] < _ATTEMPTS:
-                        reason = " ".join(f"{type(error).__name__}: {error}".split())
-                        print(f"{what}: {name} failed ({reason}); trying it again", file=sys.stderr, flush=True)
-                        waiting.append(name)
-                    else:
-                        failed[name] = error
-                progress.show(engine.images_done())
+        while waiting or running:
+            while waiting and len(running) < engine.slots:
+                name = waiting.popleft()
+                attempts[name] += 1
+                running[engine.submit(function, *jobs[name])] = name
+            for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
+                error = engine.finish(future)
+                if error is None:
+                    progress.jobs_done += 1
+                    yield name, future.result()
+                elif not isinstance(error, Exception):  # Ctrl-C, or an exit
+                    raise error
+                elif attempts[name] < _ATTEMPTS:
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    print(f"{what}: {name} failed ({reason}); trying it again", file=sys.stderr, flush=True)
+                    waiting.append(name)
+                else:
+                    failed[name] = error
+            progress.show(engine.images_done())
     finally:
+        progress.close()
         engine.close(kill=bool(running))
     if failed:
         raise _failure(failed)
@@ -116,67 +90,6 @@ def _failure(failed: dict[str, Exception]) -> Exception:
         f"{error}; that was {name}{others}, tried {_ATTEMPTS} times, all others are done; "
         "run the same command again to go on"
     )
-
-
-class _Processes:
-    """Worker processes on this machine; each is a pool of its own, so that it is known what a dying one worked on."""
-
-    def __init__(self, workers: int) -> None:
-        self._context = multiprocessing.get_context("spawn")
-        self._done = self._context.Value("q", 0)
-        self._others = set(multiprocessing.active_children())
-        self._idle = [self._start() for _ in range(workers)]
-        self._busy: dict[Future[Any], ProcessPoolExecutor] = {}
-        self.slots = workers
-
-    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Start a job; no more than `slots` at a time."""
-        pool = self._idle.pop()
-        future = pool.submit(function, *arguments)
-        self._busy[future] = pool
-        return future
-
-    def finish(self, future: Future[Any]) -> Exception | None:
-        """To be called when a job has ended; returns what it raised, WorkerDied if its process died."""
-        pool = self._busy.pop(future)
-        error = future.exception()
-        if isinstance(error, BrokenProcessPool):
-            pool.shutdown()
-            self._idle.append(self._start())
-            return WorkerDied()
-        self._idle.append(pool)
-        if error is not None and not isinstance(error, Exception):
-            raise error
-        return error
-
-    def images_done(self) -> int:
-        """Images that all workers together have finished."""
-        return self._done.value
-
-    def close(self, kill: bool) -> None:
-        """End the processes; kill: those at work too."""
-        if kill:
-            for process in set(multiprocessing.active_children()) - self._others:
-                process.terminate()
-        for pool in [*self._idle, *self._busy.values()]:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, self._context, initializer=_start_worker, initargs=(self._done,))
-
-
-def _start_worker(images_done: Any) -> None:
-    global _images_done
-    _images_done = images_done
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait_for_end([parent.sentinel])
-    os._exit(1)
 
 
 class _Progress:
@@ -204,9 +117,7 @@ class _Progress:
                 line += f", {images_done:,}{total} images, {rate:,.0f} images/s"
             print(line, file=sys.stderr, flush=True)
 
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Leave the bar as it is."""
         if self.bar is not None:
             self.bar.close()

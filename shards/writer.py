@@ -9,10 +9,11 @@ import socket
 import tarfile
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dist_train.data.checksums import checksums_path, compute_checksums, write_checksums
+from dist_train.data.checksums import checksums_path, write_checksums
 from dist_train.data.images import BadImage
 from dist_train.data.manifest import ShardInfo
 from dist_train.data.tarindex import Member, TarSample, index_path, read_index, write_index
@@ -20,8 +21,8 @@ from dist_train.errors import WorkError
 from dist_train.files import write_atomically
 from shards.images import convert
 from shards.plan import BuildOptions, ShardPlan
+from shards.processes import count_image
 from shards.records import LeftOut, Record
-from shards.workers import count_image
 
 _BLOCK = 512  # a tar is made of blocks of this many bytes
 
@@ -77,43 +78,27 @@ def write_shard(folder: Path, plan: ShardPlan, text: bool, options: BuildOptions
 
     Raises WorkError if the folder cannot be written to.
     """
-    tar = folder / f"{plan.name}.tar"
-    # Also the host's name: two hosts may write a shard at once, where a cluster takes one for lost that is not.
-    temporary = folder / f".{plan.name}.tar.{socket.gethostname()}.{os.getpid()}.tmp"
-    index: list[TarSample] = []
-    checksums: list[int] = []
     class_counts: Counter[int] = Counter()
     left_out: list[LeftOut] = []
-    try:
-        stream = _TarStream(temporary)
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for number, (record, class_id) in enumerate(plan.samples):
             try:
                 image = convert(_read(record), options.size, options.max_side, options.quality)
             except BadImage as error:
                 left_out.append(LeftOut(record.name, error.reason, error.detail))
             else:
-                key = f"{plan.name}-{number:06d}"
-                members = {"jpg": image, "cls": str(class_id).encode()}
+                content = {"jpg": image, "cls": str(class_id).encode()}
                 if text:
-                    members["txt"] = " ".join((record.tags or "").split()).encode()  # a line, as its source made it
-                index.append(TarSample(key, {ext: stream.add(f"{key}.{ext}", data) for ext, data in members.items()}))
-                checksums.append(zlib.crc32(b"".join(members.values())))  # image, class, tags, as `checksums.py` says
+                    content["txt"] = " ".join((record.tags or "").split()).encode()  # a line, as its source made it
                 class_counts[class_id] += 1
+                yield f"{plan.name}-{number:06d}", content
             count_image()
-        sha256 = stream.close()
-        if index:
-            os.replace(temporary, tar)
-            write_index(tar, index)
-            write_checksums(tar, checksums)
-        else:
-            temporary.unlink()
-        shard = ShardInfo(tar.name, len(index), stream.bytes, sha256)
-        statistics = ShardStatistics(shard, dict(sorted(class_counts.items())), tuple(left_out))
-        write_atomically(statistics_path(folder, plan.name), (json.dumps(asdict(statistics)) + "\n").encode())
-    except OSError as error:
-        temporary.unlink(missing_ok=True)  # it may be what fills the disk
-        raise WorkError(f"{tar}: cannot be written ({error.strerror}); run the same command again to go on") from None
-    return statistics
+
+    def statistics(shard: ShardInfo) -> ShardStatistics:
+        return ShardStatistics(shard, dict(sorted(class_counts.items())), tuple(left_out))
+
+    return _write(folder, plan.name, samples(), statistics)
 
 
 def drop_classes(
@@ -125,40 +110,60 @@ def drop_classes(
     """
     if written.dropped:  # by an earlier, interrupted build that found other classes too small
         written = write_shard(folder, plan, text, options)
-    tar = folder / f"{plan.name}.tar"
-    temporary = folder / f".{plan.name}.tar.{socket.gethostname()}.{os.getpid()}.tmp"
-    index: list[TarSample] = []
-    try:
-        shard = written.shard
-        if shard.samples:
-            stream = _TarStream(temporary)
-            with open(tar, "rb") as file:
-                for sample in read_index(tar):
-                    content = {}
-                    for extension, member in sample.members.items():
-                        file.seek(member.offset)
-                        content[extension] = file.read(member.size)
-                    class_id = int(content["cls"])
-                    if class_id in dropped:
-                        continue
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        if not written.shard.samples:
+            return
+        tar = folder / written.shard.file
+        with open(tar, "rb") as file:
+            for sample in read_index(tar):
+                content = {}
+                for extension, member in sample.members.items():
+                    file.seek(member.offset)
+                    content[extension] = file.read(member.size)
+                class_id = int(content["cls"])
+                if class_id not in dropped:
                     content["cls"] = str(class_id - sum(lower < class_id for lower in dropped)).encode()
-                    members = {ext: stream.add(f"{sample.key}.{ext}", data) for ext, data in content.items()}
-                    index.append(TarSample(sample.key, members))
-            sha256 = stream.close()
-            shard = ShardInfo(tar.name, len(index), stream.bytes, sha256)
-            # Without statistics a shard counts as not written: an interruption must not leave it with those of before.
-            statistics_path(folder, plan.name).unlink()
-            if index:
-                os.replace(temporary, tar)
-                write_index(tar, index)
-                write_checksums(tar, compute_checksums(tar, index))
-            else:
-                for path in (temporary, tar, index_path(tar), checksums_path(tar)):
-                    path.unlink()
-        statistics = replace(written, shard=shard, dropped=dropped)
-        write_atomically(statistics_path(folder, plan.name), (json.dumps(asdict(statistics)) + "\n").encode())
+                    yield sample.key, content
+
+    return _write(folder, plan.name, samples(), lambda shard: replace(written, shard=shard, dropped=dropped))
+
+
+def _write(
+    folder: Path,
+    name: str,
+    samples: Iterable[tuple[str, dict[str, bytes]]],
+    statistics_of: Callable[[ShardInfo], ShardStatistics],
+) -> ShardStatistics:
+    """Write a shard and what lies beside it, in the place of what is there; returns its statistics.
+
+    samples: key, and content by extension in the order of the checksums: image, class, tags. statistics_of: called
+    when all samples are written. Raises WorkError if the folder cannot be written to.
+    """
+    tar = folder / f"{name}.tar"
+    # Also the host's name: two hosts may write a shard at once, where a cluster takes one for lost that is not.
+    temporary = folder / f".{name}.tar.{socket.gethostname()}.{os.getpid()}.tmp"
+    index: list[TarSample] = []
+    checksums: list[int] = []
+    try:
+        stream = _TarStream(temporary)
+        for key, content in samples:
+            index.append(TarSample(key, {ext: stream.add(f"{key}.{ext}", data) for ext, data in content.items()}))
+            checksums.append(zlib.crc32(b"".join(content.values())))
+        sha256 = stream.close()
+        # Without statistics a shard counts as not written: an interruption must not leave it with those of before.
+        statistics_path(folder, name).unlink(missing_ok=True)
+        if index:
+            os.replace(temporary, tar)
+            write_index(tar, index)
+            write_checksums(tar, checksums)
+        else:
+            for path in (temporary, tar, index_path(tar), checksums_path(tar)):
+                path.unlink(missing_ok=True)
+        statistics = statistics_of(ShardInfo(tar.name, len(index), stream.bytes, sha256))
+        write_atomically(statistics_path(folder, name), (json.dumps(asdict(statistics)) + "\n").encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # it may be what fills the disk
         raise WorkError(f"{tar}: cannot be written ({error.strerror}); run the same command again to go on") from None
     return statistics
 

@@ -104,11 +104,13 @@ def draw_figure(pen: Pen, character: Character, pose: Pose) -> None:
     if character.accessory in ("horns", "cat_ears"):
         _draw_accessory(back, character.accessory, hair, trim)
     back.fill_all(_BACK_HAIR[character.hair], mix(hair, BLACK, 0.12))
-    _draw_hair_lines(back, character.hair, mix(hair, BLACK, 0.45))
+    for strand in _STRANDS.get(character.hair, ()):
+        back.stroke(strand, mix(hair, BLACK, 0.45), 0.022)
     _draw_body(body, character, skin, trim)
     head.fill(_FACE, skin)
     _draw_face(face, character, pose, skin)
-    _draw_front_hair(front, character.fringe, hair)
+    front.fill(_FRONT_HAIR[character.fringe], hair)
+    front.fill(_SHINE, mix(hair, WHITE, 0.45), outline=False)
     if character.accessory not in ("horns", "cat_ears"):
         _draw_accessory(front, character.accessory, hair, trim)
 
@@ -169,11 +171,6 @@ _STRANDS: dict[str, tuple[Points, ...]] = {
 }
 
 
-def _draw_hair_lines(pen: Pen, hair: str, colour: Colour) -> None:
-    for strand in _STRANDS.get(hair, ()):
-        pen.stroke(strand, colour, 0.022)
-
-
 _CROWN_OF_HEAD = smooth((-0.40, 0.06), (-0.43, -0.16), (-0.32, -0.42), (0.0, -0.54), (0.32, -0.42), (0.43, -0.16),
                         (0.40, 0.06), closed=False)  # fmt: skip
 _FRINGE_EDGES: dict[str, Points] = {  # from the right temple to the left one
@@ -194,11 +191,6 @@ _FRINGE_EDGES: dict[str, Points] = {  # from the right temple to the left one
 _FRONT_HAIR = {name: np.concatenate([_CROWN_OF_HEAD, edge]) for name, edge in _FRINGE_EDGES.items()}
 _SHINE = polygon((-0.28, -0.30), (-0.20, -0.25), (-0.14, -0.33), (-0.06, -0.27), (0.0, -0.35), (0.08, -0.28),
                  (0.15, -0.35), (0.24, -0.28), (0.20, -0.38), (0.0, -0.43), (-0.20, -0.39))  # fmt: skip
-
-
-def _draw_front_hair(pen: Pen, fringe: str, hair: Colour) -> None:
-    pen.fill(_FRONT_HAIR[fringe], hair)
-    pen.fill(_SHINE, mix(hair, WHITE, 0.45), outline=False)
 
 
 # ---- face ------------------------------------------------------------------------------------------------------------

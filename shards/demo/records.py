@@ -8,6 +8,7 @@ reads nothing but colour can at best name the most frequent of the five.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -37,16 +38,15 @@ TAG_WRONG = 0.05
 _COLOURS, _SHAPES, _NAMES, _PICTURES, _TAGS = range(5)
 
 _SHAPE_CHOICES = (figure.HAIR, figure.FRINGES, figure.EYES, figure.FACES, figure.CLOTHES, figure.ACCESSORIES)
-_COLOUR_CHOICES = tuple(
-    tuple(colours)
-    for colours in (
-        figure.HAIR_COLOURS,
-        figure.EYE_COLOURS,
-        figure.CLOTHES_COLOURS,
-        figure.TRIM_COLOURS,
-        figure.SKIN_COLOURS,
-    )
+_COLOUR_CHOICES = (
+    figure.HAIR_COLOURS,
+    figure.EYE_COLOURS,
+    figure.CLOTHES_COLOURS,
+    figure.TRIM_COLOURS,
+    figure.SKIN_COLOURS,
 )
+# Backgrounds are painted in the characters' own colours, so that how often a colour occurs says little of who it is.
+_PALETTE = [colour for colours in _COLOUR_CHOICES for colour in colours.values()]
 _SYLLABLES = "ka ki ko sa shi su se ta chi to na ni no ha hi mi mo ma ya yu ra ri re ro wa".split()
 
 
@@ -63,19 +63,16 @@ def demo_records(characters: int = 40, pictures: int = 8000, size: int = 96, see
         raise UseError(f"demo pictures of {size} pixels are too small to show anything; ask for 16 or more")
     counts = class_counts(characters, pictures)
     names = class_names(characters, seed)
-    records = []
-    for class_id, character in enumerate(cast(characters, seed)):
-        name = names[class_id]
-        for number in range(counts[class_id]):
-            records.append(
-                Record(
-                    name=f"demo/{name}/{number:05d}.jpg",
-                    read=functools.partial(read_picture, character, seed, class_id, number, size),
-                    class_name=name,
-                    tags=picture_tags(character, seed, class_id, number),
-                )
-            )
-    return records
+    return [
+        Record(
+            name=f"demo/{names[class_id]}/{number:05d}.jpg",
+            read=functools.partial(read_picture, character, seed, class_id, number, size),
+            class_name=names[class_id],
+            tags=picture_tags(character, seed, class_id, number),
+        )
+        for class_id, character in enumerate(cast(characters, seed))
+        for number in range(counts[class_id])
+    ]
 
 
 def class_counts(characters: int, pictures: int) -> list[int]:
@@ -121,7 +118,7 @@ def cast(characters: int, seed: int) -> list[Character]:
     draw = 0
     while len(colour_sets) * CHARACTERS_PER_COLOURS < characters:
         numbers = uniform(seed, _COLOURS, draw, np.arange(len(_COLOUR_CHOICES)))
-        colour_sets[tuple(_pick(choices, u) for choices, u in zip(_COLOUR_CHOICES, numbers, strict=True))] = None
+        colour_sets[tuple(_pick([*names], u) for names, u in zip(_COLOUR_CHOICES, numbers, strict=True))] = None
         draw += 1
     colours = list(colour_sets)
 
@@ -152,30 +149,11 @@ def read_picture(character: Character, seed: int, class_id: int, number: int, si
 # ---- what varies from picture to picture -----------------------------------------------------------------------------
 
 
-def _pick(choices: tuple[Choice, ...] | list[Choice], u: float, weights: tuple[float, ...] = ()) -> Choice:
+def _pick(choices: Sequence[Choice], u: float, weights: tuple[float, ...] = ()) -> Choice:
     """The choice that the uniform number u falls on; equal weights unless told otherwise."""
     if weights:
         return choices[int(np.searchsorted(np.cumsum(weights), u * sum(weights), side="right"))]
     return choices[int(u * len(choices))]
-
-
-# Backgrounds are painted in the characters' own colours, so that how often a colour occurs says little of who it is.
-_PALETTE = tuple(
-    colour
-    for colours in (
-        figure.HAIR_COLOURS,
-        figure.EYE_COLOURS,
-        figure.CLOTHES_COLOURS,
-        figure.TRIM_COLOURS,
-        figure.SKIN_COLOURS,
-    )
-    for colour in colours.values()
-)
-
-
-def _background_colour(first: float, second: float, share: float) -> Colour:
-    """A colour between two of the characters' colours, nearer to the first."""
-    return mix(_pick(_PALETTE, first), _pick(_PALETTE, second), 0.4 * share)
 
 
 def _variation(seed: int, class_id: int, number: int) -> tuple[Pose, Scene]:
@@ -186,6 +164,13 @@ def _variation(seed: int, class_id: int, number: int) -> tuple[Pose, Scene]:
 
     def between(low: float, high: float) -> float:
         return low + (high - low) * next(unit)
+
+    def background_colour() -> Colour:
+        """A colour between two of the characters' colours, nearer to the first."""
+        return mix(_pick(_PALETTE, next(unit)), _pick(_PALETTE, next(unit)), 0.4 * next(unit))
+
+    def gain() -> float:
+        return brightness * between(0.8, 1.2)
 
     pose = Pose(
         x=between(-0.08, 0.08),
@@ -203,11 +188,11 @@ def _variation(seed: int, class_id: int, number: int) -> tuple[Pose, Scene]:
     scene = Scene(
         background=_pick(BACKGROUNDS, next(unit)),
         occlusion=_pick(OCCLUSIONS, next(unit), weights=(0.6, 0.08, 0.08, 0.08, 0.08, 0.08)),
-        colours=tuple(_background_colour(next(unit), next(unit), next(unit)) for _ in range(3)),
+        colours=(background_colour(), background_colour(), background_colour()),
         noise=noise,
         line_colour=mix(BLACK, (120, 60, 50), next(unit)),
         line_width=_pick((0.0, 0.012, 0.02, 0.03), next(unit), weights=(0.1, 0.3, 0.4, 0.2)),
-        gain=tuple(brightness * between(0.8, 1.2) for _ in range(3)),
+        gain=(gain(), gain(), gain()),
         slope=(between(-0.25, 0.25), between(-0.25, 0.25)),
     )
     return pose, scene

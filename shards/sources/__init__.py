@@ -5,14 +5,16 @@ A reader that leaves images out itself adds `LeftOut` entries to its list.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from dist_train.errors import UseError
 from shards.records import LeftOut, Record
+from shards.sources.csvfile import read_csv
+from shards.sources.danbooru import read_danbooru
+from shards.sources.folders import read_folders
 from shards.sources.listing import is_shard_set
+from shards.sources.lists import read_lists
+from shards.sources.tars import read_tars
 
 LAYOUTS = {
     "folders": "ROOT/CLASS/*.jpg or ROOT/{train,val,test}/CLASS/*.jpg",
@@ -26,52 +28,6 @@ LAYOUTS = {
     "webdataset": "tars of the webdataset library or of img2dataset: a folder of them or one",
 }
 """The layouts that `read_source` knows, and how each lies on a disk."""
-
-
-@dataclass(frozen=True)
-class FileContent:
-    """A record's `read` for a file on disk."""
-
-    path: str
-
-    def __call__(self) -> bytes:
-        """The file's bytes. Raises OSError."""
-        with open(self.path, "rb") as file:
-            return file.read()
-
-    def size(self) -> int | None:
-        """Bytes, or None if the file cannot be found."""
-        try:
-            return os.stat(self.path).st_size
-        except OSError:
-            return None
-
-    def identity(self) -> object:
-        """Equal for two paths of one file, links included."""
-        try:
-            status = os.stat(self.path)
-        except OSError:
-            return os.path.normpath(self.path)
-        return status.st_dev, status.st_ino
-
-
-@dataclass(frozen=True)
-class TarContent:
-    """A record's `read` for a file inside a tar: `length` bytes from `offset` on."""
-
-    path: str
-    offset: int
-    length: int
-
-    def __call__(self) -> bytes:
-        """The file's bytes. Raises OSError."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.length)
-
-    def size(self) -> int:
-        """Bytes."""
-        return self.length
 
 
 def read_source(
@@ -97,19 +53,13 @@ def read_source(
     Raises UseError if there is no such source, it has no records, an option does not belong to its layout, or one image
     has two classes, splits or lines of tags.
     """
-    from shards.sources.csvfile import read_csv
-    from shards.sources.danbooru import read_danbooru
-    from shards.sources.folders import read_folders
-    from shards.sources.lists import read_lists
-    from shards.sources.tars import read_tars
-
     if not source.exists():
         raise UseError(f"{source}: no such folder or file")
     if out is not None and out.exists() and out.samefile(source):
         raise UseError(f"{out}: the shard set would lie among its own source; choose another folder for it")
     found_out = layout is None
     layout = layout or find_layout(source, out)
-    if layout in ("folders", "sidecar", "daf", "dafull", "moeimouto", "icartoonface") and not source.is_dir():
+    if layout not in ("csv", "danbooru", "webdataset") and not source.is_dir():
         raise UseError(f"{source}: --format {layout} needs a folder")
     if layout == "csv" and source.is_dir():
         raise UseError(f"{source}: --format csv needs a file")
@@ -132,9 +82,9 @@ def read_source(
         case "webdataset":
             return read_tars(source, class_key, class_names, image_ending)
         case "folders" | "sidecar":
-            return each_once(read_folders(source, None if found_out else layout == "sidecar", out, split_folders))
+            return read_folders(source, None if found_out else layout == "sidecar", out, split_folders)
         case _:
-            return each_once([*read_lists(source, layout)])
+            return read_lists(source, layout)
 
 
 def find_layout(source: Path, out: Path | None = None) -> str:
@@ -160,33 +110,7 @@ def find_layout(source: Path, out: Path | None = None) -> str:
         return "icartoonface"
     if any(source.glob("*.tar")):
         folders = [entry for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-        sets = [folder for folder in folders if out is not None and out.exists() and folder.samefile(out)]
-        sets += [folder for folder in folders if is_shard_set(str(folder))]
-        return "folders" if set(folders) - set(sets) else "webdataset"
+        own = out if out is not None and out.exists() else None
+        if all((own and folder.samefile(own)) or is_shard_set(str(folder)) for folder in folders):
+            return "webdataset"
     return "folders"
-
-
-def each_once(found: list[Record | LeftOut], place_of: Callable[[int], str] | None = None) -> list[Record | LeftOut]:
-    """The same with each image file once, whatever it is called (another path, a link); repeats are left out.
-
-    place_of: how messages call the nth record, if not by its name. Raises UseError where one image has two classes,
-    splits or lines of tags: one of them is wrong, and an image must not be in two splits.
-    """
-    first: dict[object, int] = {}
-    records = [item for item in found if isinstance(item, Record)]
-    once: list[Record | LeftOut] = []
-    for number, record in enumerate(records):
-        other = first.setdefault(record.read.identity(), number)
-        if other == number:
-            once.append(record)
-            continue
-        earlier = records[other]
-        place, there = (place_of(number), place_of(other)) if place_of else (record.name, earlier.name)
-        same = f"{place}: the same image as {there}"
-        for what in ("class_name", "split", "tags"):
-            mine, its = getattr(record, what), getattr(earlier, what)
-            if mine != its:
-                called = what.removesuffix("_name")
-                raise UseError(f"{same} ({record.name}), its {called} '{mine or 'none'}' here, '{its or 'none'}' there")
-        once.append(LeftOut(record.name, "image listed again", same))
-    return [*once, *(item for item in found if isinstance(item, LeftOut))]

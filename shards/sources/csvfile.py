@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dist_train.data.tags import tag_line
 from dist_train.errors import UseError
-from shards.records import LeftOut, Record
-from shards.sources import FileContent, each_once
+from shards.records import FileContent, LeftOut, Record
+from shards.sources.shared import each_once, reading_csv
 from shards.splits import SPLIT_NAMES, split_named
 
 
@@ -24,31 +24,22 @@ def read_csv(file: Path, class_column: str = "class", root: Path | None = None) 
     """
     base = os.path.abspath(root or file.parent)
     records, lines = [], []
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as opened:
-            header = opened.readline()
-            delimiter = _delimiter(header)
-            opened.seek(0)
-            blanks = f"{delimiter} " in header  # "path, class": then fields begin with a blank too, before quotes even
-            rows = csv.reader(opened, delimiter=delimiter, skipinitialspace=blanks, strict=True)
-            columns = _columns(file, next(rows, []), class_column)
-            table = csv.DictReader(opened, columns, delimiter=delimiter, skipinitialspace=blanks, strict=True)
-            for row in table:
-                line = 1 + table.line_num
-                records.append(_record(row, f"{file}, line {line}", class_column, base))
-                lines.append(line)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UseError(f"{file}: cannot be read as a CSV file in UTF-8 ({error})") from None
+    with reading_csv(file), open(file, newline="", encoding="utf-8-sig") as opened:
+        header = opened.readline()
+        delimiter = next((mark for mark in ",;\t" if mark in header), ",")
+        opened.seek(0)
+        blanks = f"{delimiter} " in header  # "path, class": then fields begin with a blank too, before quotes even
+        rows = csv.reader(opened, delimiter=delimiter, skipinitialspace=blanks, strict=True)
+        columns = _columns(file, next(rows, []), class_column)
+        table = csv.DictReader(opened, columns, delimiter=delimiter, skipinitialspace=blanks, strict=True)
+        for row in table:
+            lines.append(1 + table.line_num)
+            records.append(_record(row, f"{file}, line {lines[-1]}", class_column, base))
     if not records:
         raise UseError(f"{file}: lists no images")
-    if not any(record.read.size() is not None for record in records):
+    if all(record.size() is None for record in records):
         raise UseError(_none_is_there(file, records[0], len(records), base))
-    return each_once([*records], lambda number: f"{file}, line {lines[number]}")
-
-
-def _delimiter(header: str) -> str:
-    """What separates the fields: a comma, unless the header has none."""
-    return next((mark for mark in ",;\t" if mark in header), ",")
+    return each_once(records, lambda number: f"{file}, line {lines[number]}")
 
 
 def _columns(file: Path, header: list[str], class_column: str) -> list[str]:
@@ -100,16 +91,15 @@ def _locate(base: str, path: str) -> str:
 def _none_is_there(file: Path, record: Record, count: int, base: str) -> str:
     """The message where not one image is found: a path that was tried, and what is likely wrong with it."""
     path = record.name.strip().replace("\\", "/")
-    tried = record.read.path
+    tried = _locate(base, record.name)
     cure = "name the folder that the paths start from with --root"
     if "://" in path:
         cure = "these are URLs: download the images first, and list their paths"
     elif path[1:3] == ":/" or (path.startswith("/") and "\\" in record.name):
         cure = "these are paths of another machine: write them from a folder on, and name it with --root"
     elif path.startswith("/"):
-        cure = (
-            "the paths are absolute, so --root does not change them; write them from a folder on, and name it by --root"
-        )
+        cure = "the paths are absolute, so --root does not change them; "
+        cure += "write them from a folder on, and name it by --root"
     elif os.path.isfile(os.path.join(os.path.dirname(base), path)):
         cure = f"the paths start a folder higher: --root {os.path.dirname(base)}"
     elif found := _same_but_for_case_or_ending(base, path):

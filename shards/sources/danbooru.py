@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.errors import UseError
-from shards.records import LeftOut, Record
-from shards.sources import FileContent
+from shards.records import FileContent, LeftOut, Record
 
 
 def read_danbooru(metadata: Path, images: Path | None) -> list[Record | LeftOut]:
@@ -43,7 +42,7 @@ def read_danbooru(metadata: Path, images: Path | None) -> list[Record | LeftOut]
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UseError(f"{place}: not a Danbooru post with an id and tags in one of the two schemas") from None
         if len(characters) != 1:
-            left_out[f"{'several character tags' if characters else 'no character tag'}"] += 1
+            left_out["several character tags" if characters else "no character tag"] += 1
         elif number in records:
             left_out["post listed twice"] += 1
         elif (path := _image(tree, number, post.get("file_ext"))) is None:

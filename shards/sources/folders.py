@@ -14,9 +14,9 @@ from pathlib import Path
 
 from dist_train.data.tags import tag_line
 from dist_train.errors import UseError, name_some
-from shards.records import LeftOut, Record, warn
-from shards.sources import FileContent
+from shards.records import FileContent, LeftOut, Record, warn
 from shards.sources.listing import Listing, files_below, list_folder, name_endings
+from shards.sources.shared import each_once, read_text
 from shards.splits import split_in_name, split_named
 
 _SAY = "say --split-folders to read the splits alone, or --no-split-folders where every folder is a class"
@@ -42,22 +42,22 @@ def read_folders(
     left_out = [*loose.left_out, *_not_in_a_class(loose.images)]
     empty: set[str] = set()
     for name, listing in listings.items():
-        if splits and name not in splits and (listing.images or split_folders):
-            count = files_below(os.path.join(top, name))
-            left_out.append(LeftOut(f"{name}/", "in a folder that is no split", f"{count:,} files, not read", count))
-            continue
-        left_out += listing.left_out
-        if splits and name not in splits:
-            empty |= {name} if split_named(name) else set()
-            continue
         if not splits:
+            left_out += listing.left_out
             found += [(path, name, None, text) for path, text in listing.images]
             empty |= set() if listing.images else {name}
-            continue
-        in_class = [(path, text) for path, text in listing.images if path.count("/") > 1]
-        found += [(path, path.split("/")[1], splits[name], text) for path, text in in_class]
-        left_out += _not_in_a_class([(path, text) for path, text in listing.images if path.count("/") == 1])
-        empty.update(f"{name}/{folder}" for folder in set(listing.folders) - listing.folders_with_images())
+        elif name in splits:
+            left_out += listing.left_out
+            in_class = [(path, text) for path, text in listing.images if path.count("/") > 1]
+            found += [(path, path.split("/")[1], splits[name], text) for path, text in in_class]
+            left_out += _not_in_a_class([(path, text) for path, text in listing.images if path.count("/") == 1])
+            empty.update(f"{name}/{folder}" for folder in set(listing.folders) - listing.folders_with_images())
+        elif listing.images or split_folders:
+            count = files_below(os.path.join(top, name))
+            left_out.append(LeftOut(f"{name}/", "in a folder that is no split", f"{count:,} files, not read", count))
+        else:
+            left_out += listing.left_out
+            empty |= {name} if split_named(name) else set()
     left_out = name_endings(left_out)
     if not found:
         reasons = Counter(entry.reason for entry in left_out)
@@ -66,7 +66,7 @@ def read_folders(
     if empty:
         names = name_some(sorted(empty))
         warn(f"{root}: folders that hold no image that is read give no class: {names}")
-    return [*_records(root, top, found, tags), *left_out]
+    return [*each_once(_records(root, top, found, tags)), *left_out]
 
 
 def _records(
@@ -82,7 +82,7 @@ def _records(
             read=FileContent(f"{top}/{path}"),
             class_name=class_name,
             split=split,
-            tags=(_read_tags(f"{top}/{text}") if text else "") if read_tags else None,
+            tags=(tag_line(read_text(f"{top}/{text}")) if text else "") if read_tags else None,
         )
         for path, class_name, split, text in found
     ]
@@ -145,12 +145,3 @@ def _not_in_a_class(images: list[tuple[str, str | None]]) -> list[LeftOut]:
     files = [(path, "image outside of the class folders") for path, _ in images]
     files += [(text, "text of an image that is left out") for text in {text for _, text in images if text}]
     return [LeftOut(path, reason, "its folder says no class") for path, reason in sorted(files)]
-
-
-def _read_tags(file: str) -> str:
-    """The tags of a text file, on one line. Raises UseError if the file cannot be read as UTF-8 text."""
-    try:
-        with open(file, encoding="utf-8-sig") as opened:
-            return tag_line(opened.read())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UseError(f"{file}: cannot be read as UTF-8 text ({error})") from None

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dist_train.data.images import SIGNATURE_BYTES, format_by_content
+from dist_train.data.tarindex import IMAGE_EXTENSIONS
 from dist_train.errors import UseError
-from shards.records import LeftOut
+from shards.records import LeftOut, file_identity
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split()
-)
+_IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 # Raw files of cameras are TIFFs by their first bytes, and what a reader of TIFF finds in them is a thumbnail.
 _RAW_SUFFIXES = frozenset(".3fr .arw .cr2 .dng .erf .kdc .mef .mos .nef .nrw .orf .pef .rw2 .sr2 .srf .srw".split())
 _NEVER_CLASSES = {"__macosx", "annotation", "annotations"}  # in lower case
@@ -28,35 +27,60 @@ _ENDINGS_NAMED = 20
 
 @dataclass
 class Listing:
-    """What lies below one folder, by paths from the source's root.
+    """What lies below the root of a source, or below one of the folders in it, by paths from the root.
 
     images: (path, path of the .txt beside it or None) of each. folders: names of its subfolders that are read.
     left_out: the files that are no images, and what is in folders that are not read.
     """
 
-    path: str
     images: list[tuple[str, str | None]] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
 
     def is_flat(self) -> bool:
-        """Whether images lie in the folder itself, not only in its subfolders."""
-        return any(path.count("/") == self.path.count("/") + 1 for path, _ in self.images)
+        """Whether images lie in the folder of the root itself, not only in its subfolders."""
+        return any(path.count("/") == 1 for path, _ in self.images)
 
     def folders_with_images(self) -> set[str]:
         """Names of the subfolders that images lie below."""
-        depth = self.path.count("/") + 1 if self.path else 0
-        return {path.split("/", depth + 1)[depth] for path, _ in self.images if path.count("/") > depth}
+        return {path.split("/", 2)[1] for path, _ in self.images if path.count("/") > 1}
 
 
-def list_folder(root: str, path: str = "", out: Path | None = None, everything: bool = False) -> Listing:
-    """What lies below the folder `path` of `root`, both ends without a slash; "" is the files of the root itself.
+def list_folder(root: str, name: str = "", out: Path | None = None, everything: bool = False) -> Listing:
+    """What lies below the folder `name` in `root`; of the root itself ("") the files and the names of folders.
 
     out: a folder that is passed over. everything: read folders too whose names say that they hold no class.
     """
-    listing = Listing(path)
-    unread = _identity(str(out)) if out is not None else None
-    _list(root, path, listing, [_identity(root)] if path else [], unread, everything)
+    listing = Listing()
+    unread = file_identity(str(out)) if out is not None else None
+
+    def visit(place: str, above: list[object]) -> None:
+        """Add what lies in one folder, then what lies in its subfolders; above: the folders that it lies in."""
+        identity = file_identity(os.path.join(root, place))
+        if identity in above:  # a link to a folder that it lies in
+            return
+        try:
+            with os.scandir(os.path.join(root, place)) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise UseError(f"{os.path.join(root, place)}: cannot be listed ({error.strerror})") from None
+        prefix = f"{place}/" if place else ""
+        folders = [entry for entry in found if entry.is_dir()]
+        _sort_files([entry for entry in found if not entry.is_dir()], prefix, listing)
+        for folder in folders:
+            if unread is not None and file_identity(folder.path) == unread:
+                continue
+            if why := _why_unread(folder, everything):
+                if count := files_below(folder.path):
+                    files = f"{count:,} files, not read"
+                    listing.left_out.append(LeftOut(f"{prefix}{folder.name}/", why, files, count))
+                continue
+            if place == name:
+                listing.folders.append(folder.name)
+            if name:
+                visit(prefix + folder.name, [*above, identity])
+
+    visit(name, [file_identity(root)] if name else [])
     return listing
 
 
@@ -76,63 +100,26 @@ def name_endings(left_out: list[LeftOut]) -> list[LeftOut]:
     """The same, each file of no known format with its ending in the reason; rare endings beyond 20 share one."""
     endings = Counter(_ending(entry.name) for entry in left_out if entry.reason == _NO_FORMAT)
     named = {ending for ending, _ in endings.most_common(_ENDINGS_NAMED)}
-    renamed = []
-    for entry in left_out:
-        if entry.reason == _NO_FORMAT:
-            ending = _ending(entry.name)
-            entry = replace(entry, reason=f"{_NO_FORMAT} ({ending if ending in named else 'other endings'})")
-        renamed.append(entry)
-    return renamed
 
+    def with_ending(entry: LeftOut) -> LeftOut:
+        ending = _ending(entry.name)
+        return replace(entry, reason=f"{_NO_FORMAT} ({ending if ending in named else 'other endings'})")
 
-def _list(
-    root: str,
-    path: str,
-    listing: Listing,
-    above: list[tuple[int, int] | None],
-    unread: tuple[int, int] | None,
-    everything: bool,
-) -> None:
-    """Add what lies in one folder, then what lies in its subfolders; above: the folders that it lies in."""
-    place = os.path.join(root, path)
-    identity = _identity(place)
-    if identity in above:  # a link to a folder that it lies in
-        return
-    prefix = f"{path}/" if path else ""
-    try:
-        with os.scandir(place) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UseError(f"{place}: cannot be listed ({error.strerror})") from None
-
-    folders = [entry for entry in found if entry.is_dir() and (unread is None or _identity(entry.path) != unread)]
-    _sort_files([entry for entry in found if not entry.is_dir()], prefix, listing)
-    for folder in folders:
-        if why := _why_unread(folder, everything):
-            if count := files_below(folder.path):
-                listing.left_out.append(LeftOut(f"{prefix}{folder.name}/", why, f"{count:,} files, not read", count))
-            continue
-        if path == listing.path:
-            listing.folders.append(folder.name)
-        if listing.path:  # of the root itself, the files alone
-            _list(root, prefix + folder.name, listing, [*above, identity], unread, everything)
+    return [with_ending(entry) if entry.reason == _NO_FORMAT else entry for entry in left_out]
 
 
 def _sort_files(files: list[os.DirEntry[str]], prefix: str, listing: Listing) -> None:
     """Tell the images of one folder from their sidecars and from the rest."""
-    visible = [file for file in files if not file.name.startswith(".")]
-    listing.left_out += [
-        LeftOut(prefix + file.name, "hidden file", "its name begins with a dot")
-        for file in files
-        if file.name.startswith(".")
-    ]
     texts: dict[str, str] = {}
-    for file in visible:
+    images: list[str] = []
+    others: list[str] = []
+    for file in files:
+        if file.name.startswith("."):
+            listing.left_out.append(LeftOut(prefix + file.name, "hidden file", "its name begins with a dot"))
+            continue
         stem, suffix = os.path.splitext(file.name)
         if suffix.lower() == ".txt" and (suffix == ".txt" or stem not in texts):
             texts[stem] = file.name
-    images, others = [], []
-    for file in visible:
         (images if _is_image(file) else others).append(file.name)
     sidecars = set()
     for name in images:
@@ -140,19 +127,17 @@ def _sort_files(files: list[os.DirEntry[str]], prefix: str, listing: Listing) ->
         listing.images.append((prefix + name, None if text is None else prefix + text))
         sidecars.add(text)
     for name in others:
-        if name in sidecars:
-            continue
+        why = (_NO_FORMAT, f"neither its ending nor its content ({_ending(name)})")
         if name.lower().endswith(".txt"):
-            entry = LeftOut(prefix + name, "text without an image", "no image has its name")
-        else:
-            entry = LeftOut(prefix + name, _NO_FORMAT, f"neither its ending nor its content ({_ending(name)})")
-        listing.left_out.append(entry)
+            why = ("text without an image", "no image has its name")
+        if name not in sidecars:
+            listing.left_out.append(LeftOut(prefix + name, *why))
 
 
 def _is_image(file: os.DirEntry[str]) -> bool:
     """By its ending; a file with another, or none, by its first bytes."""
     suffix = os.path.splitext(file.name)[1].lower()
-    if suffix in IMAGE_SUFFIXES:
+    if suffix in _IMAGE_SUFFIXES:
         return True
     if suffix in _RAW_SUFFIXES or not file.is_file():
         return False
@@ -170,15 +155,6 @@ def _why_unread(folder: os.DirEntry[str], everything: bool) -> str | None:
     if not everything and folder.name.lower() in _NEVER_CLASSES:
         return f"in a folder named {folder.name.lower()}"
     return "in a shard set" if is_shard_set(folder.path) else None
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    """What tells a file or folder from all others, whatever the name; None if it is not there."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _ending(name: str) -> str:

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_train.errors import UseError
-from shards.records import Record
-from shards.sources import FileContent
+from shards.records import FileContent, LeftOut, Record
+from shards.sources.shared import each_once, reading_csv
 from shards.splits import SPLITS
 
 _IMAGE_FOLDERS = {"daf": "faces", "dafull": "fullMin256", "moeimouto": "data", "icartoonface": "data"}
 
 
-def read_lists(root: Path, layout: str) -> list[Record]:
+def read_lists(root: Path, layout: str) -> list[Record | LeftOut]:
     """One record per line of train.csv, val.csv and test.csv (the last two only where there are), named by its path.
 
     layout: daf, dafull, moeimouto or icartoonface. Raises UseError naming the file and line that cannot be used, or if
@@ -57,9 +57,9 @@ def read_lists(root: Path, layout: str) -> list[Record]:
             )
     if not records:
         raise UseError(f"{lists / 'train.csv'}: lists no images")
-    if not any(record.read.size() is not None for record in records):
+    if all(record.size() is None for record in records):
         raise UseError(f"{lists}: none of its {len(records):,} images is found in {images} ({records[0].name} for one)")
-    return records
+    return each_once(records)
 
 
 def _class_names(file: Path) -> dict[str, str]:
@@ -95,11 +95,8 @@ def _tags(file: Path) -> dict[str, str]:
 
 def _rows(file: Path) -> Iterator[tuple[str, list[str]]]:
     """(file and line for messages, fields) of each line of a CSV file."""
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as lines:
-            table = csv.reader(lines, strict=True)
-            for fields in table:
-                if fields:
-                    yield f"{file}, line {table.line_num}", fields
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UseError(f"{file}: cannot be read as a CSV file in UTF-8 ({error})") from None
+    with reading_csv(file), open(file, newline="", encoding="utf-8-sig") as lines:
+        table = csv.reader(lines, strict=True)
+        for fields in table:
+            if fields:
+                yield f"{file}, line {table.line_num}", fields

@@ -6,16 +6,16 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from dist_train.data.images import SIGNATURE_BYTES, format_by_content
 from dist_train.data.tags import tag_line
-from dist_train.data.tarindex import Member, TarSample, index_tar
+from dist_train.data.tarindex import IMAGE_EXTENSIONS, Member, TarSample, index_tar
 from dist_train.errors import UseError, WorkError, name_some
-from shards.records import LeftOut, Record, check_class_names
-from shards.sources import TarContent
-from shards.sources.listing import IMAGE_SUFFIXES
+from shards.records import LeftOut, Record, TarContent, check_class_names, file_identity
+from shards.sources.shared import read_text
 from shards.splits import split_in_name
 
 _TAR_NAME = re.compile(r"[^.].*(\.tar(\.\w+)?|\.t[bgx]z2?)", re.IGNORECASE)
@@ -37,14 +37,15 @@ def read_tars(
     names = read_class_names(class_names) if class_names else None
     ending = image_ending.lower().removeprefix(".") if image_ending else None
     tars = tar_files(source)
-    splits = splits_in_names(tars)
+    splits: Sequence[str | None] = splits_in_names(tars) or [None] * len(tars)
     found: list[Record | LeftOut] = []
-    for i, tar in enumerate(tars):
+    for tar, split in zip(tars, splits, strict=True):
         with open(tar, "rb") as file:
-            for sample in [part for whole in index_tar(tar) for part in taken_apart(whole)]:
-                found.append(_read_sample(tar, file, sample, splits and splits[i], class_key, names, ending))
+            for sample in (part for whole in index_tar(tar) for part in _taken_apart(whole)):
+                found.append(_read_sample(tar, file, sample, split, class_key, names, ending))
     if not any(isinstance(item, Record) for item in found):
-        why = f"{found[0].reason}: {found[0].detail}" if isinstance(next(iter(found), None), LeftOut) else "no samples"
+        first = found[0] if found else None
+        why = f"{first.reason}: {first.detail}" if isinstance(first, LeftOut) else "no samples"
         raise UseError(
             f"{source}: no sample can be used ({why}, in {len(found):,} samples); "
             "the key of its .json is said with --class-key"
@@ -64,11 +65,11 @@ def _read_sample(
     name = f"{tar.name}:{sample.key}"
     texts = {}
     for kind in ("json" if class_key else "cls", "txt"):
-        if member := sample.find(kind):
+        if text := sample.find(kind):
             try:
-                texts[kind] = _content(file, member[1]).decode("utf-8-sig").strip()
+                texts[kind] = _content(file, text[1]).decode("utf-8-sig").strip()
             except UnicodeDecodeError:
-                raise WorkError(f"{tar}: {sample.key}.{member[0]} is not UTF-8 text") from None
+                raise WorkError(f"{tar}: {sample.key}.{text[0]} is not UTF-8 text") from None
     try:
         class_name = _class_of(texts, class_key, names)
     except ValueError as error:
@@ -89,7 +90,7 @@ def _read_sample(
 
 def image_extensions(sample: TarSample) -> list[str]:
     """Extensions of the members that are images by the last part of it: "jpg", "mask.png"."""
-    return [extension for extension in sample.members if f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES]
+    return [extension for extension in sample.members if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
 
 
 def _images(file: BinaryIO, sample: TarSample, ending: str | None) -> list[str]:
@@ -109,7 +110,7 @@ def _content(file: BinaryIO, member: Member) -> bytes:
     return file.read(member.size)
 
 
-def taken_apart(sample: TarSample) -> list[TarSample]:
+def _taken_apart(sample: TarSample) -> list[TarSample]:
     """The samples that one is, where its key was cut at a dot that is part of the key.
 
     `a.1.jpg, a.1.cls, a.2.jpg, a.2.cls` is one sample by the convention, but two were meant: so where there are several
@@ -139,10 +140,9 @@ def tar_files(source: Path) -> list[Path]:
     tars = [path for path in files if path.suffix.lower() == ".tar"]
     if not tars:
         raise UseError(f"{source}: no .tar files there")
-    known: dict[tuple[int, int], Path] = {}
+    known: dict[object, Path] = {}
     for path in tars:
-        status = path.stat()
-        if (other := known.setdefault((status.st_dev, status.st_ino), path)) != path:
+        if (other := known.setdefault(file_identity(str(path)), path)) != path:
             raise UseError(f"{path}: the same file as {other.name}, so its samples would come twice; remove one")
     return tars
 
@@ -164,12 +164,8 @@ def splits_in_names(tars: list[Path]) -> list[str] | None:
 
 def read_class_names(file: Path) -> list[str]:
     """Class names by id: the lines of a text file. Raises UseError unless they are all there and differ."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UseError(f"{file}: cannot be read as UTF-8 text ({error})") from None
     names: dict[str, None] = {}
-    for number, line in enumerate(lines):
+    for number, line in enumerate(read_text(file).removesuffix("\n").split("\n")):
         name = line.strip()
         if not name or name in names:
             raise UseError(f"{file}, line {number + 1}: empty or there twice; expected the name of class {number}")

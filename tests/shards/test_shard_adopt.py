@@ -161,6 +161,21 @@ def test_damaged_and_compressed_tars_and_other_folders_are_refused(
     assert "has a build.json already" in refused(2)
 
 
+def test_a_tar_from_before_the_ustar_format_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tar = tmp_path / "train-0.tar"
+    plain_tar(tar, *GOOD, format=tarfile.USTAR_FORMAT)
+    content = bytearray(tar.read_bytes())
+    for start in [member.offset - 512 for sample in index_tar(tar) for member in sample.members.values()]:
+        content[start + 257 : start + 265] = bytes(8)  # no magic, no version
+        content[start + 148 : start + 156] = b" " * 8
+        content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+    tar.write_bytes(content)
+    assert len(index_tar(tar)) == 1
+    assert main(["adopt", str(tmp_path), "--workers", "1"]) == 1
+    assert "train-0.tar: a tar from before the USTAR format" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"train-0.tar"}
+
+
 @pytest.mark.parametrize("options", [[], ["--no-decode"]])
 def test_images_that_do_not_decode_are_listed_and_set_aside_by_the_loader(tmp_path: Path, options: list[str]) -> None:
     folder = tmp_path / "tars"

@@ -27,8 +27,8 @@ from dist_train.data.tarindex import index_tar, read_index
 from dist_train.errors import UseError, WorkError
 from shards.build import build_shard_set
 from shards.plan import BuildOptions
-from shards.records import Record
-from shards.sources import FileContent, read_source
+from shards.records import FileContent, Record
+from shards.sources import read_source
 
 REPOSITORY = Path(__file__).parents[2]
 GROCERY = REPOSITORY / "../shared/data/grocery"

@@ -18,8 +18,8 @@ import pytest
 from dist_train.errors import UseError, WorkError
 from shards.build import build_shard_set
 from shards.plan import BuildOptions
-from shards.records import Record
-from shards.sources import FileContent, read_source
+from shards.records import FileContent, Record
+from shards.sources import read_source
 from shards.workers import run_jobs
 from tests.conftest import jpeg_bytes
 
