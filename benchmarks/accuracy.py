@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.result import environment_of_one_process, gpu_environment
+from benchmarks.points import environment_of_one_process, gpu_environment
 from benchmarks.step import recipe_from_dict
 from dist_train.cli import recipe_from_run
 from dist_train.config import Recipe

@@ -20,9 +20,10 @@ import torch
 
 from benchmarks.accuracy import finish_runs, test_evaluation, trained_at
 from benchmarks.fit import largest_micro_batch
-from benchmarks.result import finished_rows, gpu_environment, write_result
+from benchmarks.points import gpu_environment
+from benchmarks.result import finished_rows, write_result
 from benchmarks.step import PAPER_CLASSES, Arm, run_point
-from benchmarks.timing import describe_row
+from benchmarks.tables import describe_row
 from dist_train.config import Recipe
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError

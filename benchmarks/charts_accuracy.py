@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import result
+from benchmarks.benchmark import Chart
 from benchmarks.charts import (
     COLOURS,
     GREY,
@@ -19,11 +20,7 @@ from benchmarks.charts import (
     HEAD_MARKERS,
     MARKERS,
     RED,
-    Chart,
-    Document,
-    Row,
     batch_axis,
-    having,
     new_axes,
     plain,
 )
@@ -35,8 +32,8 @@ from benchmarks.report_study import (
     finished,
     mean_and_sd,
     over_batch_sizes,
-    short_backbone,
 )
+from benchmarks.tables import Document, Row, having, short_backbone
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -28,8 +28,9 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from benchmarks.result import environment_of_one_process, write_result
-from benchmarks.timing import describe_row
+from benchmarks.points import environment_of_one_process
+from benchmarks.result import write_result
+from benchmarks.tables import describe_row
 from dist_train.config import ModelConfig, Recipe
 from dist_train.data.loader import Batch
 from dist_train.errors import WorkError

@@ -27,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.engine import CLASSES, bare_loop, engine_loop, make_recipe, timed_step
 from benchmarks.link import PATH, inside, joined_namespaces, why_no_namespaces
-from benchmarks.result import environment_of_one_process, write_result
+from benchmarks.points import environment_of_one_process
+from benchmarks.result import write_result
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import build_model

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.result import environment_of_one_process
+from benchmarks.points import environment_of_one_process
 from benchmarks.step import limit_memory, measure_point, recipe_from_dict, run_point
 from dist_train.config import Recipe
 from dist_train.errors import WorkError

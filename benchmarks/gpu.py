@@ -26,7 +26,7 @@ from benchmarks import result
 from benchmarks.gpu_plan import FULL, SMOKE, Point, plan
 from benchmarks.gpu_targets import targets
 from benchmarks.gpu_worker import Worker
-from benchmarks.timing import describe_row
+from benchmarks.tables import describe_row
 from dist_train.errors import UseError, run_command
 
 Row = dict[str, Any]

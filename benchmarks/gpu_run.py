@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.result import environment_of_one_process
+from benchmarks.points import environment_of_one_process
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import WorkError
 

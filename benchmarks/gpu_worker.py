@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.result import environment_of_one_process
+from benchmarks.points import environment_of_one_process
 from dist_train.errors import UseError, WorkError
 
 Row = dict[str, Any]

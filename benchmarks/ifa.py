@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.result import write_result
-from benchmarks.timing import describe_row
+from benchmarks.tables import describe_row
 from dist_train.config import DeepSpeedConfig, ModelConfig
 from dist_train.errors import WorkError
 from dist_train.models.build import Classifier, build_model

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks.charts import Document, Row, having
-from benchmarks.report_study import short_backbone
-from benchmarks.report_tables import text_of
-from dist_train.output import say
+from benchmarks.tables import Document, Row, figures, having, rate, short_backbone, span, text_of
 
 # In the order of the report; a bench that is not here comes after these.
 BENCHES = {
@@ -26,35 +21,8 @@ BENCHES = {
     "engine": "DeepSpeed's engine beside a bare PyTorch loop",
     "exchange": "The gradients' exchange beside torch's DDP, over a slow cable",
     "loader": "Data loaders side by side",
-    "scale": "The epoch plan at a size that no machine here holds",
     "kill": "A run killed again and again beside an undisturbed one",
 }
-
-
-def headline(bench: str, document: Document) -> str:
-    """The result in a sentence; the number of its rows where they lack what the sentence is about."""
-    rows = document.get("rows") or []
-    make = _HEADLINES.get(bench)
-    return (make(document, rows) if make else "") or f"{len(rows)} row{'s' * (len(rows) != 1)}"
-
-
-def tell(path: Path) -> None:
-    """Say a result file in the report's sentence, and where it is."""
-    say(headline(path.parent.name, json.loads(path.read_bytes())), path)
-
-
-def span(values: Sequence[float], form: str) -> str:
-    """`1.2 to 4.6`, or one number where both are written alike."""
-    low, high = format(min(values), form), format(max(values), form)
-    return low if low == high else f"{low} to {high}"
-
-
-def _rate(values: Sequence[float]) -> str:
-    return span(values, ",.0f" if min(values) >= 100 else ",.1f")
-
-
-def _numbers(rows: Sequence[Row], key: str) -> list[float]:
-    return [row[key] for row in having(rows, key)]
 
 
 def _study(document: Document, rows: Sequence[Row]) -> str:
@@ -69,7 +37,7 @@ def _paper(_: Document, rows: Sequence[Row]) -> str:
         run = having([row for row in rows if text_of(row.get("scale")) == scale], "top1")
         if run:
             # Only runs at full scale can be compared with the paper's.
-            distances = [abs(distance) for distance in _numbers(run, "difference_points")]
+            distances = [abs(distance) for distance in figures(run, "difference_points")]
             mean = sum(distances) / max(1, len(distances))
             distance = f", on average {mean:.1f} points from the paper's" if distances else ""
             parts.append(f"{len(run)} of {len(rows)} cells run at {scale} scale{distance}")
@@ -78,7 +46,7 @@ def _paper(_: Document, rows: Sequence[Row]) -> str:
 
 def _landscape(_: Document, rows: Sequence[Row]) -> str:
     by_head = {
-        head: _numbers([row for row in rows if row.get("head") == head], "mean_excess_loss")
+        head: figures([row for row in rows if row.get("head") == head], "mean_excess_loss")
         for head in dict.fromkeys(row.get("head") for row in rows)
     }
     parts = [f"{text_of(head).upper()} {span(values, '.3f')}" for head, values in by_head.items() if values]
@@ -89,9 +57,9 @@ def _batch_size(_: Document, rows: Sequence[Row]) -> str:
     for row in having([row for row in rows if row.get("recommended")], "batch_size", "images_per_s"):
         top1 = f", top-1 {row['top1']:.2%}" if having([row], "top1") else ""
         model = f"{short_backbone(row.get('backbone', ''))} {text_of(row.get('head')).upper()}"
-        return f"Recommended: {model}, batch {row['batch_size']:,}, {_rate([row['images_per_s']])} images/s{top1}"
-    rates = _numbers(rows, "images_per_s")
-    return f"{_rate(rates)} images/s at batches of {span(_numbers(rows, 'batch_size'), ',')}" if rates else ""
+        return f"Recommended: {model}, batch {row['batch_size']:,}, {rate([row['images_per_s']])} images/s{top1}"
+    rates = figures(rows, "images_per_s")
+    return f"{rate(rates)} images/s at batches of {span(figures(rows, 'batch_size'), ',')}" if rates else ""
 
 
 def _ifa(_: Document, rows: Sequence[Row]) -> str:
@@ -99,7 +67,7 @@ def _ifa(_: Document, rows: Sequence[Row]) -> str:
     for head, words in (("ifa", "IFA as here"), ("stacked", "stacked as in the reference")):
         its = having([row for row in rows if row.get("head") == head], "time_over_cls", "peak_over_cls_in_bdl")
         if its:
-            times, floats = (_numbers(its, key) for key in ("time_over_cls", "peak_over_cls_in_bdl"))
+            times, floats = (figures(its, key) for key in ("time_over_cls", "peak_over_cls_in_bdl"))
             parts.append(
                 f"{words} {span(times, '.3f')} times CLS's time and {span(floats, ',.1f')} (B, D, L) floats more"
             )
@@ -109,8 +77,8 @@ def _ifa(_: Document, rows: Sequence[Row]) -> str:
 def _step(_: Document, rows: Sequence[Row]) -> str:
     parts = []
     for arm in dict.fromkeys(text_of(row.get("arm")) for row in rows):
-        if rates := _numbers([row for row in rows if text_of(row.get("arm")) == arm], "images_per_s"):
-            parts.append(f"{arm.replace('_', ' ')} {_rate(rates)} images/s")
+        if rates := figures([row for row in rows if text_of(row.get("arm")) == arm], "images_per_s"):
+            parts.append(f"{arm.replace('_', ' ')} {rate(rates)} images/s")
     return ", ".join(parts)
 
 
@@ -122,7 +90,7 @@ def _engine(_: Document, rows: Sequence[Row]) -> str:
             f"Of our settings {text_of(most.get('turned_back'))} save the most: {saves[id(most)]:.1f} ms a step and "
             f"million parameters under ZeRO {text_of(most.get('zero_stage'))}"
         )
-    ours, default = _numbers(rows, "ours_ratio"), _numbers(rows, "default_ratio")
+    ours, default = figures(rows, "ours_ratio"), figures(rows, "default_ratio")
     if not ours or not default:
         return ""
     if not having(rows, "ours_excess_ms_per_million"):
@@ -148,32 +116,23 @@ def _exchange(_: Document, rows: Sequence[Row]) -> str:
 
 
 def _loader(_: Document, rows: Sequence[Row]) -> str:
-    ours = _numbers([row for row in rows if row.get("loader") == "this project"], "images_per_s")
+    ours = figures([row for row in rows if row.get("loader") == "this project"], "images_per_s")
     others = [
         row for row in rows if row.get("loader") != "this project" and "ceiling" not in text_of(row.get("loader"))
     ]
-    times = _numbers(others, "ours_is_times")
+    times = figures(others, "ours_is_times")
     if not ours or not times:
         return ""
     return f"{ours[0]:,.0f} images/s, {span(times, '.2f')} times the {len(times)} others"
 
 
-def _scale(document: Document, rows: Sequence[Row]) -> str:
-    first, memory, share = (_numbers(rows, key) for key in ("first_batch_ms", "memory_mb", "read_over_share"))
-    if not first or not memory:
-        return ""
-    samples = text_of((document.get("parameters") or {}).get("samples"))
-    reads = f"; a node reads at most {max(share):.4f} of its share" if share else ""
-    return f"{samples} samples: first batch within {max(first):,.0f} ms, {max(memory):,.0f} MB{reads}"
-
-
 def _kill(_: Document, rows: Sequence[Row]) -> str:
-    kills = _numbers(rows, "kills")
+    kills = figures(rows, "kills")
     if not kills:
         return ""
     same = all(row.get("identical_weights") is True and row.get("each_sample_once") is True for row in rows)
     end = "weights bit-identical, each sample once per epoch" if same else "not all ended as the undisturbed run"
-    ranks = ", ".join(f"{rank:g} rank{'s' * (rank != 1)}" for rank in _numbers(rows, "ranks"))
+    ranks = ", ".join(f"{rank:g} rank{'s' * (rank != 1)}" for rank in figures(rows, "ranks"))
     return f"{sum(kills):,} kills{f' on {ranks}' if ranks else ''}: {end}"
 
 
@@ -195,6 +154,5 @@ _HEADLINES: dict[str, Callable[[Document, Sequence[Row]], Any]] = {
     "precision": _precision,
     "exchange": _exchange,
     "loader": _loader,
-    "scale": _scale,
     "kill": _kill,
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.questions import difference
+from benchmarks.tables import short_backbone
 
 Row = dict[str, Any]
 BySeed = dict[int, float]
@@ -151,12 +152,6 @@ def comparison(rows: Sequence[Row], experiment: str, data: str) -> list[Category
         return tuple(str(key) if not isinstance(key, int) else f"{key:09d}" for key in keys)
 
     return [Category(_label(varied, place), found[place]) for place in sorted(found, key=order)]
-
-
-def short_backbone(name: Any) -> str:
-    """`ViT tiny/16` for `vit_tiny_patch16`; other names as they are."""
-    text = str(name)
-    return "ViT " + text.removeprefix("vit_").replace("_patch", "/") if text.startswith("vit_") else text
 
 
 def _is_base(row: Row, base: dict[str, Any], varied: Sequence[str]) -> bool:

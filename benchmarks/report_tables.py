@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.report_gpu import GPU_TABLES
@@ -18,9 +16,7 @@ from benchmarks.report_study import (
     paired_difference,
     plus_minus,
 )
-
-Row = dict[str, Any]
-Document = dict[str, Any]
+from benchmarks.tables import FOLDED, Document, Row, Table, table_of, text_of
 
 # Columns of each bench's table: key of a row, heading, format. A bench that is not here gets all its keys.
 COLUMNS: dict[str, list[tuple[str, str, str]]] = {
@@ -185,16 +181,6 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
         ("first_batch_s", "first batch s", ".2f"),
         ("note", "what differs", ""),
     ],
-    "scale": [
-        ("what", "what", ""),
-        ("first_batch_ms", "first batch ms", ",.0f"),
-        ("batch_ms_median", "batch ms", ".3f"),
-        ("batch_ms_highest", "highest", ".1f"),
-        ("memory_mb", "memory MB", ",.0f"),
-        ("shards_read", "shards read", ",.0f"),
-        ("read_over_share", "read / share", ".4f"),
-        ("shards_in_use_at_once", "shards in use at once", ",.0f"),
-    ],
     "kill": [
         ("ranks", "ranks", "d"),
         ("kills", "kills", "d"),
@@ -210,51 +196,15 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
         ("seconds", "seconds", ",d"),
     ],
 }
-FOLDED = 30
-"""Rows from which the table of all rows is folded away where others sum it up."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of text. numeric: of each column; marked: rows to stand out; folded: shown on demand; stacked: its rows
-    are read one below the other where there is little room, because they hold sentences."""
-
-    title: str
-    headings: list[str]
-    numeric: list[bool]
-    cells: list[list[str]]
-    marked: frozenset[int] = frozenset()
-    folded: bool = False
-    stacked: bool = False
-
-
-def tables_of(bench: str, document: Document) -> list[Table]:
-    """The tables of a result, in reading order."""
+def rows_tables(bench: str, document: Document) -> list[Table]:
+    """The tables of the rows of the study and of the GPU suite."""
     rows = document.get("rows") or []
-    tables = []
-    if answers := document.get("answers"):
-        columns = [("question", "question", ""), ("verdict", "verdict", ""), ("evidence", "evidence", "")]
-        tables.append(table_of("Questions and answers", columns, answers, stacked=True))
-    for key, more in document.items():
-        if (
-            key not in ("rows", "answers")
-            and isinstance(more, list)
-            and more
-            and all(isinstance(r, dict) for r in more)
-        ):
-            tables.append(table_of(key.replace("_", " ").capitalize(), generic_columns(more), more))
-    if bench == "study" and rows:
-        tables.append(summary_table(rows))
     if bench == "gpu":
-        return tables + gpu_tables(rows)
-    columns = COLUMNS.get(bench) or generic_columns(rows)
-    all_rows = table_of(f"All {len(rows)} rows" if tables else "", columns, rows)
-    tables.append(replace(all_rows, folded=bool(tables) and len(rows) >= FOLDED))
-    paper = (document.get("parameters") or {}).get("paper")
-    if isinstance(paper, dict) and paper:
-        said = [{"what": name.replace("_", " "), "figure": figure} for name, figure in paper.items()]
-        tables.append(table_of("What the paper prints", [("what", "what", ""), ("figure", "figure", "")], said))
-    return tables
+        return gpu_tables(rows)
+    every = table_of(f"All {len(rows)} rows", COLUMNS["study"], rows, folded=len(rows) >= FOLDED)
+    return [summary_table(rows), every] if rows else [every]
 
 
 def gpu_tables(rows: Sequence[Row]) -> list[Table]:
@@ -262,29 +212,7 @@ def gpu_tables(rows: Sequence[Row]) -> list[Table]:
     kinds = {title: [row for row in rows if _what(row).startswith(of)] for title, (of, _) in GPU_TABLES.items()}
     tables = [table_of(title, GPU_TABLES[title][1], mine) for title, mine in kinds.items() if mine]
     others = [row for row in rows if not any(row in mine for mine in kinds.values())]
-    return tables + ([table_of("", generic_columns(others), others)] if others or not rows else [])
-
-
-def note_of(document: Document) -> str:
-    """What is to be known of a result before its figures are read; "" if nothing."""
-    return text_of((document.get("parameters") or {}).get("note"))
-
-
-def table_of(title: str, columns: Sequence[tuple[str, str, str]], rows: Sequence[Row], stacked: bool = False) -> Table:
-    """Those of the columns that any row has; what a row lacks, or holds as null, is left blank."""
-    present = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
-    cells = [[_cell(row, key, form) for key, _, form in present] for row in rows]
-    for row, texts in zip(rows, cells, strict=True):
-        if "absent" in row:
-            texts[-1] = f"not measured: {row['absent']}"
-    return Table(
-        title,
-        [heading for _, heading, _ in present],
-        [bool(form) or _all_numbers(rows, key) for key, _, form in present],
-        cells,
-        frozenset(i for i, row in enumerate(rows) if row.get("recommended") or row.get("loader") == "this project"),
-        stacked=stacked,
-    )
+    return tables + ([table_of("", None, others)] if others or not rows else [])
 
 
 def summary_table(rows: Sequence[Row]) -> Table:
@@ -313,56 +241,8 @@ def summary_table(rows: Sequence[Row]) -> Table:
             line.append("" if difference is None else f"{plus_minus(*difference[:2], '+.2f')} ({difference[2]})")
         cells.append(line)
     title = "Test top-1 in %, mean ± standard deviation over the seeds; IFA - CLS with its standard error"
-    return Table(title, headings, [i >= texts for i in range(len(headings))], cells)
-
-
-def generic_columns(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Every key of the rows, in order of appearance, as a column."""
-    return [(key, key.replace("_", " "), "") for key in dict.fromkeys(key for row in rows for key in row)]
-
-
-def unlisted(bench: str, rows: Sequence[Row]) -> bool:
-    """Whether the rows hold more than the bench's columns show."""
-    listed = {key for key, _, _ in COLUMNS.get(bench, generic_columns(rows))}
-    if bench == "gpu":
-        kinds = [columns for of, columns in GPU_TABLES.values() if any(_what(row).startswith(of) for row in rows)]
-        listed = {key for columns in kinds for key, _, _ in columns} or listed
-    return any(key not in listed for row in rows for key in row)
-
-
-def text_of(value: Any, form: str = "") -> str:
-    """A value as text; a number without a format, or with one that does not fit, in four digits."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        if not form or (form.endswith("d") and isinstance(value, float)):
-            form = ",d" if isinstance(value, int) else ",.0f" if abs(value) >= 1000 else ".4g"
-        return format(value, form)
-    return json.dumps(value) if isinstance(value, list | dict) else str(value)
-
-
-def machine_of(document: Document) -> str:
-    """The hardware in one line."""
-    hardware = document.get("hardware") or {}
-    cores, memory = text_of(hardware.get("cores")), text_of(hardware.get("memory_gb"))
-    parts = [f"{cores} cores of {hardware.get('cpu', '')}" if cores else hardware.get("cpu", "")]
-    parts += [f"{memory} GB"] if memory else []
-    return ", ".join(str(part) for part in [*parts, *(hardware.get("gpus") or [])] if part)
+    return Table(title, [], headings, [i >= texts for i in range(len(headings))], cells)
 
 
 def _what(row: Row) -> str:
     return str(row.get("what", ""))
-
-
-def _cell(row: Row, key: str, form: str) -> str:
-    if key == "step_ms" and row.get("out_of_memory"):
-        return "out of memory"
-    return text_of(row.get(key), form)
-
-
-def _all_numbers(rows: Sequence[Row], key: str) -> bool:
-    return all(
-        isinstance(row[key], int | float) and not isinstance(row[key], bool) for row in rows if row.get(key) is not None
-    )

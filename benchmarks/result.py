@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from dist_train.files import write_atomically
 
@@ -67,23 +65,10 @@ def finished_rows(bench: str, name: str, parameters: dict[str, Any]) -> list[dic
     return document["rows"]
 
 
-def environment_of_one_process() -> dict[str, str]:
-    """The environment without a launcher's or an earlier run's description of ranks, for a measured process."""
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in ranks}
-
-
-def gpu_environment(number: int) -> dict[str, str]:
-    """What makes GPU `number` of those that this process sees (modulo their count) the only one of another process."""
-    count = torch.cuda.device_count()
-    if not count:
-        return {}
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    return {"CUDA_VISIBLE_DEVICES": seen.split(",")[number % count]}
-
-
 def hardware() -> dict[str, Any]:
     """Processor, usable cores, memory and GPUs of this machine."""
+    import torch
+
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {

@@ -23,8 +23,10 @@ import torch
 
 from benchmarks.memory import free_memory
 from benchmarks.own_step import OwnStep, saved_activations_mb, synthetic_batch
-from benchmarks.result import environment_of_one_process, write_result
-from benchmarks.timing import EnergyMeter, describe_row, step_figures, timed
+from benchmarks.points import environment_of_one_process
+from benchmarks.result import write_result
+from benchmarks.tables import describe_row
+from benchmarks.timing import EnergyMeter, step_figures, timed
 from dist_train.config import Recipe
 from dist_train.data.loader import Batch, TrainLoader
 from dist_train.data.manifest import read_manifest

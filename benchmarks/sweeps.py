@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.report_headlines import tell
+from benchmarks.arguments import numbers
 from dist_train.errors import UseError
 from dist_train.output import say
 
@@ -18,14 +18,6 @@ def add_sweeps(commands: argparse._SubParsersAction) -> None:
     _add_paper(commands)
     _add_landscape(commands)
     _add_study(commands)
-
-
-def numbers(option: str, text: str) -> list[int]:
-    """Whole numbers separated by commas."""
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise UseError(f"{option}: numbers separated by commas are expected, not '{text}'") from None
 
 
 def _jobs_argument(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +73,8 @@ def _study(options: argparse.Namespace) -> int:
         pretraining_pictures=options.pretraining_pictures,
         pretraining_epochs=options.pretraining_epochs,
     )
+    from benchmarks.old import tell
+
     tell(run_study(study, options.jobs, options.name))
     return 0
 
@@ -155,6 +149,8 @@ def _batch_size(options: argparse.Namespace) -> int:
         warmup=options.warmup,
         steps=options.steps,
     )
+    from benchmarks.old import tell
+
     tell(measure_batch_sizes(recipe, sweep, options.jobs, options.name))
     return 0
 
@@ -212,6 +208,7 @@ def _add_landscape(commands: argparse._SubParsersAction) -> None:
 
 def _landscape(options: argparse.Namespace) -> int:
     from benchmarks.landscape import measure_landscape
+    from benchmarks.old import tell
 
     tell(
         measure_landscape(

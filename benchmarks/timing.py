@@ -13,19 +13,6 @@ import torch
 from dist_train.train.meters import synchronize
 
 Step = Callable[[int], Any]
-# What tells a point from another says which it is; the line of its row repeats none of it.
-_NAMED = (
-    "what",
-    "arm",
-    "profiles",
-    "backbone",
-    "head",
-    "text_tokens",
-    "image_size",
-    "batch_size",
-    "micro_batch",
-    "precision",
-)
 
 
 def timed(step: Step, warmup: int, steps: int, device: torch.device) -> list[float]:
@@ -87,12 +74,6 @@ def step_figures(times: list[float], batch_size: int) -> dict[str, Any]:
         "step_ms_p99": round(1000 * p99, 2),
         "images_per_s": round(batch_size / median, 2),
     }
-
-
-def describe_row(row: Mapping[str, Any], what: str) -> str:
-    """One line: `what` was measured, and its figures."""
-    figures = [f"{key} {value}" for key, value in row.items() if key not in _NAMED and value is not None]
-    return f"{what}: {', '.join(figures)}"
 
 
 class EnergyMeter:

@@ -12,8 +12,8 @@ import pytest
 from benchmarks import report, result
 from benchmarks.__main__ import main
 from benchmarks.loader import CONTESTANTS, LIMITS, check_limits
-from benchmarks.report_headlines import headline
-from benchmarks.scale import most_at_once
+from benchmarks.speed import scale
+from benchmarks.speed.scale_point import most_at_once
 from dist_train.errors import WorkError
 from tests.conftest import REPOSITORY
 
@@ -106,7 +106,7 @@ def test_the_scale_benchmark_finds_that_a_node_reads_its_share_and_says_what_the
     arguments = "--samples 1000000 --shards 10000 --nodes 16 --ranks 2 --batch 1024 --name small"
     assert main(["scale", *arguments.split()]) == 0
     sentence, path = capsys.readouterr().out.splitlines()[-2:]
-    assert sentence == headline("scale", json.loads(Path(path).read_bytes())) and "1,000,000 samples: first" in sentence
+    assert sentence == scale.headline(json.loads(Path(path).read_bytes())) and "1,000,000 samples: first" in sentence
     rows = json.loads((tmp_path / "scale/small.json").read_bytes())["rows"]
     assert [row["what"] for row in rows[:2]] == ["start at step 0", "start at step 1,000,000"]
     assert all(row["read_over_share"] < 1.05 for row in rows[2:])

@@ -6,8 +6,8 @@ import math
 import statistics
 from typing import Any
 
+from benchmarks.report import benchmark_of, tables_of
 from benchmarks.report_study import comparison, over_batch_sizes
-from benchmarks.report_tables import tables_of
 
 
 def study_rows() -> list[dict[str, Any]]:
@@ -38,7 +38,7 @@ def study_rows() -> list[dict[str, Any]]:
 
 def test_the_studys_statistics_are_those_of_the_statistics_module() -> None:
     rows = study_rows()
-    table = tables_of("study", {"rows": rows})[0]
+    table = tables_of(benchmark_of("study"), {"rows": rows})[0]
     line = next(
         dict(zip(table.headings, cells, strict=True))
         for cells in table.cells
@@ -58,7 +58,7 @@ def test_the_studys_statistics_are_those_of_the_statistics_module() -> None:
     expected = f"{statistics.mean(pairs):+.2f} ± {statistics.stdev(pairs) / math.sqrt(2):.2f} (2)"
     assert line["IFA - CLS, points (pairs)"] == expected
     one = [row for row in rows if row["seed"] == 0 and row["experiment"] == "batch"]
-    table = tables_of("study", {"rows": one})[0]
+    table = tables_of(benchmark_of("study"), {"rows": one})[0]
     assert all("±" not in cell for cells in table.cells for cell in cells)
 
 

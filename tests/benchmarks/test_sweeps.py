@@ -18,12 +18,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import accuracy, batch_size, fit, paper, result
+from benchmarks import accuracy, batch_size, fit, paper, points, result
 from benchmarks.__main__ import main
 from benchmarks.batch_size import mark_front
 from benchmarks.fit import largest_micro_batch
 from benchmarks.paper import row_of, table_cells
-from benchmarks.report_tables import tables_of
+from benchmarks.report import benchmark_of, tables_of
 from benchmarks.step import run_point
 from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
@@ -60,7 +60,7 @@ def test_a_run_is_the_same_after_others_in_one_process_and_alone(shards: Path, t
     }
     alone = [sys.executable, "-m", "dist_train.cli", "train", *f"{SMALL} --data.shards {shards}".split()]
     alone += f"--train.run {tmp_path / 'alone'} --train.epochs 1 --train.batch_size 4 --train.seed 2".split()
-    environment = result.environment_of_one_process() | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    environment = points.environment_of_one_process() | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     subprocess.run(alone, check=True, capture_output=True, env=environment)
     weights = [next((tmp_path / name / "checkpoints").glob("*/weights.safetensors")) for name in ("b", "alone")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -243,7 +243,7 @@ def test_sizes_are_tried_by_steps_one_after_the_other_in_one_process() -> None:
     recipe, _ = parse_recipe(SMALL.split())
     point = {"recipe": asdict(recipe), "most": 32, "memory_limit": 0}
     command = [sys.executable, "-m", "benchmarks.fit", json.dumps(point)]
-    done = subprocess.run(command, capture_output=True, text=True, env=result.environment_of_one_process())
+    done = subprocess.run(command, capture_output=True, text=True, env=points.environment_of_one_process())
     assert json.loads(done.stdout.splitlines()[-1]) == {"largest_micro_batch": 32}, done.stderr
 
 
@@ -261,7 +261,7 @@ def test_each_batch_is_measured_in_each_mode_and_trained_in_the_fastest() -> Non
     for row, ms in zip(rows, (9.0, 2.0, 10.0, 11.0), strict=True):
         row["step_ms"] = ms
     assert batch_size.recipes_to_train(recipes, rows) == [recipes[1], recipes[2]]
-    table = tables_of("batch_size", {"rows": rows})[0]
+    table = tables_of(benchmark_of("batch_size"), {"rows": rows})[0]
     assert [line[table.headings.index("compiled")] for line in table.cells] == ["none", "graphs"] * 2
 
 

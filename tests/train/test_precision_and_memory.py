@@ -17,7 +17,7 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig as ParsedSettings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.result import environment_of_one_process
+from benchmarks.points import environment_of_one_process
 from benchmarks.step import synthetic_batch
 from dist_train.config import Recipe
 from dist_train.errors import UseError

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import parse as parse_benchmark
-from benchmarks.result import environment_of_one_process
+from benchmarks.points import environment_of_one_process
 from dist_train.cli import _command_parser, parse_recipe
 from shards.__main__ import _parser as shards_parser
 from tests.conftest import REPOSITORY, jpeg_bytes

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.result import write_result
-from benchmarks.timing import describe_row
 from dist_train.data.plan import EpochPlan
-from dist_train.output import say
 from dist_train.train.meters import peak_resident_mb
 
 _STEPS_TIMED = 200
-_NODES_FOLLOWED = 3
-
-
-def measure_scale(samples: int, shards: int, nodes: int, ranks: int, batch: int, name: str) -> Path:
-    """Measure the plan and write the result; returns its path.
-
-    A process of its own for each start: at step 0 and at step 1,000,000, time to the first batch of one rank, time per
-    batch and memory beyond that of the interpreter and numpy. Then one epoch of all ranks of some nodes, step by step:
-    the shards that each node touches against its share, and how many are in use at once.
-    """
-    parameters = {"samples": samples, "shards": shards, "nodes": nodes, "ranks_per_node": ranks, "batch_size": batch}
-    rows = [start(parameters, step) for step in (0, 10**6)]
-    rows += [follow_node(parameters, node) for node in np.linspace(0, nodes - 1, _NODES_FOLLOWED).astype(int).tolist()]
-    for row in rows:
-        say(describe_row(row, row["what"]))
-    return write_result("scale", name, parameters, rows)
-
-
-def start(parameters: dict[str, int], step: int) -> dict[str, Any]:
-    """A rank's start at a step, measured in a new process."""
-    arguments = [sys.executable, "-m", "benchmarks.scale", json.dumps(parameters), str(step)]
-    return json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
 
 
 def make_plan(parameters: dict[str, int]) -> EpochPlan:
@@ -55,8 +26,9 @@ def make_plan(parameters: dict[str, int]) -> EpochPlan:
     return EpochPlan(counts, parameters["batch_size"], seed=0)
 
 
-def measure_start(parameters: dict[str, int], step: int) -> dict[str, Any]:
-    """Time and memory of the last rank's first batch at `step` and of the batches after it."""
+def measure_start(parameters: dict[str, int]) -> dict[str, Any]:
+    """Time and memory of the last rank's first batch at parameters["step"] and of the batches after it."""
+    step = parameters["step"]
     before = peak_resident_mb()
     plan_counts = make_plan(parameters).counts  # making up the counts is not part of the plan
     begin = time.perf_counter()
@@ -79,8 +51,10 @@ def measure_start(parameters: dict[str, int], step: int) -> dict[str, Any]:
     }
 
 
-def follow_node(parameters: dict[str, int], node: int) -> dict[str, Any]:
-    """One epoch of a node: the share of the data that lies in the shards it touches, and shards in use at once."""
+def follow_node(parameters: dict[str, int]) -> dict[str, Any]:
+    """One epoch of parameters["node"]: the share of the data that lies in the shards it touches, and how many of them
+    are in use at once."""
+    node = parameters["node"]
     plan = make_plan(parameters)
     ranks = range(node * parameters["ranks_per_node"], (node + 1) * parameters["ranks_per_node"])
     world_size = parameters["nodes"] * parameters["ranks_per_node"]
@@ -111,7 +85,3 @@ def most_at_once(begins: Iterable[int], ends: Iterable[int]) -> int:
         now += change
         most = max(most, now)
     return most
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure_start(json.loads(sys.argv[1]), int(sys.argv[2]))))

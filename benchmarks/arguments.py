@@ -1,0 +1,113 @@
+"""The command line of a benchmark, from the dataclass of its arguments; a recipe's words are left for `parse_recipe`.
+
+Nothing here imports torch: --help and a misspelt option are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import jsonargparse
+
+from benchmarks.benchmark import Benchmark
+from dist_train.config import Recipe
+from dist_train.errors import UseError
+from dist_train.parse import parse_recipe
+
+RECIPE = """Other arguments are a recipe, as `dist-train train` takes it: --config FILE --section.key value ... (its
+--help names the keys)."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A benchmark with what was asked of it. recipe_arguments: the words that are a recipe's."""
+
+    benchmark: Benchmark
+    arguments: Any
+    recipe_arguments: list[str]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe. Raises UseError as `parse_recipe` does."""
+        return parse_recipe(self.recipe_arguments)[0]
+
+
+def parse(benchmark: Benchmark, words: list[str]) -> Command:
+    """What the words after the benchmark's name say. Raises UseError where they say nothing it knows."""
+    parser = parser_of(benchmark)
+    own, others = _divided(parser, words) if benchmark.takes_recipe else (words, [])
+    try:
+        parsed = parser.parse_args(own)
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UseError(f"benchmarks {benchmark.name}: {' '.join(str(error).split())}") from None
+    return Command(benchmark, benchmark.arguments(**vars(parsed)), others)
+
+
+def parser_of(benchmark: Benchmark) -> jsonargparse.ArgumentParser:
+    """The parser of the benchmark's own arguments."""
+    documented = docstring_parser.parse_from_object(benchmark.arguments)
+    said = {parameter.arg_name: parameter.description or "" for parameter in documented.params}
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m benchmarks {benchmark.name}",
+        description="\n\n".join(filter(None, (documented.short_description, documented.long_description))),
+        epilog=RECIPE if benchmark.takes_recipe else None,
+        exit_on_error=False,
+    )
+    kinds = get_type_hints(benchmark.arguments)
+    for field in fields(benchmark.arguments):
+        kind, about = kinds[field.name], said.get(field.name, "")
+        if field.metadata.get("positional"):
+            several = get_origin(kind) is list
+            shown = {"metavar": field.name.removesuffix("s").upper(), "help": about}
+            if several:
+                parser.add_argument(field.name, type=get_args(kind)[0], nargs="+", **shown)
+            else:
+                parser.add_argument(field.name, type=kind, **shown)
+            continue
+        option = f"--{field.name.replace('_', '-')}"
+        if kind is bool:
+            parser.add_argument(option, action="store_true", help=about)
+        elif field.default is MISSING:
+            parser.add_argument(option, type=kind, required=True, help=about)
+        else:
+            parser.add_argument(option, type=kind, default=field.default, help=about)
+    return parser
+
+
+def _divided(parser: jsonargparse.ArgumentParser, words: list[str]) -> tuple[list[str], list[str]]:
+    """The words that are the parser's, and the others."""
+    takes_value = {option: action.nargs != 0 for action in parser._actions for option in action.option_strings}
+    own: list[str] = []
+    others: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if name not in takes_value:
+            others.append(word)
+            continue
+        own.append(word)
+        if takes_value[name] and not equals:
+            own += [value for value in [next(rest, None)] if value is not None]
+    return own, others
+
+
+def words(text: str) -> list[str]:
+    """Words separated by commas."""
+    return text.split(",")
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers separated by commas. Raises UseError, naming the option."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UseError(f"{option}: numbers separated by commas are expected, not '{text}'") from None
+
+
+def check_words(option: str, kind: str, asked: list[str], known: tuple[str, ...]) -> None:
+    """Raise UseError where one of the words asked for is not known."""
+    if unknown := set(asked) - set(known):
+        raise UseError(f"{option}: no {kind} '{min(unknown)}'; there are {', '.join(known)}")

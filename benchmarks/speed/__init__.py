@@ -1,0 +1,1 @@
+"""What things cost: time, memory, energy, bytes on a cable."""
