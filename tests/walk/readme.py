@@ -85,6 +85,7 @@ WALK: dict[str, Run | Skip] = {
     "python -m shards demo data/tiny": Run(makes=("data/tiny/manifest.json",)),
     "dist-train train --data.shards data/tiny": Skip(WRITTEN, example=True),
     "python -m shards build my_flat_images": Skip(WRITTEN, example=True),
+    "python -m benchmarks index": Skip(WRITTEN, example=True),
 }
 """By the words that a command begins with; the longest that fits counts."""
 
