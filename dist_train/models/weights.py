@@ -47,9 +47,9 @@ HUB_TAGS = ("orig_in21k", "augreg_in21k", "tv_in1k", "ra_in1k")
 # has, text. Everything else is the backbone.
 _OWN_HEADS = "|".join(prefix.removesuffix(".") for prefix in HEAD_PREFIXES.values())
 NOT_BACKBONE = re.compile(
-    rf"(head|head_dist|fc|fc_norm|classifier|pre_logits(\.fc)?|norm|({_OWN_HEADS}|text)\.\w+)\.(weight|bias)"
+    rf"(head(\.fc)?|head_dist|fc|fc_norm|classifier|pre_logits(\.fc)?|norm|({_OWN_HEADS}|text)\.\w+)\.(weight|bias)"
 )
-_CLASSIFIER = re.compile(rf"(head|fc|classifier|({_OWN_HEADS})\.classifier)\.(weight|bias)")
+_CLASSIFIER = re.compile(rf"(head(\.fc)?|fc|classifier|({_OWN_HEADS})\.classifier)\.(weight|bias)")
 AVERAGED = ":ema"
 """Behind a run's or checkpoint's folder: its averaged weights."""
 
@@ -193,7 +193,7 @@ def _plain_names(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str
     """The tensors by plain name, where they have the names of a checkpoint, which are those of `Classifier`."""
     if not any(name.startswith("backbone.") for name in tensors):
         return tensors
-    classifier = next((name for name in ("fc", "classifier") if f"{name}.weight" in own), "head")
+    classifier = next((name for name in ("fc", "classifier", "head.fc") if f"{name}.weight" in own), "head")
     prefixes = {"backbone.": "", "head.classifier.": f"{classifier}.", "text.": "text."}
     of_head = {name.removeprefix("head.") for name in tensors if name.startswith("head.")}
     if any(not name.startswith("classifier.") for name in of_head):  # not the CLS head: the model's own, or another
