@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dist_train.config import ModelConfig
 from dist_train.models.backbones import TokenTransformer, create_cnn
-from dist_train.models.heads import HEAD_PREFIXES, CLSHead, IFAHead, initialise_head
+from dist_train.models.heads import CLSHead, IFAHead, initialise_head
 from dist_train.models.names import check_model, vit_shape
 from dist_train.models.parameter_groups import freeze
 from dist_train.models.vilt import TextEmbeddings, keep_padding_out
@@ -126,8 +126,8 @@ def plain_weights(model: Classifier) -> dict[str, Tensor]:
     `classifier.` for a CNN). IFA head: `ifa.aggregate.`, `ifa.norm.`, `ifa.classifier.`; text: `text.word.weight`,
     `text.position.weight`, `text.token_type.weight`, `text.norm.`.
     """
-    if type(model.head) in HEAD_PREFIXES:
-        new_prefixes = {"backbone.": "", "head.": HEAD_PREFIXES[type(model.head)], "text.": "text."}
+    if isinstance(model.head, IFAHead):
+        new_prefixes = {"backbone.": "", "head.": "ifa.", "text.": "text."}
     else:
         classifier = getattr(model.backbone, "default_cfg", {}).get("classifier", "head")
         new_prefixes = {"backbone.": "", "head.classifier.": f"{classifier}.", "text.": "text."}
@@ -146,5 +146,5 @@ def to_timm_state_dict(model: Classifier) -> tuple[dict[str, Tensor], dict[str, 
     model does not have. The second holds the IFA head and the text embeddings and is empty for the others.
     """
     plain = plain_weights(model)
-    extra = {name: tensor for name, tensor in plain.items() if name.startswith(("text.", *HEAD_PREFIXES.values()))}
+    extra = {name: tensor for name, tensor in plain.items() if name.startswith(("ifa.", "text."))}
     return {name: tensor for name, tensor in plain.items() if name not in extra}, extra

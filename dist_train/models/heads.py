@@ -40,10 +40,6 @@ class IFAHead(nn.Module):
         return self.classifier(self.norm(functional.relu(mixture)))
 
 
-HEAD_PREFIXES: dict[type[nn.Module], str] = {IFAHead: "ifa."}
-"""Heads that timm's models do not have: what their tensors' plain names (`build.plain_weights`) begin with."""
-
-
 def initialise_head(head: CLSHead | IFAHead, head_init: Literal["reference", "zero", "default", "mean"]) -> None:
     """Set the start of the head; what is not named here keeps PyTorch's default.
 

@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_train.errors import UseError, WorkError
-from dist_train.models.heads import HEAD_PREFIXES
 from dist_train.models.names import FILE_TYPES
 from dist_train.models.saved import (
     EXTRA_NAME,
@@ -45,11 +44,10 @@ HUB_TAGS = ("orig_in21k", "augreg_in21k", "tv_in1k", "ra_in1k")
 
 # May be new in the model or unused in the file: classifiers, the layer before one, what only one of the two heads
 # has, text. Everything else is the backbone.
-_OWN_HEADS = "|".join(prefix.removesuffix(".") for prefix in HEAD_PREFIXES.values())
 NOT_BACKBONE = re.compile(
-    rf"(head(\.fc)?|head_dist|fc|fc_norm|classifier|pre_logits(\.fc)?|norm|({_OWN_HEADS}|text)\.\w+)\.(weight|bias)"
+    r"(head|head_dist|fc|fc_norm|classifier|pre_logits(\.fc)?|norm|(ifa|text)\.\w+)\.(weight|bias)"
 )
-_CLASSIFIER = re.compile(rf"(head(\.fc)?|fc|classifier|({_OWN_HEADS})\.classifier)\.(weight|bias)")
+_CLASSIFIER = re.compile(r"(head|fc|classifier|ifa\.classifier)\.(weight|bias)")
 AVERAGED = ":ema"
 """Behind a run's or checkpoint's folder: its averaged weights."""
 
@@ -193,13 +191,10 @@ def _plain_names(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str
     """The tensors by plain name, where they have the names of a checkpoint, which are those of `Classifier`."""
     if not any(name.startswith("backbone.") for name in tensors):
         return tensors
-    classifier = next((name for name in ("fc", "classifier", "head.fc") if f"{name}.weight" in own), "head")
+    classifier = next((name for name in ("fc", "classifier") if f"{name}.weight" in own), "head")
     prefixes = {"backbone.": "", "head.classifier.": f"{classifier}.", "text.": "text."}
-    of_head = {name.removeprefix("head.") for name in tensors if name.startswith("head.")}
-    if any(not name.startswith("classifier.") for name in of_head):  # not the CLS head: the model's own, or another
-        fits = [prefix for prefix in HEAD_PREFIXES.values() if {prefix + name for name in of_head} <= own.keys()]
-        others = [prefix for prefix in HEAD_PREFIXES.values() if f"{prefix}classifier.weight" not in own]
-        prefixes = {"backbone.": "", "head.": [*fits, *others, *HEAD_PREFIXES.values()][0], "text.": "text."}
+    if "head.aggregate.weight" in tensors:
+        prefixes = {"backbone.": "", "head.": "ifa.", "text.": "text."}
     plain = {}
     for name, tensor in tensors.items():
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
