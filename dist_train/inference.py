@@ -168,7 +168,7 @@ def export(trained: TrainedModel, file: Path) -> str:
     recipe = trained.recipe
     weights, extra = to_timm_state_dict(trained.model)
     name, arguments = timm_name(recipe.model.backbone, recipe.data.image_size)
-    arguments |= {"num_classes": 0 if recipe.model.head == "ifa" else len(trained.class_names)}
+    arguments |= {"num_classes": len(trained.class_names) if recipe.model.head == "cls" else 0}
     tensors = {key: tensor.cpu().contiguous() for key, tensor in {**weights, **extra}.items()}
     metadata = {
         "backbone": recipe.model.backbone,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole way once: draw data, train under the deepspeed launcher, evaluate, show. Run it by `make demo`. Arguments are
-# the recipe's.
+# From nothing to predictions: draw data, train under the deepspeed launcher, evaluate, show. Run it with `make demo`.
+# Arguments are passed to the recipe.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ranks=${RANKS:-2} pictures=${PICTURES:-8000}

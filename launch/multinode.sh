@@ -3,12 +3,13 @@
 #
 #   launch/multinode.sh HOSTFILE --config launch/recipes/grocery.yaml [--section.key value ...] [--resume auto]
 #
-# Start it on a host that reaches all others by ssh without a password; project, environment and shards are at the same
-# path on every host, the run folder on a shared file system. MASTER_PORT (29500) is where the ranks meet.
+# Start it on a host that reaches all others through ssh without a password. The project, its environment and the shards
+# must be at the same path on every host, and the run folder on a shared file system. The ranks meet at MASTER_PORT
+# (29500).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# The launcher passes on hardly any variable; the others it takes from this file.
+# The launcher passes on hardly any variables; it reads the others from this file.
 DS_ENV_FILE=$(mktemp)
 export DS_ENV_FILE
 trap 'rm -f "$DS_ENV_FILE"' EXIT

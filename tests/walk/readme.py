@@ -1,15 +1,18 @@
-"""The commands of README.md, in order, and what the walk does with each: run it with small settings, or why not."""
+"""The commands of README.md and docs/, in order, and what the walk does with each: run it in small, or why not."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.conftest import REPOSITORY
 
+_PAGES = ("shards", "training", "nodes", "checkpoints", "tags", "paper", "benchmarks", "architecture", "extending")
+DOCUMENTS = ("README.md", *(f"docs/{page}.md" for page in _PAGES), "CONTRIBUTING.md")
+"""In the order in which they are walked through."""
+
 SMALL_RUN = "--train.epochs 2 --optim.warmup_steps 1 --train.batch_size 8"
-LISTED = ("train-000000.", "manifest.json", "left_out.jsonl", "build.json", "dist_train/")
-"""First words of what is indented in the README and no command."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +25,23 @@ class Run:
 
 @dataclass(frozen=True)
 class Skip:
-    """Do not run it, and why; that its words parse and that what it reads is there is checked all the same."""
+    """Do not run it, and why. All the same its words must be those of its program, and what it reads must be there;
+    example: neither, as it needs code that the page tells its reader to write."""
 
     reason: str
+    example: bool = False
 
 
 SLOW = "takes minutes, or would here beside the others; tests/benchmarks/{} runs it in small"
+WRITTEN = "needs the code that the page shows"
 WALK: dict[str, Run | Skip] = {
     "make demo": Run(
         "PICTURES=400 RECIPE='--train.epochs 1 --optim.warmup_steps 1'",
         ("runs/demo/summary.json", "runs/demo/predictions.png"),
     ),
     "make test": Skip("is what runs this walk"),
+    "make install": Run(),
+    "make lint": Skip("CI runs it before the tests"),
     "source .venv/bin/activate": Run(),
     "python -m shards build my_images": Run(makes=("data/mine/manifest.json",)),
     "python -m shards verify": Run(),
@@ -47,6 +55,7 @@ WALK: dict[str, Run | Skip] = {
     "cp launch/hostfile.example": Run(makes=("hostfile",)),
     "dist-train doctor --hostfile": Skip("asks the hosts node1 and node2; tests/multinode has two"),
     "launch/multinode.sh": Skip("trains on node1 and node2; tests/multinode has two"),
+    "sbatch": Skip("a SLURM cluster; tests/multinode/test_slurm.py has one"),
     "python launch/supervise.py -- launch/multinode.sh": Skip("trains on node1 and node2; tests/multinode has two"),
     "python launch/supervise.py -- deepspeed": Skip("the launcher has run above; tests/train/test_staying_alive.py"),
     "deepspeed launch/train.py --config launch/recipes/paper/table6.yaml": Skip("DAF and a ViT-B's weights, days"),
@@ -73,24 +82,57 @@ WALK: dict[str, Run | Skip] = {
     "benchmarks/gpu_suite.sh": Skip("a GPU; tests/benchmarks/test_gpu_suite.py"),
     "python -m benchmarks report": Run(makes=("benchmarks/results.html",)),
     "docker build": Skip("a Docker engine, and gigabytes"),
+    "python -m shards demo data/tiny": Run(makes=("data/tiny/manifest.json",)),
+    "dist-train train --data.shards data/tiny": Skip(WRITTEN, example=True),
+    "python -m shards build my_flat_images": Skip(WRITTEN, example=True),
+    "python -m benchmarks index": Skip(WRITTEN, example=True),
 }
 """By the words that a command begins with; the longest that fits counts."""
 
 
-def commands() -> list[str]:
-    """The README's indented commands, in order, without their comments."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [line.strip() for line in text.splitlines() if re.match(r" {4,}(?! *[-*|])\S", line)]
-    return [" ".join(re.sub(r"\s#\s.*", "", line).split()) for line in lines if not line.startswith(LISTED)]
+def text_of(document: str) -> str:
+    """A document's Markdown."""
+    return (REPOSITORY / document).read_text(encoding="utf-8")
+
+
+def commands(documents: tuple[str, ...] = DOCUMENTS) -> list[str]:
+    """What stands in the documents' blocks of ```bash, in order, without comments; each command once."""
+    found = []
+    for document in documents:
+        for block in re.findall(r"^```bash\n(.*?)^```$", text_of(document), re.MULTILINE | re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [" ".join(re.sub(r"(^|\s)#\s.*", "", line).split()) for line in lines]
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def in_prose() -> list[str]:
-    """What stands as a command with arguments between backticks."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
-    spans = [f"python -m shards {span}" if re.match(r"(build|adopt) ", span) else span for span in spans]
+    """What stands as a command with arguments between backticks in a line of text, each once."""
+    found = []
+    for document in DOCUMENTS:
+        text = re.sub(r"^```.*?^```$", "", text_of(document), flags=re.MULTILINE | re.DOTALL)
+        spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+        found += [f"python -m shards {span}" if re.match(r"(build|adopt) ", span) else span for span in spans]
     known = r"(dist-train|python -m (shards|benchmarks)) [a-z]+ [^.]|(sbatch|deepspeed|launch/\S+\.sh) "
-    return [span for span in spans if re.match(known, span)]
+    return [span for span in dict.fromkeys(found) if re.match(known, span)]
+
+
+def broken_links() -> list[str]:
+    """Links of the documents to files or headings that are not there."""
+    broken = []
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text_of(document)):
+            path, _, heading = target.partition("#")
+            file = (REPOSITORY / document).parent / path if path else REPOSITORY / document
+            if not file.exists() or (heading and heading not in headings(file)):
+                broken.append(f"{document}: {target}")
+    return broken
+
+
+def headings(file: Path) -> set[str]:
+    """The fragments that GitHub gives the headings of a Markdown file."""
+    text = re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def what_to_do(command: str) -> Run | Skip | None:

@@ -1,9 +1,11 @@
-"""The figures of the README are those of the result files beside them."""
+"""The figures of the documents are those of the result files that they name."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,27 +13,77 @@ import yaml
 from benchmarks.claims.histogram import colour_histogram_accuracy
 from shards.__main__ import main as shards_main
 from tests.conftest import REPOSITORY
+from tests.walk.readme import text_of
 
 GROCERY = (REPOSITORY / "launch" / "recipes" / "grocery.yaml").read_text(encoding="utf-8")
 GROCERY_TRAIN = 2640  # photos
 
 
+def result(name: str) -> dict[str, Any]:
+    """A committed result."""
+    return json.loads((REPOSITORY / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def text_in_one_line(document: str) -> str:
+    """A document without its line breaks."""
+    return " ".join(text_of(document).split())
+
+
 def ratios(name: str) -> list[str]:
     """How many times as fast ours is as FFCV, FFCV without jitter, and timm."""
-    result = json.loads((REPOSITORY / "benchmarks" / "results" / "loader" / f"{name}.json").read_text())
-    rates = {row["loader"]: row["images_per_s"] for row in result["rows"]}
+    rates = {row["loader"]: row["images_per_s"] for row in result(f"loader/{name}")["rows"]}
     return [f"{rates['this project'] / rates[peer]:.1f}" for peer in ("FFCV", "FFCV, no jitter", "timm")]
 
 
-def test_the_readme_has_the_loaders_ratios_of_the_committed_results() -> None:
-    text = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+def test_the_loaders_ratios_are_those_of_the_committed_results() -> None:
     with_jitter, without, timm = ratios("grocery-baked160")
     assert (
-        f"{with_jitter} times as fast as in FFCV, {without} times as fast as in FFCV without its jitter, "
-        f"{timm} times as fast as in timm" in text
+        f"load {with_jitter} times as fast as in FFCV, {without} times as fast as in FFCV without its jitter, "
+        f"{timm} times as fast as in timm" in text_in_one_line("README.md")
     )
     with_jitter, without, timm = ratios("grocery-256")
-    assert f"at 256 px it is {with_jitter}, {without} and {timm} times" in text
+    assert (
+        f"At 256 px ours is {with_jitter}, {without} and {timm} times as fast as FFCV, FFCV without its jitter and timm"
+        in text_in_one_line("docs/benchmarks.md")
+    )
+
+
+def test_the_gpus_figures_are_those_of_the_committed_result() -> None:
+    rows = {row["what"]: row for row in result("gpu/nvidia-h200")["rows"]}
+    small = rows["step: vit_base_patch16 cls batch 16, bf16_autocast, compiled"]
+    large = rows["step: vit_large_patch16 cls batch 256, bf16_autocast, compiled"]
+    loader = rows["loader: on the GPU, batch 256"]
+    in_graphs, launched = round(small["graphs_images_per_s"]), round(small["images_per_s"])
+    readme, training = text_in_one_line("README.md"), text_in_one_line("docs/training.md")
+    assert f"trains {in_graphs:,} images a second on an H200 in CUDA graphs, and {launched:,} when" in readme
+    assert f"a step of a ViT-L/16 takes {large['over_bare']:.3f} times as long as" in readme
+    assert (
+        f"ViT-L/16 trains {round(large['graphs_images_per_s']):,} images a second at batch 256 and ViT-B/16 "
+        f"{in_graphs:,} at batch 16, both in CUDA graphs; without graphs the latter is {launched:,}." in training
+    )
+    assert f"at {round(loader['images_per_s']):,} a second, {loader['over_dali']:.2f} times the rate" in training
+
+
+def test_the_run_that_was_killed_is_the_committed_one() -> None:
+    (row,) = result("kill/cpu-2-ranks")["rows"]
+    assert row["identical_weights"] and row["each_sample_once"] and row["ranks"] == 2
+    assert f"two ranks that was killed {row['kills']} times" in text_in_one_line("README.md")
+
+
+def against_float32(name: str, precision: str) -> str:
+    """Points of test accuracy beyond float32's with the same seed: mean and its standard error."""
+    rows = result(f"precision/{name}")["rows"]
+    exact = {row["seed"]: row["top1"] for row in rows if row["precision"] == "float32"}
+    pairs = [(row["top1"], exact[row["seed"]]) for row in rows if row["precision"] == precision]
+    gains = [100 * (mine - float32) for mine, float32 in pairs]
+    return f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains) / len(gains) ** 0.5:.1f}"
+
+
+def test_what_bf16_costs_is_that_of_the_committed_results() -> None:
+    text = text_in_one_line("docs/training.md")
+    cpu, gpu = ([against_float32(name, which) for which in ("bf16_autocast", "bf16")] for name in ("demo", "demo-h100"))
+    assert f"by {cpu[0]} points with `bf16_autocast` and {cpu[1]} with `bf16` on a CPU" in text
+    assert f"by {gpu[0]} and {gpu[1]} points on an H100" in text
 
 
 def test_the_grocery_recipe_says_how_many_images_it_shows() -> None:
@@ -45,8 +97,6 @@ def test_the_grocery_recipe_stands_beside_what_colours_give_on_the_same_samples(
     labels = str(shared_data / "grocery" / "labels.csv")
     assert shards_main(["build", labels, str(tmp_path / "set"), "--class-column=coarse", "--size=96"]) == 0
     accuracy, samples = colour_histogram_accuracy(tmp_path / "set")
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert (
         f"histograms has {accuracy:.3f} on the same samples" in GROCERY and f"over all {samples:,} samples" in GROCERY
     )
-    assert f"alone give {accuracy:.3f}" in readme

@@ -1,4 +1,4 @@
-"""A new user's walk through the README: its commands, in order, in a fresh clone, in one shell, with small settings."""
+"""A new user's walk through the documents: their commands in order, in a fresh clone, in one shell, in small."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.points import environment_of_one_process
 from dist_train.cli import _command_parser, parse_recipe
 from shards.__main__ import _parser as shards_parser
 from tests.conftest import REPOSITORY, jpeg_bytes
-from tests.walk.readme import WALK, Run, Skip, commands, in_prose, what_to_do
+from tests.walk.readme import WALK, Run, Skip, broken_links, commands, in_prose, text_of, what_to_do
 
 
 def clone(folder: Path) -> Path:
@@ -50,7 +50,16 @@ def is_activated() -> bool:
     return (Path(sys.prefix) / "bin" / "activate").is_file() and shutil.which("make") is not None
 
 
-def test_every_command_of_the_readme_is_run_or_has_its_reason_and_the_walk_knows_no_others() -> None:
+def test_the_readme_is_short_and_begins_with_the_two_commands() -> None:
+    assert len(text_of("README.md").splitlines()) <= 150
+    assert commands(("README.md",))[:2] == ["make demo", "make test"]
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    assert broken_links() == []
+
+
+def test_every_command_of_the_documents_is_run_or_has_its_reason_and_the_walk_knows_no_others() -> None:
     assert [command for command in commands() if what_to_do(command) is None] == []
     assert [words for words in WALK if not any(command.startswith(words) for command in commands())] == []
 
@@ -62,7 +71,7 @@ def parse(command: str) -> None:
     if "--config" in words and words[1] != "-m":
         parse_recipe(words[words.index("--config") :])
     elif words[:3] == ["python", "-m", "benchmarks"]:
-        parse_recipe(parse_benchmark(words[3:]).recipe_arguments)
+        parse_recipe(getattr(parse_benchmark(words[3:]), "recipe_arguments", []))
     elif words[:3] == ["python", "-m", "shards"]:
         shards_parser().parse_args(words[3:])
     elif words[0] == "dist-train" and words[1] not in ("train", "doctor"):
@@ -73,7 +82,9 @@ def parse(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in commands() if isinstance(what_to_do(c), Skip)] + in_prose(), ids=lambda command: command
+    "command",
+    [c for c in commands() if isinstance(entry := what_to_do(c), Skip) and not entry.example] + in_prose(),
+    ids=lambda command: command,
 )
 def test_a_command_that_is_not_run_is_at_least_one_that_its_program_takes(
     command: str, monkeypatch: pytest.MonkeyPatch
@@ -84,7 +95,7 @@ def test_a_command_that_is_not_run_is_at_least_one_that_its_program_takes(
 
 @pytest.mark.launch
 @pytest.mark.skipif(not is_activated(), reason="needs make, and runs in a virtual environment")
-def test_the_readme_can_be_walked_from_top_to_bottom_in_a_fresh_clone(tmp_path: Path) -> None:
+def test_the_documents_can_be_walked_from_top_to_bottom_in_a_fresh_clone(tmp_path: Path) -> None:
     """Each command ends well and leaves what it is to leave; later ones find what earlier ones made."""
     folder = clone(tmp_path)
     photos(folder)
@@ -95,7 +106,7 @@ def test_the_readme_can_be_walked_from_top_to_bottom_in_a_fresh_clone(tmp_path: 
             script += [f"echo {shlex.quote('$ ' + command)}", f"{with_more(command, entry.more)} || exit 9"]
             script += [f"test -s {name} || {{ echo {name} is not there; exit 9; }}" for name in entry.makes]
             script += ['echo "  $SECONDS s"']
-        else:
+        elif isinstance(entry, Skip) and not entry.example:
             script += [f"test -e {name} || {{ echo '{command}: no {name}'; exit 9; }}" for name in reads(command)]
     own = str(Path(sys.prefix) / "bin")
     path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if not part.startswith((own, ".venv")))
