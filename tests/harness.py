@@ -186,8 +186,10 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 
 
 def steps_done(run: Path) -> int:
-    """The last step that a run has logged; 0 before it has begun."""
-    return max((e["step"] for e in logged_steps(run)), default=0) if (run / "metrics.jsonl").exists() else 0
+    """The last step that a run has logged; 0 before it has begun. It may be at its next line meanwhile."""
+    file = run / "metrics.jsonl"
+    whole = file.read_text().rpartition("\n")[0].splitlines() if file.exists() else []
+    return max((json.loads(line)["step"] for line in whole), default=0)
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -231,12 +233,12 @@ def is_listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
-    """Wait until the condition holds; fail naming `what` after `seconds`."""
+def wait_for(condition: Callable[[], object], what: str = "what must be", seconds: float = 120) -> None:
+    """Return as soon as the condition holds; fail naming `what` after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds:g} s for {what}"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def place_of(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -29,30 +29,19 @@ from dist_train.inference import load_trained
 from dist_train.models.build import build_model
 from dist_train.models.saved import newest_checkpoint, read_weights
 from dist_train.place import Place
-from tests.conftest import CLASSES, write_shard_set
+from tests import harness
+from tests.harness import CLASSES, write_shard_set
 
 TEST = [7, 6]
 SMALL = {"split": "test", "samples": 7, "points": 3, "radius": 0.5, "line_points": 4, "seed": 0}
 
 
-def train(shards: Path, run: Path, **overrides: object) -> Path:
+def train(shards: Path, run: Path, **changes: object) -> Path:
     """Two steps at 32 px, with dropout, so that a surface that is not in evaluation mode would differ."""
-    keys: dict[str, object] = {
-        "data.shards": shards,
-        "data.image_size": 32,
-        "data.crop_margin": 8,
-        "data.threads": 1,
-        "model.backbone": "vit_tiny_patch16",
-        "model.dropout": 0.1,
-        "optim.lr": 0.05,
-        "optim.schedule": "constant",
-        "train.run": run,
-        "train.epochs": 1,
-        "train.batch_size": 24,
-        "train.eval_batch_size": 4,
-    }
-    keys |= {key.replace("__", "."): value for key, value in overrides.items()}
-    assert main(["train", *(f"--{key}={value}" for key, value in keys.items())]) == 0
+    small = {"data__image_size": 32, "data__crop_margin": 8, "model__backbone": "vit_tiny_patch16"}
+    small |= {"optim__lr": 0.05, "optim__schedule": "constant", "model__dropout": 0.1}
+    small |= {"train__epochs": 1, "train__batch_size": 24, "train__eval_batch_size": 4}
+    assert harness.train(shards, run, **small | changes) == 0
     return run
 
 

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from dist_train.models.saved import newest_checkpoint
-from tests.conftest import REPOSITORY, write_shard_set
-from tests.multinode.two_hosts import Host, two_hosts, wait_for, why_not
+from tests import harness
+from tests.harness import (
+    REPOSITORY,
+    environment,
+    logged_steps,
+    newest_weights,
+    read_summary,
+    same,
+    steps_done,
+    wait_for,
+    write_shard_set,
+)
+from tests.multinode.two_hosts import Host, two_hosts, why_not
 
 pytestmark = [pytest.mark.launch, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 STEPS, TIMEOUT_S = 24, 10
-ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-ENVIRONMENT["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+ENVIRONMENT = environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin")
+arguments = partial(harness.arguments, optim__lr=0.01, train__epochs=STEPS // 4, train__timeout_s=TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +52,6 @@ def shards(folder: Path) -> Path:
     return write_shard_set(folder / "set", {"train": [30, 18], "val": [12]}, baked=20)
 
 
-def arguments(shards: Path, run: Path, **overrides: object) -> list[str]:
-    keys: dict[str, object] = {
-        "data.shards": shards,
-        "data.image_size": 16,
-        "data.crop_margin": 4,
-        "data.threads": 1,
-        "model.backbone": "vit_tiny_patch8",
-        "optim.lr": 0.01,
-        "train.run": run,
-        "train.epochs": STEPS // 4,
-        "train.batch_size": 12,
-        "train.log_every": 1,
-        "train.timeout_s": TIMEOUT_S,
-    }
-    keys |= {key.replace("__", "."): value for key, value in overrides.items()}
-    return [f"--{key}={value}" for key, value in keys.items()]
-
-
 def multinode(folder: Path, options: list[str]) -> list[str]:
     return [str(REPOSITORY / "launch" / "multinode.sh"), str(folder / "hostfile"), *options]
 
@@ -72,16 +62,11 @@ def start(host: Host, command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def read_steps(run: Path) -> dict[int, dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line for line in lines if "split" not in line}
-
-
-def steps_done(run: Path) -> int:
-    return max(read_steps(run), default=0) if (run / "metrics.jsonl").exists() else 0
+    return {entry["step"]: entry for entry in logged_steps(run)}
 
 
 def last_evaluation(run: Path) -> dict[str, Any]:
-    return json.loads((run / "summary.json").read_text())["evaluations"]["val"]
+    return read_summary(run)["evaluations"]["val"]
 
 
 def nothing_left(hosts: tuple[Host, Host]) -> bool:
@@ -106,12 +91,11 @@ def assert_same_end(run: Path, undisturbed: Path) -> None:
     for step, line in expected.items():
         assert (steps[step]["samples"], steps[step]["loss"]) == (line["samples"], line["loss"]), step
     assert last_evaluation(run) == last_evaluation(undisturbed)
-    weights, wanted = (load_file(newest_checkpoint(r) / "weights.safetensors") for r in (run, undisturbed))
-    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    assert same(newest_weights(run), newest_weights(undisturbed))
 
 
 def test_two_hosts_train_one_rank_each(undisturbed: Path) -> None:
-    summary = json.loads((undisturbed / "summary.json").read_text())
+    summary = read_summary(undisturbed)
     assert [line.split(":")[0] for line in summary["hosts"]] == ["node1", "node2"]
     assert summary["steps"] == STEPS
 
@@ -185,7 +169,7 @@ def test_a_cut_cable_ends_the_job_on_both_hosts_in_time_and_the_supervised_run_e
 
 def doctor(host: Host, *options: str) -> tuple[int, list[str]]:
     command = host.command(sys.executable, "-m", "dist_train.cli", "doctor", *options)
-    done = subprocess.run(command, env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     return done.returncode, done.stdout.splitlines()
 
 

@@ -6,9 +6,6 @@ Tests call `losses_through_deepspeed`; the ranks are `python -m tests.train.deep
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +23,7 @@ from dist_train.train.engine import build_engine, init_process_group, torch_devi
 from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
 from dist_train.train.step import TrainStep, make_forward
-from tests.conftest import CLASSES, REPOSITORY
+from tests.harness import CLASSES, run_ranks
 
 STEPS, BATCH = 50, 8
 NARROW = (64, 2, 2)  # channels, blocks and heads that vit_tiny has here, so that thousands of steps take minutes
@@ -75,32 +72,8 @@ def losses_through_deepspeed(
     shards: Path, jobs: Jobs, world_size: int, folder: Path, steps: int = STEPS
 ) -> dict[str, list[float]]:
     """The losses of the global batch at each step of each job, by `world_size` real processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     (folder / "jobs.json").write_text(json.dumps({"shards": str(shards), "steps": steps, "jobs": jobs}))
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
-    command = [sys.executable, "-m", __name__, str(folder / "jobs.json"), str(folder / "losses.json")]
-    # Files, as a pipe that nobody reads yet would stop a rank that says much, and with it all others.
-    outputs = [folder / f"rank{rank}.log" for rank in range(world_size)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)},
-            cwd=REPOSITORY,
-            stdout=outputs[rank].open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        for rank in ranks:
-            rank.wait(timeout=600)
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert not any(rank.returncode for rank in ranks), outputs[0].read_text()[-3000:]
+    run_ranks(["-m", __name__, str(folder / "jobs.json"), str(folder / "losses.json")], world_size, folder)
     return json.loads((folder / "losses.json").read_text())
 
 

@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,63 +32,27 @@ from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
 from dist_train.train.ranks import StopSignal
 from dist_train.train.step import TrainStep, make_forward
-from tests.conftest import REPOSITORY, write_shard_set
+from tests import harness
+from tests.harness import (
+    REPOSITORY,
+    environment,
+    free_port,
+    launcher,
+    ranks_under,
+    read_summary,
+    start_ranks,
+    steps_done,
+    wait_for,
+    write_shard_set,
+)
 
 SAMPLES = 48
-ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-ENVIRONMENT["PYTHONPATH"] = str(REPOSITORY)
+arguments = partial(harness.arguments, optim__lr=0.01, train__epochs=1)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shard_set(tmp_path_factory.mktemp("sets") / "set", {"train": [30, 18]}, baked=20)
-
-
-def arguments(shards: Path, run: Path, **overrides: object) -> list[str]:
-    keys: dict[str, object] = {
-        "data.shards": shards,
-        "data.image_size": 16,
-        "data.crop_margin": 4,
-        "data.threads": 1,
-        "model.backbone": "vit_tiny_patch8",
-        "optim.lr": 0.01,
-        "train.run": run,
-        "train.epochs": 1,
-        "train.batch_size": 12,
-        "train.log_every": 1,
-    }
-    keys |= {key.replace("__", "."): value for key, value in overrides.items()}
-    return [f"--{key}={value}" for key, value in keys.items()]
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds:g} s for {what}"
-        time.sleep(0.1)
-
-
-def steps_done(run: Path) -> int:
-    file = run / "metrics.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
-
-
-def local_launch(options: list[str], ranks: int = 2) -> list[str]:
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    ports = ["--num_accelerators", str(ranks), "--master_port", free_port()]
-    return [deepspeed, *ports, str(REPOSITORY / "launch" / "train.py"), *options]
-
-
-def ranks_under(pid: int) -> list[psutil.Process]:
-    """The training processes that the process has started, directly or not."""
-    children = psutil.Process(pid).children(recursive=True)
-    return [child for child in children if child.cmdline()[2:3] == [str(REPOSITORY / "launch" / "train.py")]]
 
 
 # ---------------------------------------------------------------------- lost ranks
@@ -102,42 +66,33 @@ def ranks_under(pid: int) -> list[psutil.Process]:
         ("fails", "error (rank 1 on {host}): a file of mine is damaged"),
     ],
 )
-def test_a_lost_rank_ends_the_others_in_time_and_is_named(fate: str, said: str) -> None:
+def test_a_lost_rank_ends_the_others_in_time_and_is_named(tmp_path: Path, fate: str, said: str) -> None:
     timeout_s = 6
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, str(Path(__file__).with_name("watched_rank.py")), fate, str(timeout_s)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=ENVIRONMENT | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    ranks = start_ranks([str(Path(__file__).with_name("watched_rank.py")), fate, str(timeout_s)], 2, tmp_path)
     try:
-        said_by_0 = ranks[0].communicate(timeout=120)[1]
+        ranks[0].wait(timeout=120)
         ranks[1].send_signal(signal.SIGCONT)
-        said_by_1 = ranks[1].communicate(timeout=timeout_s + 30)[1]  # one that hangs is ended, too
+        ranks[1].wait(timeout=timeout_s + 30)  # one that hangs is ended, too
     finally:
         for rank in ranks:
             rank.kill()
     assert ranks[0].returncode == 1 and ranks[1].returncode in (1, -signal.SIGKILL)
-    lines = [line for line in (said_by_0 + said_by_1).splitlines() if "error (" in line]
-    assert said.format(host=socket.gethostname()) in "\n".join(lines), said_by_0 + said_by_1
-    assert "Traceback" not in said_by_0 + said_by_1
+    heard = "".join((tmp_path / f"rank{rank}.log").read_text() for rank in range(2))
+    lines = [line for line in heard.splitlines() if "error (" in line]
+    assert said.format(host=socket.gethostname()) in "\n".join(lines), heard
+    assert "Traceback" not in heard
 
 
 @pytest.mark.launch
 def test_ranks_whose_launcher_is_killed_save_and_end(shards: Path, tmp_path: Path) -> None:
     options = arguments(shards, tmp_path / "run", train__epochs=1000)
-    launcher = subprocess.Popen(local_launch(options), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen(launcher(2, options), env=environment(), stderr=subprocess.DEVNULL)
     wait_for(lambda: steps_done(tmp_path / "run") >= 2, "step 2")
-    ranks = ranks_under(launcher.pid)
+    ranks = ranks_under(job.pid)
     assert len(ranks) == 2
-    for process in [*psutil.Process(launcher.pid).children(), launcher]:
+    for process in [*psutil.Process(job.pid).children(), job]:
         process.kill()
-    launcher.wait()
+    job.wait()
     _, alive = psutil.wait_procs(ranks, 60)
     assert not alive
     assert read_state(newest_checkpoint(tmp_path / "run")).step == steps_done(tmp_path / "run")
@@ -152,15 +107,15 @@ def test_sigterm_to_the_deepspeed_command_makes_the_ranks_save_and_end(
     still import must not take who adopted that for their launcher.
     """
     run, said = tmp_path / "run", tmp_path / "said"
-    command = local_launch(arguments(shards, run, train__epochs=1000), ranks)
+    command = launcher(ranks, arguments(shards, run, train__epochs=1000))
     with open(said, "w") as stderr:
-        launcher = subprocess.Popen(command, env=ENVIRONMENT, stderr=stderr, stdout=subprocess.DEVNULL)
-    wait_for(lambda: (steps_done(run) >= 2) if begun else any(map(imports, ranks_under(launcher.pid))), "the ranks")
-    processes = psutil.Process(launcher.pid).children(recursive=True)
-    assert len(ranks_under(launcher.pid)) == ranks and len(processes) == 1 + ranks
-    launcher.send_signal(signal.SIGTERM)
+        job = subprocess.Popen(command, env=environment(), stderr=stderr, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (steps_done(run) >= 2) if begun else any(map(imports, ranks_under(job.pid))), "the ranks")
+    processes = psutil.Process(job.pid).children(recursive=True)
+    assert len(ranks_under(job.pid)) == ranks and len(processes) == 1 + ranks
+    job.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs(processes, 120)
-    launcher.wait()
+    job.wait()
     for process in alive:
         process.kill()
     assert not alive
@@ -180,7 +135,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(shards: Path, tmp_path: Path) -> Non
     options = arguments(shards, run, train__epochs=1000)
     command = [sys.executable, "-m", "dist_train.cli", "train", *options]
 
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for(lambda: steps_done(run) >= 2, "step 2")
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[1]
@@ -239,11 +194,11 @@ def test_ranks_find_their_places_in_slurms_variables(shards: Path, tmp_path: Pat
     job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), *arguments(shards, tmp_path / "run")]
     tasks = [
-        subprocess.Popen(command, env=ENVIRONMENT | job | {"SLURM_PROCID": task, "SLURM_LOCALID": task})
+        subprocess.Popen(command, env=environment(**job) | {"SLURM_PROCID": task, "SLURM_LOCALID": task})
         for task in ("0", "1")
     ]
     assert [task.wait(240) for task in tasks] == [0, 0]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+    assert read_summary(tmp_path / "run")["world_size"] == 2
 
 
 # ---------------------------------------------------------------------- the supervisor
@@ -257,7 +212,7 @@ def test_a_supervised_job_keeps_others_out_and_saves_and_ends_at_sigterm(
 ) -> None:
     run = tmp_path / "run"
     options = arguments(shards, run, train__epochs=1000)
-    job = subprocess.Popen(supervise("--", *local_launch(options)), env=ENVIRONMENT)
+    job = subprocess.Popen(supervise("--", *launcher(2, options)), env=environment())
     wait_for(lambda: steps_done(run) >= 2, "step 2")
     ranks = ranks_under(job.pid)
     rank_0 = next(rank for rank in ranks if rank.environ()["RANK"] == "0")
@@ -274,7 +229,7 @@ def test_a_supervised_job_keeps_others_out_and_saves_and_ends_at_sigterm(
 def test_the_supervisor_gives_up_without_progress_and_at_wrong_use(tmp_path: Path) -> None:
     def starts(*command: str) -> tuple[int, int]:
         options = supervise("--restarts=2", "--backoff=0.05", "--", *command, f"--train.run={tmp_path / 'run'}")
-        done = subprocess.run(options, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(options, env=environment(), capture_output=True, text=True, timeout=120)
         return done.returncode, done.stderr.count("supervise: start:")
 
     assert starts("false") == (1, 3)
