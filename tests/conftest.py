@@ -33,6 +33,15 @@ hypothesis.settings.load_profile("without a clock")
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes or train come first: a core has one file at a time, and a long one at the end would
+    leave the others idle.
+    """
+    launching = {item.path for item in items if item.get_closest_marker("launch")}
+    quick = ("data", "models", "shards")
+    items.sort(key=lambda item: (item.path not in launching, item.path.parent.name in quick))
+
+
 @pytest.fixture(autouse=True)
 def torchs_linear() -> Iterator[None]:
     """DeepSpeed's ZeRO 3 puts another function in its place, for the whole process: put back after each test."""

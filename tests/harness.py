@@ -266,7 +266,7 @@ def start_ranks(command: Sequence[str], ranks: int, folder: Path) -> list[subpro
     return started
 
 
-def run_ranks(command: Sequence[str], ranks: int, folder: Path, timeout_s: float = 600) -> None:
+def run_ranks(command: Sequence[str], ranks: int, folder: Path, timeout_s: float = 900) -> None:
     """Run `python COMMAND` as that many ranks, which must all end well."""
     started = start_ranks(command, ranks, folder)
     try:

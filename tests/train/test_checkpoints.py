@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_other_ranks_zero_stages_and_micro_batches_as_if_noth
         (1, {"deepspeed__zero_stage": 1, "train__micro_batch_size": 8}),
     ]
     for ranks, change in changes:
-        train_on(ranks, [*arguments(shards, run, **change), "--resume=auto"])
+        train_on(ranks, [*arguments(shards, run, **change), "--resume=auto"], tmp_path)
     assert losses(run) == pytest.approx(losses(finished), abs=1e-4)
     assert (read_state(newest_checkpoint(run)).world_size, read_state(newest_checkpoint(run)).zero_stage) == (1, 1)
 
@@ -142,9 +142,9 @@ def test_resumed_runs_end_with_bit_identical_weights(
 ) -> None:
     if "data__image_size" in overrides:
         shards = write_shard_set(tmp_path / "set", {"train": TRAIN, "val": [4]}, size=(40, 36))
-    train_on(ranks, arguments(shards, tmp_path / "straight", **overrides))
-    train_on(ranks, arguments(shards, tmp_path / "stopped", train__stop_after_steps=3, **overrides))
-    train_on(ranks, [*arguments(shards, tmp_path / "stopped", **overrides), "--resume=auto"])
+    train_on(ranks, arguments(shards, tmp_path / "straight", **overrides), tmp_path)
+    train_on(ranks, arguments(shards, tmp_path / "stopped", train__stop_after_steps=3, **overrides), tmp_path)
+    train_on(ranks, [*arguments(shards, tmp_path / "stopped", **overrides), "--resume=auto"], tmp_path)
     assert same(*(newest_weights(tmp_path / name) for name in ("straight", "stopped")))
     assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,13 +41,14 @@ from tests.harness import (
     launcher,
     ranks_under,
     read_summary,
-    start_ranks,
     steps_done,
     wait_for,
     write_shard_set,
 )
+from tests.train.forked_ranks import fork_ranks
+from tests.train.watched_rank import meet
 
-SAMPLES = 48
+TIMEOUT_S = 6
 arguments = partial(harness.arguments, optim__lr=0.01, train__epochs=1)
 
 
@@ -67,16 +69,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_lost_rank_ends_the_others_in_time_and_is_named(tmp_path: Path, fate: str, said: str) -> None:
-    timeout_s = 6
-    ranks = start_ranks([str(Path(__file__).with_name("watched_rank.py")), fate, str(timeout_s)], 2, tmp_path)
+    ranks = fork_ranks(2, tmp_path, meet, fate, TIMEOUT_S)
     try:
-        ranks[0].wait(timeout=120)
-        ranks[1].send_signal(signal.SIGCONT)
-        ranks[1].wait(timeout=timeout_s + 30)  # one that hangs is ended, too
+        ranks[0].join(120)
+        with suppress(ProcessLookupError):  # it was killed
+            os.kill(ranks[1].pid, signal.SIGCONT)
+        ranks[1].join(TIMEOUT_S + 30)  # one that hangs is ended, too
     finally:
         for rank in ranks:
             rank.kill()
-    assert ranks[0].returncode == 1 and ranks[1].returncode in (1, -signal.SIGKILL)
+    assert ranks[0].exitcode == 1 and ranks[1].exitcode in (1, -signal.SIGKILL)
     heard = "".join((tmp_path / f"rank{rank}.log").read_text() for rank in range(2))
     lines = [line for line in heard.splitlines() if "error (" in line]
     assert said.format(host=socket.gethostname()) in "\n".join(lines), heard

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import socket
-import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
 from torch.nn import functional
 
-from dist_train.cli import main, parse_recipe
+from dist_train.cli import main, parse_recipe, run_training
 from dist_train.data.draws import random_bits
 from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.manifest import read_manifest
@@ -32,29 +31,22 @@ from tests import harness
 from tests.harness import (
     CLASSES,
     IFA,
-    REPOSITORY,
-    environment,
     evaluations,
     jpeg_bytes,
-    launcher,
     logged_steps,
     newest_weights,
     read_metrics,
     read_summary,
     same,
+    steps_done,
+    wait_for,
     write_shard_set,
 )
 from tests.train.conftest import SPLITS
+from tests.train.forked_ranks import fork_ranks, train_on
 
 TRAIN, VAL, TEST = (sum(SPLITS[split]) for split in ("train", "val", "test"))
 arguments, train = (partial(function, **IFA) for function in (harness.arguments, harness.train))
-
-
-def launch(shards: Path, run: Path, ranks: int, resume: str = "none", **overrides: object) -> None:
-    """The real launcher with real processes."""
-    command = launcher(ranks, [*arguments(shards, run, **overrides), "--resume", resume])
-    done = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_a_run_leaves_all_its_files_and_counts_every_sample(finished: Path, shards: Path) -> None:
@@ -139,7 +131,8 @@ def test_stopped_and_resumed_runs_end_with_bit_identical_weights(
 
 
 def test_two_ranks_with_accumulation_train_as_one_does(finished: Path, shards: Path, tmp_path: Path) -> None:
-    launch(shards, tmp_path / "run", ranks=2, train__micro_batch_size=4, deepspeed__zero_stage=1)
+    options = arguments(shards, tmp_path / "run", train__micro_batch_size=4, deepspeed__zero_stage=1)
+    train_on(2, options, tmp_path)
     one, two = logged_steps(finished), logged_steps(tmp_path / "run")
     assert [e["step"] for e in one] == [e["step"] for e in two]
     for a, b in zip(one, two, strict=True):
@@ -150,30 +143,24 @@ def test_two_ranks_with_accumulation_train_as_one_does(finished: Path, shards: P
 
 def test_a_signal_to_one_of_two_ranks_ends_both_after_the_step_with_a_checkpoint(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = launcher(2, arguments(shards, run, train__epochs=2000))
-    with subprocess.Popen(
-        command, env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stderr is not None
-            for line in process.stderr:  # until the first steps are made
-                if line.startswith("step 3/"):
-                    break
-            ranks = [
-                child for child in psutil.Process(process.pid).children(True) if "--local_rank=1" in child.cmdline()
-            ]
-            assert len(ranks) == 1
-            ranks[0].send_signal(signal.SIGTERM)
-            output = process.stderr.read()
-            assert process.wait(timeout=120) == 0, output
-        finally:
-            process.kill()
-    assert "--resume auto continues" in output
-    state = read_state(newest_checkpoint(run))
-    assert 3 <= state.step < 8000
-    launch(shards, run, ranks=2, resume="auto", train__epochs=2000, train__stop_after_steps=state.step + 2)
-    assert read_state(newest_checkpoint(run)).step == state.step + 2
-    assert [e["step"] for e in logged_steps(run)] == list(range(1, state.step + 3))
+    options = arguments(shards, run, train__epochs=2000)
+    ranks = fork_ranks(2, tmp_path, run_training, options)
+    try:
+        wait_for(lambda: steps_done(run) >= 3, "step 3")
+        os.kill(ranks[1].pid, signal.SIGTERM)
+        for rank in ranks:
+            rank.join(120)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = (tmp_path / "rank0.log").read_text()
+    assert [rank.exitcode for rank in ranks] == [0, 0], said
+    assert "--resume auto continues" in said
+    step = read_state(newest_checkpoint(run)).step
+    assert 3 <= step < 8000
+    train_on(2, [*options, f"--train.stop_after_steps={step + 2}", "--resume=auto"], tmp_path)
+    assert read_state(newest_checkpoint(run)).step == step + 2
+    assert [entry["step"] for entry in logged_steps(run)] == list(range(1, step + 3))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
