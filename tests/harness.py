@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import socket
-import subprocess
 import sys
 import tarfile
 import time
@@ -239,44 +238,6 @@ def wait_for(condition: Callable[[], object], what: str = "what must be", second
     while not condition():
         assert time.monotonic() < end, f"waited {seconds:g} s for {what}"
         time.sleep(0.02)
-
-
-def place_of(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What a launcher tells a rank of several on this machine."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    return {"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in {**place, "MASTER_PORT": port}.items()}
-
-
-def start_ranks(command: Sequence[str], ranks: int, folder: Path) -> list[subprocess.Popen[bytes]]:
-    """Start `python COMMAND` as that many ranks. What each says is in `rankN.log` of the folder: a pipe that nobody
-    reads would stop a rank that says much, and with it all others.
-    """
-    port, started = free_port(), []
-    for rank in range(ranks):
-        with open(folder / f"rank{rank}.log", "wb") as log:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, *command],
-                    env=environment(**place_of(rank, ranks, port)),
-                    cwd=REPOSITORY,
-                    stdout=log,
-                    stderr=log,
-                )
-            )
-    return started
-
-
-def run_ranks(command: Sequence[str], ranks: int, folder: Path, timeout_s: float = 900) -> None:
-    """Run `python COMMAND` as that many ranks, which must all end well."""
-    started = start_ranks(command, ranks, folder)
-    try:
-        for rank in started:
-            rank.wait(timeout=timeout_s)
-    finally:
-        for rank in started:
-            rank.kill()
-    logs = [(folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(ranks)]
-    assert not any(rank.returncode for rank in started), "\n".join(logs)
 
 
 def launcher(ranks: int, words: Sequence[str]) -> list[str]:

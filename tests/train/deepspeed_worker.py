@@ -1,12 +1,8 @@
-"""Ranks that train through DeepSpeed, job after job in one process, and write the losses of each.
-
-Tests call `losses_through_deepspeed`; the ranks are `python -m tests.train.deepspeed_worker JOBS OUTPUT`.
-"""
+"""Ranks that train through DeepSpeed, job after job in one process, and write the losses of each."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -23,7 +19,8 @@ from dist_train.train.engine import build_engine, init_process_group, torch_devi
 from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
 from dist_train.train.step import TrainStep, make_forward
-from tests.harness import CLASSES, run_ranks
+from tests.harness import CLASSES
+from tests.train.forked_ranks import run_on
 
 STEPS, BATCH = 50, 8
 NARROW = (64, 2, 2)  # channels, blocks and heads that vit_tiny has here, so that thousands of steps take minutes
@@ -72,8 +69,7 @@ def losses_through_deepspeed(
     shards: Path, jobs: Jobs, world_size: int, folder: Path, steps: int = STEPS
 ) -> dict[str, list[float]]:
     """The losses of the global batch at each step of each job, by `world_size` real processes."""
-    (folder / "jobs.json").write_text(json.dumps({"shards": str(shards), "steps": steps, "jobs": jobs}))
-    run_ranks(["-m", __name__, str(folder / "jobs.json"), str(folder / "losses.json")], world_size, folder)
+    run_on(world_size, folder, train_jobs, shards, jobs, steps, folder / "losses.json")
     return json.loads((folder / "losses.json").read_text())
 
 
@@ -96,17 +92,10 @@ def run_job(recipe: Recipe, place: Place, steps: int) -> list[float]:
     return losses
 
 
-def main() -> None:
+def train_jobs(shards: Path, jobs: Jobs, steps: int, output: Path) -> None:
+    """What each rank does."""
     VIT_SIZES["tiny"] = NARROW
-    document = json.loads(Path(sys.argv[1]).read_text())
     place = init_process_group()
-    losses = {
-        name: run_job(recipe_of(document["shards"], arguments), place, document["steps"])
-        for name, arguments in document["jobs"].items()
-    }
+    losses = {name: run_job(recipe_of(shards, arguments), place, steps) for name, arguments in jobs.items()}
     if place.rank == 0:
-        Path(sys.argv[2]).write_text(json.dumps(losses))
-
-
-if __name__ == "__main__":
-    main()
+        output.write_text(json.dumps(losses))

@@ -1,12 +1,7 @@
-"""Ranks that exchange gradients, case after case in one process, and write what became of them.
-
-Tests call `exchange_on_ranks`; the ranks are `python -m tests.train.exchange_worker CASES FOLDER`.
-"""
+"""Ranks that exchange gradients, case after case in one process, and write what became of them."""
 
 from __future__ import annotations
 
-import json
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.train.exchange import GradientExchange
-from tests.harness import run_ranks
+from tests.train.forked_ranks import run_on
 
 WIDTH, SAMPLES = 13, 5
 TIMEOUT_S = 60  # of a collective: ranks that do not send the same hang
@@ -148,20 +143,15 @@ def early_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, An
 
 def exchange_on_ranks(cases: dict[str, dict[str, Any]], world_size: int, folder: Path) -> list[dict[str, Any]]:
     """What each rank of `world_size` real processes found in each case, by rank."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    run_ranks(["-m", __name__, str(folder / "cases.json"), str(folder)], world_size, folder, 300)
+    run_on(world_size, folder, run_cases, cases, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
-def main() -> None:
-    cases: dict[str, dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text())
+def run_cases(cases: dict[str, dict[str, Any]], folder: Path) -> None:
+    """What each rank does."""
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     kinds = {"gradients": run_case, "training": train_case, "early": early_case}
     found = {name: kinds[case["kind"]](case, rank, world_size) for name, case in cases.items()}
-    torch.save(found, Path(sys.argv[2]) / f"rank{rank}.pt")
+    torch.save(found, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

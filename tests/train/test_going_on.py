@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +19,7 @@ from dist_train.cli import main
 from dist_train.config import Recipe
 from dist_train.models.saved import list_checkpoints, newest_checkpoint, read_step
 from dist_train.train.record import RunRecord, start_console_log
-from tests.harness import error_line, read_metrics, read_summary, train, write_shard_set
+from tests.harness import error_line, read_metrics, read_summary, steps_done, train, wait_for, write_shard_set
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +235,7 @@ def test_a_disk_that_is_full_in_mid_run_is_one_line_and_the_run_goes_on_when_the
     run = small_disk / "run"
 
     def fill_the_disk() -> None:
-        while not (run / "metrics.jsonl").exists() or len(read_metrics(run)) < 7:  # there is a checkpoint of step 4
-            time.sleep(0.01)
+        wait_for(lambda: steps_done(run) >= 6, "step 6")  # there is a checkpoint of step 4
         fill(small_disk)
 
     thread = threading.Thread(target=fill_the_disk)

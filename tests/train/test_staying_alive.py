@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from dist_train.cli import main, parse_recipe
+from dist_train.cli import main, parse_recipe, run_training
 from dist_train.data.loader import Batch
 from dist_train.data.manifest import read_manifest
 from dist_train.data.plan import EpochPlan
@@ -37,7 +37,6 @@ from tests import harness
 from tests.harness import (
     REPOSITORY,
     environment,
-    free_port,
     launcher,
     ranks_under,
     read_summary,
@@ -45,7 +44,7 @@ from tests.harness import (
     wait_for,
     write_shard_set,
 )
-from tests.train.forked_ranks import fork_ranks
+from tests.train.forked_ranks import fork_ranks, run_on
 from tests.train.watched_rank import meet
 
 TIMEOUT_S = 6
@@ -190,16 +189,19 @@ def test_a_signal_that_comes_while_the_ranks_agree_is_heard_after_the_next_step(
 
 
 # ---------------------------------------------------------------------- SLURM
+def train_as_slurm_does(options: list[str]) -> None:
+    """Train as a rank that knows its place from SLURM alone."""
+    rank = os.environ["RANK"]
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "4711"}
+    os.environ.update(job | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+    run_training(options)
+
+
 @pytest.mark.launch
 def test_ranks_find_their_places_in_slurms_variables(shards: Path, tmp_path: Path) -> None:
-    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "4711"}
-    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), *arguments(shards, tmp_path / "run")]
-    tasks = [
-        subprocess.Popen(command, env=environment(**job) | {"SLURM_PROCID": task, "SLURM_LOCALID": task})
-        for task in ("0", "1")
-    ]
-    assert [task.wait(240) for task in tasks] == [0, 0]
+    run_on(2, tmp_path, train_as_slurm_does, arguments(shards, tmp_path / "run"))
     assert read_summary(tmp_path / "run")["world_size"] == 2
 
 
