@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -249,5 +250,9 @@ def launcher(ranks: int, words: Sequence[str]) -> list[str]:
 
 def ranks_under(pid: int) -> list[psutil.Process]:
     """The training processes that the process has started, directly or not."""
-    children = psutil.Process(pid).children(recursive=True)
-    return [child for child in children if child.cmdline()[2:3] == [str(REPOSITORY / "launch" / "train.py")]]
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            if child.cmdline()[2:3] == [str(REPOSITORY / "launch" / "train.py")]:
+                found.append(child)
+    return found
