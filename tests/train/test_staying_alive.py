@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -54,6 +54,16 @@ arguments = partial(harness.arguments, optim__lr=0.01, train__epochs=1)
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shard_set(tmp_path_factory.mktemp("sets") / "set", {"train": [30, 18]}, baked=20)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(tmp_path: Path) -> Iterator[None]:
+    """A test that fails leaves a job that would train for hours: what names the test's folder is killed."""
+    yield
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if str(tmp_path) in " ".join(process.cmdline()):
+                process.kill()
 
 
 # ---------------------------------------------------------------------- lost ranks
