@@ -84,16 +84,21 @@ def figures(run: Path) -> list[tuple[Any, ...]]:
 def test_replayed_passes_train_to_the_same_weights(
     shards: Path, tmp_path: Path, recorded: list[int], settings: tuple[str, dict[str, object]]
 ) -> None:
-    """With two bad samples of weight 0, averaged weights, evaluations in between, and a stop and a resume."""
+    """With two bad samples of weight 0, averaged weights and evaluations in between; a stop and a resume where they might
+    lose most: drawn masks with AdamW's moments, and running statistics.
+    """
+    runs = ["graphs"]
     options = {"train.ema": 0.9, **settings[1]}
     train(shards, tmp_path / "eager", "none", **options)
     assert not recorded
     train(shards, tmp_path / "graphs", "graphs", **options)
     assert len(recorded) == 1  # evaluation neither uses nor breaks it
-    train(shards, tmp_path / "stopped", "graphs", **options, **{"train.stop_after_steps": 2})
-    train(shards, tmp_path / "stopped", "graphs", "auto", **options)
+    if settings[0].startswith(("dropout", "running statistics")):
+        runs.append("stopped")
+        train(shards, tmp_path / "stopped", "graphs", **options, **{"train.stop_after_steps": 2})
+        train(shards, tmp_path / "stopped", "graphs", "auto", **options)
     expected = newest_checkpoint(tmp_path / "eager")
-    for name in ("graphs", "stopped"):
+    for name in runs:
         assert figures(tmp_path / name) == figures(tmp_path / "eager")
         found = newest_checkpoint(tmp_path / name)
         for read in (read_weights, read_averaged_weights):
