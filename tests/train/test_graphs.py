@@ -84,8 +84,8 @@ def figures(run: Path) -> list[tuple[Any, ...]]:
 def test_replayed_passes_train_to_the_same_weights(
     shards: Path, tmp_path: Path, recorded: list[int], settings: tuple[str, dict[str, object]]
 ) -> None:
-    """With two bad samples of weight 0, averaged weights and evaluations in between; a stop and a resume where they might
-    lose most: drawn masks with AdamW's moments, and running statistics.
+    """With two bad samples of weight 0, averaged weights and evaluations in between. There is a stop and a resume where
+    they might lose most: drawn masks with AdamW's moments, and running statistics.
     """
     runs = ["graphs"]
     options = {"train.ema": 0.9, **settings[1]}
