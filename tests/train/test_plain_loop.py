@@ -70,7 +70,8 @@ def through_deepspeed(
 ) -> dict[str, list[float]]:
     """Losses by model, optimizer, accumulation and ZeRO stage, of that many ranks that are started once."""
     world_size, jobs = request.param, {}
-    for model, optimizer, accumulation, zero_stage in product(MODELS, OPTIMIZERS, (1, 4), range(4)):
+    accumulations = (4,) if world_size == 1 else (1, 4)  # one rank and no accumulation is what test_training.py has
+    for model, optimizer, accumulation, zero_stage in product(MODELS, OPTIMIZERS, accumulations, range(4)):
         micro_batch = BATCH // world_size // accumulation
         division = [f"--train.micro_batch_size={micro_batch}", f"--deepspeed.zero_stage={zero_stage}"]
         jobs[f"{model}-{optimizer}-{accumulation}-{zero_stage}"] = [*MODELS[model], *OPTIMIZERS[optimizer], *division]
@@ -84,7 +85,7 @@ def test_fifty_losses_are_those_of_a_plain_loop(
 ) -> None:
     """CLS, IFA and ViLT; SGD and AdamW; accumulation 1 and 4: within 1e-5 in float32."""
     found = {name: losses for name, losses in through_deepspeed.items() if name.endswith(f"-{zero_stage}")}
-    assert len(found) == 12
+    assert len(found) in (6, 12)
     for combination, losses in found.items():
         expected = plain["-".join(combination.split("-")[:2])]
         assert max(expected[-10:]) < min(expected[:3])  # it learns, so the losses say something
