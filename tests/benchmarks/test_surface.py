@@ -28,7 +28,7 @@ from benchmarks.surface import (
 from dist_train.config import ModelConfig
 from dist_train.errors import WorkError
 from dist_train.models.build import build_model
-from tests.conftest import CLASSES
+from tests.harness import CLASSES
 
 
 # ---------------------------------------------------------------------- directions

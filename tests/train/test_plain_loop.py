@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from dist_train.models.names import VIT_SIZES
 from dist_train.place import Place
-from tests.conftest import write_shard_set
+from tests.harness import write_shard_set
 from tests.train.deepspeed_worker import (
     BATCH,
     MODELS,
