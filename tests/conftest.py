@@ -14,6 +14,11 @@ import hypothesis
 import pytest
 import torch
 
+# What helpers assert is explained as what tests assert.
+pytest.register_assert_rewrite(
+    "tests.harness", "tests.train.forked_ranks", "tests.data.damaged_sets", "tests.data.remote_sets"
+)
+
 from tests.harness import (  # the other names are imported from here still
     CLASSES,
     REPOSITORY,
