@@ -4,6 +4,8 @@ BIN := .venv/bin
 RANKS ?= 2
 PICTURES ?= 8000
 RECIPE ?=
+# Of the tests: one more than cores, as some of them wait for a host, a time limit or a process; 4 at most.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -lt 3 ] && echo $$((n + 1)) || echo 4)
 
 .PHONY: install demo test lint clean
 
@@ -22,7 +24,7 @@ demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" RANKS=$(RANKS) PICTURES=$(PICTURES) launch/demo.sh $(RECIPE)
 
 test: install
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.harness import REPOSITORY
 
 PACKAGES = ("dist_train", "shards", "benchmarks")
 

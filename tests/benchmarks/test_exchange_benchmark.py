@@ -14,7 +14,7 @@ import pytest
 from benchmarks import result
 from benchmarks.__main__ import main
 from benchmarks.speed import exchange_point, link
-from tests.conftest import REPOSITORY
+from tests.harness import REPOSITORY
 
 WHY_NOT = link.why_no_namespaces("tc")
 needs_namespaces = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))

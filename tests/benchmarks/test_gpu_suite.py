@@ -23,7 +23,7 @@ from benchmarks.speed import gpu, gpu_checks, gpu_child, gpu_loader, gpu_plan, g
 from benchmarks.speed.gpu_plan import FULL, PRODUCTS, RUN, SMOKE, Point, plan
 from benchmarks.speed.gpu_targets import targets
 from dist_train.train import graphs
-from tests.conftest import REPOSITORY
+from tests.harness import REPOSITORY
 from tests.train.recording import record
 
 CHECKS = [

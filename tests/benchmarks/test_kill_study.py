@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.claims.kill import Arguments, study_kills
-from tests.conftest import write_shard_set
+from tests.harness import write_shard_set
 
 
 def test_a_run_killed_in_a_step_an_evaluation_and_a_checkpoint_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:

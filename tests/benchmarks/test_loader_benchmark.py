@@ -15,7 +15,7 @@ from benchmarks.speed import scale
 from benchmarks.speed.loader import CONTESTANTS, LIMITS, check_limits
 from benchmarks.speed.scale_point import most_at_once
 from dist_train.errors import WorkError
-from tests.conftest import REPOSITORY
+from tests.harness import REPOSITORY
 
 
 def test_the_loader_benchmark_measures_each_contestant(

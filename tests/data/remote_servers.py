@@ -5,37 +5,16 @@ from __future__ import annotations
 import http.client
 import os
 import shutil
-import socket
 import subprocess
 import threading
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+from tests.harness import free_port, is_listening, wait_for
+
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Return as soon as the condition holds; fail after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def is_listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 class Nginx:
@@ -54,7 +33,7 @@ class Nginx:
         self.process = subprocess.Popen(
             [str(NGINX), "-p", str(state), "-c", str(state / "nginx.conf"), "-e", str(state / "error.log")]
         )
-        wait_until(lambda: is_listening(self.port))
+        wait_for(lambda: is_listening(self.port), "nginx")
 
     def requests(self) -> Counter[str]:
         lines = self.log.read_text().splitlines()
@@ -130,17 +109,3 @@ class FaultyProxy:
         self.release.set()
         self.server.shutdown()
         self.server.server_close()
-
-
-@contextmanager
-def tmpfs(folder: Path, size: str) -> Iterator[bool]:
-    """A file system of its own at `folder`; False where mounting is not allowed."""
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
-    ).returncode
-    try:
-        yield mounted == 0
-    finally:
-        if mounted == 0:
-            subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -33,8 +33,7 @@ from dist_train.data.plan import Positions
 from dist_train.data.quarantine import Quarantine
 from dist_train.errors import WorkError
 from dist_train.place import Place
-from tests.conftest import REPOSITORY
-from tests.data.remote_servers import wait_until
+from tests.harness import REPOSITORY, wait_for
 
 MakeSet = Callable[..., Path]
 
@@ -55,7 +54,7 @@ def batch_of(number: int) -> Batch:
 def no_others_threads() -> None:
     """Those of loaders in other files' tests end when they are collected."""
     gc.collect()
-    wait_until(lambda: not threads())
+    wait_for(lambda: not threads())
 
 
 def threads() -> list[threading.Thread]:
@@ -101,7 +100,7 @@ def test_as_many_batches_are_ready_as_asked_for_and_no_more() -> None:
 
     batches = made_ahead(make, 3, None)
     assert next(batches).samples == [0]
-    wait_until(lambda: len(made) == 5)  # one taken, three ready, one in hand
+    wait_for(lambda: len(made) == 5)  # one taken, three ready, one in hand
     assert [int(batch.samples[0]) for batch in islice(batches, 50)] == list(range(1, 51))
     batches.close()
     assert len(made) <= 51 + 3 + 1
@@ -153,7 +152,7 @@ def test_the_thread_and_what_it_holds_go_with_the_iterator(
     assert threads() and mapped(root)
     end(batches)
     del batches
-    wait_until(lambda: not threads() and not mapped(root))
+    wait_for(lambda: not threads() and not mapped(root))
 
 
 def test_an_evaluation_that_is_over_leaves_no_thread(shard_set: MakeSet) -> None:
@@ -164,7 +163,7 @@ def test_an_evaluation_that_is_over_leaves_no_thread(shard_set: MakeSet) -> None
         assert not [one for one in threads() if one.name == "batches"]
     del loader  # which keeps its pipeline for one more
     gc.collect()
-    wait_until(lambda: not threads())
+    wait_for(lambda: not threads())
 
 
 AT_EXIT = """
@@ -204,7 +203,7 @@ def ctrl_c() -> Iterator[None]:
 def test_ctrl_c_gets_through_to_a_thread_that_waits_for_a_batch(ctrl_c: None) -> None:
     def make(stopped: IsStopped) -> Iterator[Batch]:
         os.kill(os.getpid(), signal.SIGINT)
-        wait_until(stopped)
+        wait_for(stopped)
         yield batch_of(0)
 
     with pytest.raises(KeyboardInterrupt):
@@ -217,7 +216,7 @@ def test_a_signal_that_is_handled_does_not_lose_the_batch() -> None:
 
     def make(stopped: IsStopped) -> Iterator[Batch]:
         os.kill(os.getpid(), signal.SIGUSR1)
-        wait_until(lambda: bool(seen))
+        wait_for(lambda: bool(seen))
         yield batch_of(7)
 
     before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
@@ -240,7 +239,7 @@ def test_a_maker_that_does_not_come_back_is_left_alone(monkeypatch: pytest.Monke
     batches.close()  # returns, though the thread waits
     assert threads()
     released.set()
-    wait_until(lambda: not threads())
+    wait_for(lambda: not threads())
 
 
 def test_ctrl_c_ends_the_wait_for_a_shard_that_another_process_downloads(

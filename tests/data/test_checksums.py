@@ -17,7 +17,7 @@ from dist_train.data.manifest import read_manifest
 from dist_train.data.tarindex import index_tar, read_index
 from dist_train.place import Place
 from shards.__main__ import main
-from tests.conftest import jpeg_bytes, smooth_image, write_tar
+from tests.harness import edit, jpeg_bytes, smooth_image, write_tar
 
 SAMPLES = 24
 
@@ -38,11 +38,10 @@ def built(tmp_path: Path) -> Path:
 def spoil(tar: Path, place: int, extension: str, change: Callable[[bytes], bytes]) -> None:
     """Change the content of a member without a change of its length."""
     member = read_index(tar)[place].members[extension]
-    content = bytearray(tar.read_bytes())
-    new = change(bytes(content[member.offset : member.offset + member.size]))
+    place_in_tar = slice(member.offset, member.offset + member.size)
+    new = change(tar.read_bytes()[place_in_tar])
     assert len(new) == member.size
-    content[member.offset : member.offset + member.size] = new
-    tar.write_bytes(content)
+    edit(tar, lambda content: content.__setitem__(place_in_tar, new))
 
 
 def zero_the_middle(image: bytes) -> bytes:

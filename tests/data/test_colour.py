@@ -23,8 +23,8 @@ from dist_train.config import DataConfig
 from dist_train.data import colour, colour_torch
 from dist_train.data.augment import Augmentation, colour_parameters, draw_augmentation, no_augmentation
 from shards.demo.records import demo_records
-from tests.conftest import REPOSITORY, smooth_image
 from tests.data.torchvision_jitter import torchvisions
+from tests.harness import REPOSITORY, smooth_image
 
 SIDE = 40
 SCALE, SHIFT = (1 / 255,) * 3, (0.0,) * 3  # to [0, 1], as torchvision has it

@@ -2,107 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import logging
-import tarfile
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from dist_train.config import DataConfig
-from dist_train.data.loader import EvalLoader, TrainLoader
-from dist_train.data.manifest import ClassInfo, Manifest, ShardInfo, SplitInfo, read_manifest, write_manifest
-from dist_train.data.tarindex import index_path, index_tar, read_index, write_index
+from dist_train.data.loader import EvalLoader
+from dist_train.data.manifest import read_manifest
+from dist_train.data.tarindex import index_path, index_tar, read_index
 from dist_train.errors import WorkError
 from dist_train.place import Place
 from dist_train.train.evaluate import evaluate
-from tests.conftest import CLASSES, jpeg_bytes, write_shard_set
+from tests.data.damaged_sets import COUNTS, TOTAL, Epoch, assert_only_bad, run_epoch, write_named_set
+from tests.harness import CLASSES, edit, flip, jpeg_bytes, write_shard_set
 
-COUNTS = [12, 9, 15]
-TOTAL = sum(COUNTS)
 DAMAGED = "train-000001"  # holds samples 12 to 20
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """The samples of the first epoch with weight 1 as {sample: (label, pixels)}, and the records of the others."""
-
-    good: dict[int, tuple[int, NDArray[np.float32]]]
-    records: list[dict[str, object]]
-
-
-def run_epoch(root: Path, world_size: int = 1, epochs: int = 1, **changes: object) -> Epoch:
-    """Train through some epochs; every sample of the manifest must come exactly once in each."""
-    config = DataConfig(shards=str(root), image_size=16, crop_margin=4, threads=1, shuffle_window=8, **changes)
-    manifest = read_manifest(root)
-    total = manifest.split("train").samples
-    file = root.parent / f"{root.name}.quarantine.jsonl"
-    seen: Counter[int] = Counter()
-    good = {}
-    ranks = [
-        iter(
-            TrainLoader(
-                config,
-                manifest,
-                Place(rank, world_size),
-                batch_size=12,
-                micro_batch=6,
-                seed=3,
-                quarantine=file,
-            )
-        )
-        for rank in range(world_size)
-    ]
-    steps = total // 6 // world_size
-    for i in range(epochs * steps):
-        for rank in ranks:  # they take turns, as processes do
-            batch = next(rank)
-            rows = zip(batch.samples.tolist(), batch.labels.tolist(), batch.weights, batch.images, strict=True)
-            for sample, label, weight, image in rows:
-                seen[sample] += 1
-                if weight == 1 and i < steps:
-                    good[sample] = label, image.numpy().copy()
-    assert seen == dict.fromkeys(range(total), epochs)
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    assert len(records) == len({record["sample"] for record in records})
-    assert set(good) == set(range(total)) - {record["sample"] for record in records}
-    return Epoch(good, records)
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Epoch:
-    """The epoch of an undamaged set."""
-    return run_epoch(write_shard_set(tmp_path_factory.mktemp("sound") / "set", {"train": COUNTS}))
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return write_shard_set(tmp_path / "set", {"train": COUNTS})
-
-
-def assert_only_bad(epoch: Epoch, bad: set[int], sound: Epoch) -> None:
-    """`bad` are recorded, and every other sample has its own picture and class."""
-    assert {record["sample"] for record in epoch.records} == bad
-    for sample, (label, pixels) in epoch.good.items():
-        assert label == sample % CLASSES
-        assert (pixels == sound.good[sample][1]).all()
-
-
-def edit(file: Path, change: Callable[[bytearray], bytearray | bytes | None]) -> None:
-    content = bytearray(file.read_bytes())
-    file.write_bytes(change(content) or content)
-
-
-def flip(file: Path, offset: int, bit: int = 4) -> None:
-    edit(file, lambda content: content.__setitem__(offset, content[offset] ^ (1 << bit)))
 
 
 # ---------------------------------------------------------------------- damaged tars
@@ -247,84 +169,6 @@ def test_a_useless_index_is_named_once_and_the_tar_itself_used(
         assert_only_bad(run_epoch(root, epochs=2), set(), sound)
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith(str(root / f"{DAMAGED}.idx")) and "verify --fix-index" in message
-
-
-# ---------------------------------------------------------------------- names
-
-
-def write_named_set(
-    root: Path,
-    files: list[tuple[str, dict[str, bytes]]],
-    tar_format: int = tarfile.PAX_FORMAT,
-) -> Path:
-    """A set of one shard from (key, {extension: content}); the key is used as it is."""
-    root.mkdir()
-    path = root / "train-000000.tar"
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for key, members in files:
-            for extension, content in members.items():
-                entry = tarfile.TarInfo(f"{key}.{extension}")
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
-    write_index(path, index_tar(path))
-    content = path.read_bytes()
-    shard = ShardInfo(path.name, len(files), len(content), hashlib.sha256(content).hexdigest())
-    infos = tuple(ClassInfo(f"class {i}", 0) for i in range(CLASSES))
-    write_manifest(root, Manifest(infos, {"train": SplitInfo(len(files), (shard,))}, tool="tests"))
-    return root
-
-
-NAMES = {
-    "blanks": lambda n: f"my photo  {n} (copy)",
-    "a line break": lambda n: f"line\nbreak\u2028{n}",
-    "over 100 characters": lambda n: f"{'x' * 120}{n:03d}",
-    "over 256 characters": lambda n: f"{'folder/' * 40}{'x' * 200}{n:03d}",
-    "not ASCII": lambda n: f"ネコ/é{n}",
-    "not UTF-8": lambda n: f"caf\udce9{n}",
-    "folders with dots": lambda n: f"./v1.0/a.b/{n}",
-}
-
-
-@pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT], ids=["pax", "gnu"])
-@pytest.mark.parametrize("kind", NAMES)
-def test_odd_names_are_no_damage(tmp_path: Path, sound: Epoch, kind: str, tar_format: int) -> None:
-    files = [(NAMES[kind](n), {"jpg": jpeg_bytes(n), "cls": str(n % CLASSES).encode()}) for n in range(TOTAL)]
-    root = write_named_set(tmp_path / "set", files, tar_format)
-    assert_only_bad(run_epoch(root), set(), sound)
-    places = [[(m.offset, m.size) for m in s.members.values()] for s in read_index(root / "train-000000.tar")]
-    with tarfile.open(root / "train-000000.tar") as tar:
-        expected = [(entry.offset_data, entry.size) for entry in tar]
-    assert [place for sample in places for place in sample] == expected
-
-
-def test_the_last_part_of_an_unknown_extension_decides_as_in_webdataset(tmp_path: Path, sound: Epoch) -> None:
-    import webdataset
-
-    files = [
-        (f"{n:03d}", {"final version.v2.JPG": jpeg_bytes(n), "final version.cls": str(n % CLASSES).encode()})
-        for n in range(TOTAL)
-    ]
-    root = write_named_set(tmp_path / "set", files)
-    assert_only_bad(run_epoch(root), set(), sound)
-    decoded = list(webdataset.WebDataset(str(root / "train-000000.tar"), shardshuffle=False).decode("rgb8"))
-    assert len(decoded) == TOTAL
-    assert [sample["final version.cls"] for sample in decoded] == [n % CLASSES for n in range(TOTAL)]
-    assert all(sample["final version.v2.jpg"].shape == (40, 48, 3) for sample in decoded)
-
-
-def test_of_several_images_none_is_chosen_in_silence(tmp_path: Path) -> None:
-    files = [(f"{n:03d}", {"jpg": jpeg_bytes(n), "cls": b"1"}) for n in range(TOTAL)]
-    files[5][1].clear()
-    files[5][1].update({"left.jpg": jpeg_bytes(1), "right.jpg": jpeg_bytes(2), "cls": b"1"})
-    (record,) = run_epoch(write_named_set(tmp_path / "set", files)).records
-    assert record["sample"] == 5 and "or several (members: left.jpg, right.jpg, cls)" in str(record["reason"])
-
-
-def test_samples_of_the_same_key_are_samples_of_their_own(tmp_path: Path, sound: Epoch) -> None:
-    keys = ["same"] * 10 + [f"{n % 13}" for n in range(10, TOTAL)]
-    files = [(key, {"jpg": jpeg_bytes(n), "cls": str(n % CLASSES).encode()}) for n, key in enumerate(keys)]
-    root = write_named_set(tmp_path / "set", files)
-    assert_only_bad(run_epoch(root), set(), sound)
 
 
 # ---------------------------------------------------------------------- images of another size than the manifest says

@@ -17,7 +17,7 @@ from dist_train.data.augment import Augmentation, colour_parameters, draw_augmen
 from dist_train.data.colour_torch import change_colours
 from dist_train.data.graph import crop_input, gpu_graph
 from dist_train.data.pipeline import ImagePipeline
-from tests.conftest import smooth_image
+from tests.harness import smooth_image
 
 CONFIG = DataConfig(image_size=96, crop_margin=24, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
 SQUARE = CONFIG.image_size + CONFIG.crop_margin

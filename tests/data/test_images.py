@@ -6,97 +6,35 @@ from __future__ import annotations
 import io
 import json
 import logging
-import random
-import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from dist_train.config import DataConfig
-from dist_train.data.augment import draw_augmentation
-from dist_train.data.images import BadImage, decode, read_header
-from dist_train.data.loader import EvalLoader, TrainLoader
+from dist_train.data.images import decode
+from dist_train.data.loader import EvalLoader
 from dist_train.data.manifest import read_manifest
-from dist_train.data.reader import ImageReader
 from dist_train.place import Place
 from shards.__main__ import main
 from shards.images import convert
 from shards.verify import verify_shard_set
-from tests.conftest import smooth_image, write_raw_set, write_tar
-
-SIDE, MARGIN = 24, 8
-# Between Pillow's resize, which rounds to integers between its two passes, and ours, which does not.
-ROUNDING = 2
-
-
-def data_config(root: Path, **changes: object) -> DataConfig:
-    """Of a recipe that changes no colours."""
-    still = {"flip": False, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
-    limits = {"threads": 2, "max_bad_samples": 1000, "shuffle_window": 64}
-    return DataConfig(shards=str(root), image_size=SIDE, crop_margin=MARGIN, **still | limits | changes)
-
-
-def to_pixels(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A model's input (3, S, S) as (S, S, 3) in [0, 255]."""
-    return (image.transpose(1, 2, 0) + 1) * 127.5
-
-
-def evaluated(root: Path) -> dict[int, NDArray[np.float32]]:
-    """What an evaluation of the train split sees, by sample; without what it leaves out."""
-    loader = EvalLoader(data_config(root), read_manifest(root), "train", Place(), batch_size=64)
-    return {
-        int(sample): to_pixels(image.numpy())
-        for batch in loader
-        for sample, weight, image in zip(batch.samples, batch.weights, batch.images, strict=True)
-        if weight
-    }
-
-
-def trained(root: Path, seed: int = 0) -> dict[int, tuple[NDArray[np.float32], tuple[int, int]]]:
-    """What an epoch of training sees, by sample, and where (y, x) of the resized square it was cut."""
-    config, manifest = data_config(root), read_manifest(root)
-    samples = manifest.split("train").samples
-    batch_size = next(size for size in range(min(samples, 97), 0, -1) if samples % size == 0)
-    loader = iter(TrainLoader(config, manifest, Place(), batch_size=batch_size, micro_batch=batch_size, seed=seed))
-    seen = {}
-    for _ in range(samples // batch_size):
-        batch = next(loader)
-        crops = draw_augmentation(config, seed, np.zeros_like(batch.samples), batch.samples).crop.tolist()
-        for sample, weight, image, crop in zip(batch.samples, batch.weights, batch.images, crops, strict=True):
-            if weight:
-                seen[int(sample)] = to_pixels(image.numpy()), tuple(crop)
-    return seen
-
-
-def predicted(root: Path, files: list[bytes]) -> dict[int, NDArray[np.float32]]:
-    """What predict sees of files, by place."""
-    seen = {}
-    reader = ImageReader(data_config(root), None)
-    for i, data in enumerate(files):
-        try:
-            seen[i] = to_pixels(reader.read(data)[0].numpy())
-        except BadImage:
-            continue
-    reader.close()
-    return seen
-
-
-def resized(image: Image.Image, side: int) -> NDArray[np.float32]:
-    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)).astype(np.float32)
-
-
-def encode(image: Image.Image, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
+from tests.data.viewing import (
+    MARGIN,
+    ROUNDING,
+    SIDE,
+    data_config,
+    encode,
+    evaluated,
+    jpeg_with,
+    png_with,
+    predicted,
+    resized,
+    trained,
+)
+from tests.harness import smooth_image, write_raw_set, write_tar
 
 # ---------------------------------------------------------------------- every odd file there is
 
@@ -305,55 +243,6 @@ def test_every_mode_format_and_orientation_is_seen_as_it_was_drawn(kind: str, mo
         assert np.abs(built - seen).mean() <= 6, orientation
 
 
-def png_with(*chunks: tuple[bytes, bytes], spoil: bytes = b"") -> bytes:
-    """A PNG of a picture with chunks put before its pixels; `spoil` gets a wrong checksum."""
-    data = encode(smooth_image(3, 40, 32), "PNG")
-    added = b"".join(
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content) ^ (kind == spoil))
-        for kind, content in chunks
-    )
-    return data[:33] + added + data[33:]
-
-
-def jpeg_with(*segments: tuple[int, bytes], tail: bytes = b"") -> bytes:
-    data = encode(smooth_image(3, 40, 32), "JPEG", quality=98, subsampling="4:4:4")
-    added = b"".join(b"\xff" + bytes([kind]) + struct.pack(">H", len(body) + 2) + body for kind, body in segments)
-    return data[:2] + added + data[2:] + tail
-
-
-HARMLESS = {
-    "PNG, text that unpacks to 3 MB": png_with((b"zTXt", b"a\0\0" + zlib.compress(bytes(3_000_000)))),
-    "PNG, text with a wrong checksum": png_with((b"tEXt", b"Comment\0hello"), spoil=b"tEXt"),
-    "PNG, an unknown chunk": png_with((b"quUx", b"12345")),
-    "PNG, damaged EXIF": png_with((b"eXIf", b"MM\0*\xff\xff\xff\xff")),
-    "PNG, gamma and profile": png_with(
-        (b"gAMA", struct.pack(">I", 100_000)), (b"iCCP", b"p\0\0" + zlib.compress(b"?"))
-    ),
-    "PNG, two bytes short": png_with()[:-2],
-    "PNG, without its end": png_with()[:-12],
-    "PNG, with something behind it": png_with() + b"tail" * 100,
-    "JPEG, Adobe segment cut short": jpeg_with((0xEE, b"Adobe")),
-    "JPEG, damaged EXIF": jpeg_with((0xE1, b"Exif\0\0MM\0*\0\0")),
-    "JPEG, profile out of order": jpeg_with((0xE2, b"ICC_PROFILE\0\x02\x01???")),
-    "JPEG, stray zeros in its header": jpeg_with().replace(b"\xff\xdb", b"\0\0\xff\xdb", 1),
-    "JPEG, with another behind it": jpeg_with(tail=jpeg_with()),
-    "WebP, with something behind it": encode(smooth_image(3, 40, 32), "WEBP", lossless=True) + b"tail",
-}
-
-
-@pytest.mark.parametrize("what", HARMLESS)
-def test_damage_that_touches_no_pixel_makes_no_image_unusable(what: str, tmp_path: Path) -> None:
-    (seen,) = predicted(tmp_path, [HARMLESS[what]]).values()
-    loss = 8 if what.startswith("JPEG") else ROUNDING
-    assert np.abs(seen - resized(smooth_image(3, 40, 32), SIDE)).max() <= loss
-    root = write_raw_set(tmp_path / "set", [HARMLESS[what]] * 2)
-    assert len(trained(root)) == 2
-    assert all((one == seen).all() for one in evaluated(root).values())
-
-
 @pytest.mark.parametrize("value", [b'tiff:Orientation="6"', b"<tiff:Orientation>6</tiff:Orientation>"])
 def test_an_orientation_in_xmp_turns_the_image_everywhere(value: bytes, tmp_path: Path) -> None:
     packet = b"<x:xmpmeta>" + value + b"</x:xmpmeta>"
@@ -375,71 +264,3 @@ def test_both_ways_to_write_exif_into_a_webp_turn_it(shared_data: Path, tmp_path
     assert (seen[0] == seen[1]).all()
     root = write_raw_set(tmp_path / "set", files)
     assert all((seen[i] == image).all() for i, image in evaluated(root).items()) and len(trained(root)) == 3
-
-
-# ---------------------------------------------------------------------- damage to pixels
-
-
-def damaged(data: bytes, draw: random.Random) -> bytes:
-    """A file with a few bits turned, a run of bytes zeroed or drawn anew, some missing, or its end cut off."""
-    spoilt, at, length = bytearray(data), draw.randrange(len(data)), draw.choice((1, 5, 30, 300))
-    match draw.randrange(5):
-        case 0:
-            for _ in range(draw.choice((1, 2, 8))):
-                spoilt[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        case 1:
-            spoilt[at : at + length] = bytes(len(spoilt[at : at + length]))
-        case 2:
-            spoilt[at : at + length] = draw.randbytes(len(spoilt[at : at + length]))
-        case 3:
-            del spoilt[at : at + length]
-        case 4:
-            del spoilt[at:]
-    return bytes(spoilt)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("JPEG", {}),
-        ("JPEG", {"progressive": True}),
-        ("JPEG", {"restart_marker_blocks": 2}),
-        ("PNG", {}),
-        ("WEBP", {}),
-        ("WEBP", {"lossless": True}),
-    ],
-)
-def test_damage_to_a_file_is_judged_alike_by_all(kind: str, options: dict[str, object], tmp_path: Path) -> None:
-    draw = random.Random(7)
-    original = encode(smooth_image(1, 64, 48), kind, **options)
-    files = [damaged(original, draw) for _ in range(150)]
-    taken = {}
-    for i, data in enumerate(files):
-        try:
-            taken[i] = resized(decode(data), SIDE)
-        except BadImage:
-            continue
-    root = write_raw_set(tmp_path / "set", files)
-    in_evaluation = evaluated(root)
-    assert set(in_evaluation) == set(trained(root)) == set(taken)
-    for i, image in taken.items():
-        assert np.abs(in_evaluation[i] - image).max() <= ROUNDING
-
-
-@given(
-    st.binary(max_size=300), st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\x40\0\0\0WEBPVP8X"])
-)
-def test_no_bytes_make_looking_at_a_header_fail(data: bytes, start: bytes) -> None:
-    header = read_header(start + data)
-    assert header is None or not header.plain or header.width * header.height > 0
-
-
-@given(st.data())
-def test_no_damage_makes_looking_at_a_header_fail(data: st.DataObject) -> None:
-    kind, options = data.draw(st.sampled_from([("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})]))
-    exif = Image.Exif()
-    exif[0x0112] = 1
-    spoilt = bytearray(encode(smooth_image(1, 16, 16), kind, exif=exif.tobytes(), **options))
-    for at in data.draw(st.lists(st.integers(0, min(len(spoilt), 200) - 1), max_size=4)):
-        spoilt[at] = data.draw(st.integers(0, 255))
-    read_header(bytes(spoilt[: data.draw(st.integers(0, len(spoilt)))]))

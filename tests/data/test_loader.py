@@ -26,7 +26,7 @@ from dist_train.data.manifest import read_manifest
 from dist_train.data.pipeline import ImagePipeline
 from dist_train.errors import UseError, WorkError
 from dist_train.place import Place
-from tests.conftest import CLASSES, jpeg_bytes
+from tests.harness import CLASSES, jpeg_bytes
 
 TARS = [37, 100, 64, 51]
 MakeSet = Callable[..., Path]

@@ -16,8 +16,8 @@ from dist_train.config import DataConfig
 from dist_train.data.augment import Augmentation, draw_augmentation, no_augmentation
 from dist_train.data.pipeline import ImagePipeline
 from dist_train.data.resize import resize_region
-from tests.conftest import jpeg_bytes, smooth_image
 from tests.data.torchvision_jitter import torchvisions
+from tests.harness import jpeg_bytes, smooth_image
 
 SIZE, MARGIN = 32, 8
 CONFIG = DataConfig(image_size=SIZE, crop_margin=MARGIN, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))

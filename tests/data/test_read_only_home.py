@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.data.pipeline import _own_temporary_folder
-from tests.conftest import REPOSITORY
+from tests.harness import REPOSITORY
 
 
 def test_the_compiled_passes_are_kept_among_the_temporary_files_where_nothing_else_can_be_written(

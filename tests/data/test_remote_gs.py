@@ -18,9 +18,8 @@ from dist_train.data.cache import ShardCache
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import WorkError
 from shards.__main__ import main as shards_main
-from tests.conftest import write_shard_set
-from tests.data.remote_servers import free_port, is_listening, wait_until
-from tests.data.test_remote import assert_same, assert_whole, config_for, train_loader
+from tests.data.remote_sets import assert_same, assert_whole, config_for, train_loader
+from tests.harness import free_port, is_listening, wait_for, write_shard_set
 
 gcsfs: Any = pytest.importorskip("gcsfs", reason="gcsfs is not installed: pip install -e '.[gs]'")
 pytest.importorskip("gcp_storage_emulator", reason="gcp-storage-emulator is not installed")
@@ -38,7 +37,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     command = ["start", "--host=127.0.0.1", f"--port={port}", "--in-memory", "--default-bucket=bucket"]
     with open(tmp_path / "emulator.log", "wb") as log:
         server = subprocess.Popen([sys.executable, "-c", _EMULATOR, *command], stdout=log, stderr=log, env=os.environ)
-    wait_until(lambda: is_listening(port), 60)
+    wait_for(lambda: is_listening(port), "the emulator", 60)
     gcsfs.GCSFileSystem.clear_instance_cache()
     yield "gs://bucket"
     server.terminate()

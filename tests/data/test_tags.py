@@ -25,7 +25,7 @@ from dist_train.data.vocabulary import find_frequent_tags
 from dist_train.errors import UseError
 from dist_train.place import Place
 from shards.sources import read_source
-from tests.conftest import jpeg_bytes, write_shard_set, write_tar
+from tests.harness import jpeg_bytes, write_shard_set, write_tar
 
 LINES = [
     "1girl red_hair cat_ears smile",

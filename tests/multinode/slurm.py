@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.speed.link import PATH
-from tests.multinode.two_hosts import Host, wait_for
+from tests.harness import wait_for
+from tests.multinode.two_hosts import Host
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 

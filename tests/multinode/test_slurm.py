@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from dist_train.train.checkpoint import newest_checkpoint, read_state
-from tests.conftest import REPOSITORY, write_shard_set
+from tests.harness import REPOSITORY, newest_weights, same, steps_done, wait_for, write_shard_set
 from tests.multinode.slurm import Cluster, slurm, why_no_slurm
-from tests.multinode.test_two_hosts import ENVIRONMENT, arguments, steps_done
-from tests.multinode.two_hosts import two_hosts, wait_for, why_not
+from tests.multinode.test_two_hosts import ENVIRONMENT, arguments
+from tests.multinode.two_hosts import two_hosts, why_not
 
 WHY_NOT = why_not() or why_no_slurm()
 pytestmark = [pytest.mark.launch, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
@@ -33,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(folder: Path) -> Iterator[Cluster]:
     before = Path.cwd()
     os.chdir(REPOSITORY)  # from where jobs are submitted
-    with two_hosts(folder) as hosts, slurm(folder, hosts, ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}) as cluster:
+    with two_hosts(folder) as hosts, slurm(folder, hosts, ENVIRONMENT) as cluster:
         yield cluster
     os.chdir(before)
 
@@ -67,9 +65,8 @@ def assert_as_if_undisturbed(cluster: Cluster, submit: Callable[..., str], run: 
     state = read_state(newest_checkpoint(run))
     plain = run.with_name(f"{run.name}-undisturbed")
     finish(cluster, submit(plain, train__stop_after_steps=state.step), plain)
-    weights, wanted = (load_file(newest_checkpoint(r) / "weights.safetensors") for r in (run, plain))
     assert read_state(newest_checkpoint(plain)).step == state.step
-    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    assert same(newest_weights(run), newest_weights(plain))
 
 
 @pytest.mark.parametrize("partition", ["low", pytest.param("abrupt", marks=pytest.mark.slow)])

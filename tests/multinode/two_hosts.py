@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.speed.link import inside, joined_namespaces, why_no_namespaces
+from tests.harness import wait_for
 
 TOOLS = ("sshd", "ssh", "ssh-keygen", "pdsh", "mount")
 
@@ -74,14 +74,6 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
                 f"ssh from {host.name} to {other.name}",
             )
         yield first, second
-
-
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
-    """Wait until `condition` holds; fail naming `what` after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds:g} s for {what}"
-        time.sleep(0.1)
 
 
 def _write_keys(folder: Path) -> None:

@@ -19,7 +19,7 @@ from shards.__main__ import main
 from shards.records import LeftOut, Record
 from shards.sources import read_source
 from shards.sources.tars import read_class_names
-from tests.conftest import jpeg_bytes, write_tar
+from tests.harness import jpeg_bytes, write_tar
 from tests.shards.test_shard_adopt import plain_tar, png_bytes
 
 

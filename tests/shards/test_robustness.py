@@ -17,7 +17,7 @@ from PIL import Image
 
 from dist_train.data.images import BadImage, decode
 from dist_train.data.manifest import read_manifest
-from tests.conftest import REPOSITORY, jpeg_bytes, write_raw_set
+from tests.harness import REPOSITORY, jpeg_bytes, write_raw_set
 
 TRAIN_AN_EPOCH = """
 import json, sys

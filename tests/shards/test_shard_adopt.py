@@ -24,7 +24,7 @@ from shards.__main__ import main
 from shards.build import build_shard_set
 from shards.plan import BuildOptions
 from shards.sources import read_source
-from tests.conftest import jpeg_bytes, smooth_image
+from tests.harness import jpeg_bytes, smooth_image
 
 
 def png_bytes(number: int) -> bytes:

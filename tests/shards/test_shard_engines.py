@@ -21,7 +21,7 @@ from shards.plan import BuildOptions
 from shards.records import FileContent, Record
 from shards.sources import read_source
 from shards.workers import run_jobs
-from tests.conftest import jpeg_bytes
+from tests.harness import jpeg_bytes
 
 REPOSITORY = Path(__file__).parents[2]
 

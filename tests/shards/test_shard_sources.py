@@ -9,12 +9,7 @@ import pytest
 from dist_train.errors import UseError
 from shards.records import LeftOut, Record
 from shards.sources import read_source
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode())
+from tests.harness import touch
 
 
 def records(found: list[Record | LeftOut]) -> list[Record]:

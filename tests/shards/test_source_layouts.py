@@ -17,13 +17,7 @@ from dist_train.errors import UseError
 from shards.__main__ import main
 from shards.records import LeftOut, Record
 from shards.sources import read_source
-from tests.conftest import jpeg_bytes
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode())
+from tests.harness import jpeg_bytes, touch
 
 
 def write(file: Path, *lines: str) -> None:

@@ -1,15 +1,8 @@
-"""Ranks that train through DeepSpeed, job after job in one process, and write the losses of each.
-
-Tests call `losses_through_deepspeed`; the ranks are `python -m tests.train.deepspeed_worker JOBS OUTPUT`.
-"""
+"""Ranks that train through DeepSpeed, job after job in one process, and write the losses of each."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -24,7 +17,8 @@ from dist_train.models.names import VIT_SIZES
 from dist_train.place import Place
 from dist_train.train.engine import init_process_group
 from dist_train.train.setup import build_step
-from tests.conftest import CLASSES, REPOSITORY
+from tests.harness import CLASSES
+from tests.train.forked_ranks import run_on
 
 STEPS, BATCH = 50, 8
 NARROW = (64, 2, 2)  # channels, blocks and heads that vit_tiny has here, so that thousands of steps take minutes
@@ -73,32 +67,7 @@ def losses_through_deepspeed(
     shards: Path, jobs: Jobs, world_size: int, folder: Path, steps: int = STEPS
 ) -> dict[str, list[float]]:
     """The losses of the global batch at each step of each job, by `world_size` real processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (folder / "jobs.json").write_text(json.dumps({"shards": str(shards), "steps": steps, "jobs": jobs}))
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
-    command = [sys.executable, "-m", __name__, str(folder / "jobs.json"), str(folder / "losses.json")]
-    # Files, as a pipe that nobody reads yet would stop a rank that says much, and with it all others.
-    outputs = [folder / f"rank{rank}.log" for rank in range(world_size)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)},
-            cwd=REPOSITORY,
-            stdout=outputs[rank].open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        for rank in ranks:
-            rank.wait(timeout=600)
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert not any(rank.returncode for rank in ranks), outputs[0].read_text()[-3000:]
+    run_on(world_size, folder, train_jobs, shards, jobs, steps, folder / "losses.json")
     return json.loads((folder / "losses.json").read_text())
 
 
@@ -116,17 +85,10 @@ def run_job(recipe: Recipe, place: Place, steps: int) -> list[float]:
     return losses
 
 
-def main() -> None:
+def train_jobs(shards: Path, jobs: Jobs, steps: int, output: Path) -> None:
+    """What each rank does."""
     VIT_SIZES["tiny"] = NARROW
-    document = json.loads(Path(sys.argv[1]).read_text())
     place = init_process_group()
-    losses = {
-        name: run_job(recipe_of(document["shards"], arguments), place, document["steps"])
-        for name, arguments in document["jobs"].items()
-    }
+    losses = {name: run_job(recipe_of(shards, arguments), place, steps) for name, arguments in jobs.items()}
     if place.rank == 0:
-        Path(sys.argv[2]).write_text(json.dumps(losses))
-
-
-if __name__ == "__main__":
-    main()
+        output.write_text(json.dumps(losses))

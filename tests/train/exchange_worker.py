@@ -1,15 +1,7 @@
-"""Ranks that exchange gradients, case after case in one process, and write what became of them.
-
-Tests call `run_ranks`; the ranks are `python -m tests.train.exchange_worker CASES FOLDER`.
-"""
+"""Ranks that exchange gradients, case after case in one process, and write what became of them."""
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_train.train.exchange import GradientExchange
-from tests.conftest import REPOSITORY
+from tests.train.forked_ranks import run_on
 
 WIDTH, SAMPLES = 13, 5
 TIMEOUT_S = 60  # of a collective: ranks that do not send the same hang
@@ -149,44 +141,17 @@ def early_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, An
     return seen
 
 
-def run_ranks(cases: dict[str, dict[str, Any]], world_size: int, folder: Path) -> list[dict[str, Any]]:
+def exchange_on_ranks(cases: dict[str, dict[str, Any]], world_size: int, folder: Path) -> list[dict[str, Any]]:
     """What each rank of `world_size` real processes found in each case, by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (folder / "cases.json").write_text(json.dumps(cases))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
-    logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", __name__, str(folder / "cases.json"), str(folder)],
-            env=environment | {"RANK": str(rank)},
-            cwd=REPOSITORY,
-            stdout=logs[rank].open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        for rank in ranks:
-            rank.wait(timeout=300)
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert not any(rank.returncode for rank in ranks), "\n".join(log.read_text()[-2000:] for log in logs)
+    run_on(world_size, folder, run_cases, cases, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
-def main() -> None:
-    cases: dict[str, dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text())
+def run_cases(cases: dict[str, dict[str, Any]], folder: Path) -> None:
+    """What each rank does."""
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     kinds = {"gradients": run_case, "training": train_case, "early": early_case}
     found = {name: kinds[case["kind"]](case, rank, world_size) for name, case in cases.items()}
-    torch.save(found, Path(sys.argv[2]) / f"rank{rank}.pt")
+    torch.save(found, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from deepspeed.runtime import torch_autocast
 from torch import Tensor, nn
 
-from dist_train.cli import main, recipe_from_run
+from dist_train.cli import recipe_from_run
 from dist_train.config import DeepSpeedConfig, Recipe
 from dist_train.data.loader import Batch
 from dist_train.errors import UseError, WorkError
@@ -26,9 +25,8 @@ from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
 from dist_train.train.precision import MatrixProducts, check_products, compute_dtype, precision_of
 from dist_train.train.step import TrainStep, make_forward
-from tests.conftest import CLASSES, write_shard_set
+from tests.harness import CLASSES, IFA, read_summary, train, write_shard_set
 from tests.train.deepspeed_worker import NARROW, recipe_of
-from tests.train.test_training import arguments
 
 CPU = torch.device("cpu")
 
@@ -121,20 +119,18 @@ def test_a_run_whose_products_are_not_the_recipes_ends_with_one_line(
     from dist_train.train import step
 
     monkeypatch.setattr(step, "set_arithmetic", lambda model, config: None)  # as autocast outside the engine was
-    run = arguments(
-        shards, tmp_path / "run", **{"deepspeed.precision": "bf16", "train.epochs": 1, "optim.warmup_steps": 0}
-    )
-    assert main(["train", *run]) == 1
+    changes = {"deepspeed__precision": "bf16", "train__epochs": 1, "optim__warmup_steps": 0}
+    assert train(shards, tmp_path / "run", **IFA | changes) == 1
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: deepspeed.precision is bf16, but what ran is float32 in 100 % of matrix products")
 
 
 def test_a_run_says_what_its_products_were_and_what_auto_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shards = write_shard_set(tmp_path / "set", {"train": [24]}, baked=20)
-    assert main(["train", *arguments(shards, tmp_path / "run", **{"train.epochs": 1, "optim.warmup_steps": 0})]) == 0
+    changes = {"train__epochs": 1, "optim__warmup_steps": 0}
+    assert train(shards, tmp_path / "run", **IFA | changes) == 0
     assert capfd.readouterr().err.count("float32 in 100 % of matrix products\n") == 1
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["matrix_products"] == "float32 in 100 % of matrix products"
+    assert read_summary(tmp_path / "run")["matrix_products"] == "float32 in 100 % of matrix products"
     resolved = recipe_from_run(tmp_path / "run")
     assert resolved.deepspeed.precision == "float32" and resolved.model.compile == "none"
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_train.cli import main
 from dist_train.config import Recipe
 from dist_train.errors import WorkError
-from dist_train.models.saved import find_damage, list_checkpoints, newest_checkpoint, read_extra, read_weights
+from dist_train.models.saved import find_damage, list_checkpoints, newest_checkpoint, read_extra
 from dist_train.train.checkpoint import CheckpointWriter, RunState, checkpoint_to_resume, read_state
 from dist_train.train.engine import build_engine, init_process_group
 from dist_train.train.engine_state import gather_state, restore_state
 from dist_train.train.record import start_console_log
-from tests.conftest import REPOSITORY, write_shard_set
+from tests import harness
+from tests.harness import (
+    REPOSITORY,
+    cut,
+    environment,
+    error_line,
+    flip,
+    logged_steps,
+    newest_weights,
+    same,
+    write_shard_set,
+)
 from tests.train.forked_ranks import train_on
 
 TRAIN = [37, 50, 9]
-ENVIRONMENT = dict(os.environ)  # before a run in this process says in it where it stands
+ADAMW = {"data__shuffle_window": 16, "optim__name": "adamw", "train__batch_size": 24}
+arguments, train = (partial(function, **ADAMW) for function in (harness.arguments, harness.train))
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +47,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shard_set(tmp_path_factory.mktemp("sets") / "set", {"train": TRAIN, "val": [11, 2]}, baked=20)
 
 
-def options(shards: Path, run: Path, resume: str = "none", **overrides: object) -> list[str]:
-    keys: dict[str, object] = {
-        "data.shards": shards,
-        "data.image_size": 16,
-        "data.crop_margin": 4,
-        "data.shuffle_window": 16,
-        "data.threads": 1,
-        "model.backbone": "vit_tiny_patch8",
-        "optim.name": "adamw",
-        "train.run": run,
-        "train.epochs": 2,
-        "train.batch_size": 24,
-        "train.log_every": 1,
-    }
-    keys |= {key.replace("__", "."): value for key, value in overrides.items()}
-    return [*(f"--{key}={value}" for key, value in keys.items()), f"--resume={resume}"]
-
-
-def train(shards: Path, run: Path, resume: str = "none", **overrides: object) -> int:
-    return main(["train", *options(shards, run, resume, **overrides)])
-
-
 def losses(run: Path) -> list[float]:
-    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [entry for entry in entries if "split" not in entry]
+    steps = logged_steps(run)
     assert [entry["step"] for entry in steps] == list(range(1, len(steps) + 1))
     return [entry["loss"] for entry in steps]
 
@@ -97,10 +84,6 @@ def small_step(engine: deepspeed.DeepSpeedEngine, number: int) -> None:
     loss = nn.functional.cross_entropy(engine(images.to(next(engine.module.parameters()).dtype)).float(), labels)
     engine.backward(loss)
     engine.step()
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -140,7 +123,7 @@ def test_a_run_goes_on_with_other_ranks_zero_stages_and_micro_batches_as_if_noth
         (1, {"deepspeed__zero_stage": 1, "train__micro_batch_size": 8}),
     ]
     for ranks, change in changes:
-        train_on(ranks, options(shards, run, "auto", **change))
+        train_on(ranks, [*arguments(shards, run, **change), "--resume=auto"], tmp_path)
     assert losses(run) == pytest.approx(losses(finished), abs=1e-4)
     assert (read_state(newest_checkpoint(run)).world_size, read_state(newest_checkpoint(run)).zero_stage) == (1, 1)
 
@@ -159,29 +142,19 @@ def test_resumed_runs_end_with_bit_identical_weights(
 ) -> None:
     if "data__image_size" in overrides:
         shards = write_shard_set(tmp_path / "set", {"train": TRAIN, "val": [4]}, size=(40, 36))
-    train_on(ranks, options(shards, tmp_path / "straight", **overrides))
-    train_on(ranks, options(shards, tmp_path / "stopped", train__stop_after_steps=3, **overrides))
-    train_on(ranks, options(shards, tmp_path / "stopped", "auto", **overrides))
-    assert same(*(read_weights(newest_checkpoint(tmp_path / name)) for name in ("straight", "stopped")))
+    train_on(ranks, arguments(shards, tmp_path / "straight", **overrides), tmp_path)
+    train_on(ranks, arguments(shards, tmp_path / "stopped", train__stop_after_steps=3, **overrides), tmp_path)
+    train_on(ranks, [*arguments(shards, tmp_path / "stopped", **overrides), "--resume=auto"], tmp_path)
+    assert same(*(newest_weights(tmp_path / name) for name in ("straight", "stopped")))
     assert losses(tmp_path / "straight") == losses(tmp_path / "stopped")
 
 
 # ---------------------------------------------------------------------- damage
-def flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.write_bytes(content)
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-3])
-
-
 @pytest.mark.parametrize(
     ("damage", "name", "finding"),
     [
-        (flip_a_bit, "weights.safetensors", "weights.safetensors has another SHA-256 than when it was written"),
-        (flip_a_bit, "state.json", "state.json has another SHA-256 than when it was written"),
+        (flip, "weights.safetensors", "weights.safetensors has another SHA-256 than when it was written"),
+        (flip, "state.json", "state.json has another SHA-256 than when it was written"),
         (cut, "optimizer.safetensors", "optimizer.safetensors has "),
         (Path.unlink, "optimizer.safetensors", "optimizer.safetensors cannot be read (No such file or directory)"),
         (Path.unlink, "checksums.json", "checksums.json cannot be read (No such file or directory)"),
@@ -211,14 +184,14 @@ def test_a_run_goes_on_from_before_the_damage_and_replaces_it(
     assert {file.name for file in newest.iterdir()} == {  # no pickles
         "state.json", "weights.safetensors", "optimizer.safetensors", "checksums.json",
     }  # fmt: skip
-    flip_a_bit(newest / "optimizer.safetensors")
+    flip(newest / "optimizer.safetensors")
     assert train(shards, copy, str(newest)) == 1
     assert f"error: {newest} is damaged: optimizer.safetensors has another SHA-256" in capsys.readouterr().err
     assert train(shards, copy, "auto", train__stop_after_steps=5, train__keep_checkpoints=1) == 0
     assert capsys.readouterr().err.count(f"{newest} is damaged") == 1
     assert read_state(newest_checkpoint(copy)).step == 5 and not newest.exists()
     assert train(shards, copy, "auto") == 0
-    assert same(read_weights(newest_checkpoint(copy)), read_weights(newest_checkpoint(finished)))
+    assert same(newest_weights(copy), newest_weights(finished))
 
 
 # ---------------------------------------------------------------------- no room
@@ -231,7 +204,7 @@ import sys
 from pathlib import Path
 from dist_train.cli import main
 from dist_train.models.saved import find_damage, list_checkpoints
-code = main({["train", *options(shards, run)]!r})
+code = main({["train", *arguments(shards, run)]!r})
 print([(path.name, find_damage(path)) for path in list_checkpoints(Path({str(run)!r}))])
 print(list(Path({str(run)!r}).glob("checkpoints/*.tmp")))
 sys.exit(code)
@@ -240,9 +213,9 @@ sys.exit(code)
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", inside, str(run), sys.executable, code]
     if subprocess.run([*command[:3], "true"], capture_output=True).returncode:
         pytest.skip("file systems cannot be mounted here")
-    done = subprocess.run(command, env=ENVIRONMENT, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    line = error_line(done.stderr)
     assert line.startswith(f"error: {run}/checkpoints: no room for step-00000008: it needs 0.0")
     assert " GB are free; make room or lower train.keep_checkpoints, then --resume auto" in line
     assert done.stdout.splitlines()[-2:] == ["[('step-00000004', None)]", "[]"]
@@ -258,7 +231,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_nothing_hal
         assert train(shards, copy, "auto", train__epochs=50, train__stop_after_steps=190) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    line = error_line(capsys.readouterr().err)
     assert "step-00000012: the checkpoint could not be written (" in line and "older ones are untouched" in line
     assert list_checkpoints(copy) == before and all(find_damage(checkpoint) is None for checkpoint in before)
     assert not list(copy.rglob("*.tmp"))
@@ -278,7 +251,7 @@ def test_a_model_of_another_shape_is_refused_in_one_line(
     finished: Path, shards: Path, capsys: Any, overrides: dict[str, object], finding: str
 ) -> None:
     assert train(shards, finished, "auto", **overrides) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    line = error_line(capsys.readouterr().err)
     assert f"cannot be resumed, its model has another shape: {finding}; " in line
 
 

@@ -11,7 +11,7 @@ from dist_train.config import ModelConfig
 from dist_train.models.build import build_model
 from dist_train.train.engine import init_process_group
 from dist_train.train.exchange import GradientExchange, forward_order
-from tests.train.exchange_worker import Net, make_net, own_gradients, run_ranks
+from tests.train.exchange_worker import Net, exchange_on_ranks, make_net, own_gradients
 
 STEPS = 3
 SMALL, LARGE = 0.0005, 25.0  # of a bucket: each holds a parameter or two; one for each type
@@ -46,7 +46,7 @@ MEANS = [name for name, case in CASES.items() if case["kind"] == "gradients"]
 @pytest.fixture(scope="module", params=[2, 3])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found in each case, on two ranks and on three."""
-    return run_ranks(CASES, request.param, tmp_path_factory.mktemp("ranks"))
+    return exchange_on_ranks(CASES, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", MEANS)

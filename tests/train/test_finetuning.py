@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,44 +19,26 @@ from dist_train.data.draws import random_bits
 from dist_train.data.loader import Batch, TrainLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.models.build import build_model, to_timm_state_dict
-from dist_train.models.saved import list_checkpoints, newest_checkpoint, read_averaged_weights, read_weights
+from dist_train.models.saved import list_checkpoints, read_averaged_weights, read_weights
 from dist_train.place import Place
 from dist_train.train.step import make_forward
-from tests.conftest import CLASSES, write_shard_set
+from tests import harness
+from tests.harness import CLASSES, error_line, evaluations, logged_steps, newest_weights, write_shard_set
 
+SCRATCH = {
+    "model__backbone": "vit_tiny_patch16",
+    "model__head_init": "default",
+    "optim__lr": 0.01,
+    "optim__schedule": "constant",
+    "train__batch_size": 8,
+}
+arguments, train = (partial(function, **SCRATCH) for function in (harness.arguments, harness.train))
 COUNTS = [6, 6, 6, 5]  # of each class among 23 samples
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shard_set(tmp_path_factory.mktemp("sets") / "set", {"train": [16], "val": [7]}, baked=20)
-
-
-def arguments(shards: Path, run: Path, **overrides: object) -> list[str]:
-    keys: dict[str, object] = {
-        "data.shards": shards,
-        "data.image_size": 16,
-        "data.crop_margin": 4,
-        "data.threads": 1,
-        "model.backbone": "vit_tiny_patch16",
-        "model.head_init": "default",
-        "optim.lr": 0.01,
-        "optim.schedule": "constant",
-        "train.run": run,
-        "train.epochs": 2,
-        "train.batch_size": 8,
-        "train.log_every": 1,
-    }
-    keys |= {key.replace("__", "."): value for key, value in overrides.items()}
-    return [f"--{key}={value}" for key, value in keys.items()]
-
-
-def train(shards: Path, run: Path, resume: str = "none", **overrides: object) -> int:
-    return main(["train", *arguments(shards, run, **overrides), "--resume", resume])
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_layer_decay_frozen_layers_and_class_weights_follow_a_plain_loop_on_timms_model(
@@ -94,7 +76,7 @@ def test_layer_decay_frozen_layers_and_class_weights_follow_a_plain_loop_on_timm
     class_weights = torch.tensor([23 / (4 * count) for count in COUNTS])
     batches = TrainLoader(recipe.data, read_manifest(shards), Place(), batch_size=8, micro_batch=8, seed=0)
     model.train()
-    for entry, batch in zip([e for e in read_metrics(tmp_path / "run") if "split" not in e], batches, strict=False):
+    for entry, batch in zip(logged_steps(tmp_path / "run"), batches, strict=False):
         losses = functional.cross_entropy(model(batch.images), batch.labels, reduction="none", label_smoothing=0.1)
         loss = (class_weights[batch.labels] * losses).mean()
         optimizer.zero_grad()
@@ -102,7 +84,7 @@ def test_layer_decay_frozen_layers_and_class_weights_follow_a_plain_loop_on_timm
         optimizer.step()
         assert entry["loss"] == pytest.approx(loss.item(), rel=1e-5)
     trained = build_model(recipe.model, 16, CLASSES)[0]
-    trained.load_state_dict(read_weights(newest_checkpoint(tmp_path / "run")))
+    trained.load_state_dict(newest_weights(tmp_path / "run"))
     ours, _ = to_timm_state_dict(trained)
     for name, tensor in model.state_dict().items():
         if name.startswith(frozen):
@@ -122,7 +104,7 @@ def test_a_frozen_backbone_keeps_weights_and_running_statistics_while_the_head_l
     torch.manual_seed(int(random_bits(recipe.train.seed, 5) >> 1))
     model, _ = build_model(recipe.model, 16, CLASSES)
     assert train(shards, tmp_path / "run", train__stop_after_steps=2, **options) == 0
-    weights = read_weights(newest_checkpoint(tmp_path / "run"))
+    weights = newest_weights(tmp_path / "run")
     for name, tensor in model.state_dict().items():
         assert (weights[name] == tensor).all() != name.startswith("head."), name
 
@@ -144,7 +126,7 @@ def test_averaged_weights_follow_their_formula_survive_stops_and_are_evaluated_a
         for name in average:
             average[name] = decay * average[name] + (1 - decay) * weights[name]
             torch.testing.assert_close(saved[name], average[name], rtol=1e-5, atol=1e-7)
-    logged = {entry["split"]: entry for entry in read_metrics(run) if "split" in entry}
+    logged = {entry["split"]: entry for entry in evaluations(run)}
     assert logged["val"]["loss"] != logged["val_ema"]["loss"]
     capsys.readouterr()
     for flags, split in ((["--checkpoint", "last"], "val"), (["--ema"], "val_ema")):
@@ -166,7 +148,7 @@ def test_channels_last_gives_the_same_losses_and_reaches_every_layer(shards: Pat
     for value in ("false", "true"):
         options = {"model__backbone": "resnet18", "train__channels_last": value, "train__stop_after_steps": 3}
         assert train(shards, tmp_path / value, **options) == 0
-        logged.append([entry["loss"] for entry in read_metrics(tmp_path / value) if "split" not in entry])
+        logged.append([entry["loss"] for entry in logged_steps(tmp_path / value)])
     assert logged[0] == pytest.approx(logged[1], rel=1e-4) and len(logged[0]) == 3
     recipe, _ = parse_recipe(arguments(shards, tmp_path, model__backbone="resnet18", train__channels_last="true"))
     model, _ = build_model(recipe.model, 64, CLASSES)
@@ -198,5 +180,4 @@ def test_what_cannot_be_is_refused_in_one_line(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, object], line: str
 ) -> None:
     assert train(shards, tmp_path / "run", **options) == 2
-    errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error")]
-    assert len(errors) == 1 and line in errors[0]
+    assert line in error_line(capsys.readouterr().err)

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +19,7 @@ from dist_train.cli import main
 from dist_train.config import Recipe
 from dist_train.models.saved import list_checkpoints, newest_checkpoint, read_step
 from dist_train.train.record import RunRecord, start_console_log
-from tests.conftest import write_shard_set
+from tests.harness import error_line, read_metrics, read_summary, steps_done, train, wait_for, write_shard_set
 
 
 @pytest.fixture(scope="module")
@@ -29,32 +28,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shard_set(tmp_path_factory.mktemp("sets") / "set", splits, baked=20)
 
 
-def options(shards: Path, run: Path, resume: str = "none", **overrides: object) -> list[str]:
-    keys: dict[str, object] = {
-        "data.shards": shards,
-        "data.image_size": 16,
-        "data.crop_margin": 4,
-        "data.threads": 1,
-        "model.backbone": "vit_tiny_patch8",
-        "train.run": run,
-        "train.epochs": 2,
-        "train.batch_size": 12,
-        "train.log_every": 1,
-    }
-    keys |= {key.replace("__", "."): value for key, value in overrides.items()}
-    return ["train", *(f"--{key}={value}" for key, value in keys.items()), f"--resume={resume}"]
-
-
-def train(shards: Path, run: Path, resume: str = "none", **overrides: object) -> int:
-    return main(options(shards, run, resume, **overrides))
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def stands_once(run: Path, steps: int) -> bool:
-    entries = Counter((entry.get("split", "train"), entry["step"]) for entry in metrics(run))
+    entries = Counter((entry.get("split", "train"), entry["step"]) for entry in read_metrics(run))
     logged = [step for split, step in entries if split == "train"]
     return set(entries.values()) == {1} and sorted(logged) == list(range(1, steps + 1))
 
@@ -95,20 +70,20 @@ def test_a_complete_run_that_is_resumed_is_left_as_it_is(copy: Path, shards: Pat
 
 
 def test_a_complete_run_goes_on_when_more_is_asked_for(copy: Path, shards: Path) -> None:
-    first = json.loads((copy / "summary.json").read_text())
+    first = read_summary(copy)
     assert train(shards, copy, "auto", train__epochs=3, train__stop_after_steps=9) == 0
     assert not (copy / "summary.json").exists(), "a summary is that of a complete run"
     assert json.loads((copy / "summary-step-00000008.json").read_text()) == first
     assert train(shards, copy, "auto", train__epochs=3) == 0
-    assert json.loads((copy / "summary.json").read_text())["steps"] == 12
+    assert read_summary(copy)["steps"] == 12
     assert stands_once(copy, 12)
 
 
 def test_a_run_that_was_killed_before_its_result_gets_it_and_nothing_doubles(copy: Path, shards: Path) -> None:
-    first = json.loads((copy / "summary.json").read_text())["evaluations"]
+    first = read_summary(copy)["evaluations"]
     (copy / "summary.json").unlink()
     assert train(shards, copy, "auto") == 0
-    assert json.loads((copy / "summary.json").read_text())["evaluations"] == first
+    assert read_summary(copy)["evaluations"] == first
     assert stands_once(copy, 8)
 
 
@@ -177,8 +152,7 @@ def test_what_cannot_change_is_refused_whether_the_run_is_complete_or_not(
     before = contents(finished)
     for epochs in (2, 4):
         assert train(shards, finished, "auto", train__epochs=epochs, **change) == 2
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-        assert said in line
+        assert said in error_line(capsys.readouterr().err)
     assert contents(finished) == before
 
 
@@ -215,7 +189,7 @@ def test_a_cut_line_of_the_metrics_is_left_out_and_the_run_goes_on(
     file.write_bytes(damage(whole))
     assert train(shards, run, "auto", train__stop_after_steps=4) == 0
     assert "Traceback" not in capsys.readouterr().err
-    steps = [entry["step"] for entry in metrics(run) if "split" not in entry]
+    steps = [entry["step"] for entry in read_metrics(run) if "split" not in entry]
     assert steps == [1, 2, 3, 4] or (steps == [1, 2, 4] and damage(whole) == whole[:-20])
 
 
@@ -261,8 +235,7 @@ def test_a_disk_that_is_full_in_mid_run_is_one_line_and_the_run_goes_on_when_the
     run = small_disk / "run"
 
     def fill_the_disk() -> None:
-        while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 7:  # there is a checkpoint of step 4
-            time.sleep(0.01)
+        wait_for(lambda: steps_done(run) >= 6, "step 6")  # there is a checkpoint of step 4
         fill(small_disk)
 
     thread = threading.Thread(target=fill_the_disk)
@@ -270,7 +243,7 @@ def test_a_disk_that_is_full_in_mid_run_is_one_line_and_the_run_goes_on_when_the
     assert train(shards, run, train__epochs=500) == 1
     thread.join()
     said = capsys.readouterr().err
-    (line,) = [line for line in said.splitlines() if line.startswith("error")]
+    line = error_line(said)
     assert str(run) in line and "--resume auto" in line
     assert "Traceback" not in said and "Logging error" not in said and not escaped, said
     (small_disk / "filler").unlink()

@@ -11,7 +11,7 @@ import pytest
 
 from dist_train.cluster.hosts import read_hostfile
 from dist_train.errors import UseError
-from tests.conftest import REPOSITORY
+from tests.harness import REPOSITORY
 
 
 def write_environment(folder: Path, *options: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], Path]:

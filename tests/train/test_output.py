@@ -12,9 +12,7 @@ import pytest
 
 from dist_train.cli import main
 from dist_train.errors import CLOSED_PIPE
-from tests.conftest import REPOSITORY, jpeg_bytes, write_shard_set
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+from tests.harness import environment, jpeg_bytes, train, write_shard_set
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +24,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(shards: Path) -> Path:
     """A run of one step."""
     folder = shards.parent
-    options = f"--data.shards={shards} --data.image_size=32 --model.backbone=vit_tiny_patch16 --train.run={folder}/run "
-    assert main(["train", *(options + "--train.batch_size=8 --train.epochs=1 --model.compile=none").split()]) == 0
+    assert train(shards, folder / "run", train__batch_size=8, train__epochs=1) == 0
     (folder / "image.jpg").write_bytes(jpeg_bytes(1))
     return folder / "run"
 
 
 def command(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
     """A process of the project's, `MODULE WORD ...`."""
-    options = {"capture_output": True, "text": True, "env": ENVIRONMENT, "cwd": "/"} | options
+    options = {"capture_output": True, "text": True, "env": environment(), "cwd": "/"} | options
     return subprocess.run([sys.executable, "-m", *map(str, words)], **options)
 
 
@@ -48,7 +45,7 @@ def test_nothing_but_what_is_said_comes_to_standard_output() -> None:
         "atexit.register(print, 'at the end')\n"
         "say('the result', 2)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True)
     assert done.stdout == "the result\n2\n"
     assert {"of Python", "of C", "of a process", "of C that buffers", "at the end"} == set(done.stderr.splitlines())
 
@@ -69,8 +66,9 @@ def test_the_output_of_evaluate_is_json_and_that_of_predict_and_grid_their_lines
 def test_a_name_that_is_no_text_or_that_the_terminal_cannot_show_is_no_error() -> None:
     script = "import os; from dist_train.output import *; keep_stdout(); say(os.fsdecode(b'caf\\xe9'), '\\u521d')"
     for encoding, said in (("utf-8", b"caf\xe9\n\xe5\x88\x9d\n"), ("ascii", b"caf\\udce9\n\\u521d\n")):
-        environment = ENVIRONMENT | {"PYTHONIOENCODING": encoding}
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment(PYTHONIOENCODING=encoding), capture_output=True
+        )
         assert (done.returncode, done.stdout) == (0, said), done.stderr
 
 
@@ -101,7 +99,9 @@ def test_a_closed_standard_output_is_not_that_of_the_next_file(tmp_path: Path) -
         "import os, sys; from dist_train.output import *; keep_stdout()\n"
         f"file = open({str(tmp_path / 'file')!r}, 'w'); os.write(1, b'of C'); say('result'); file.write('own')"
     )
-    done = subprocess.run(["sh", "-c", f'"{sys.executable}" -c "$0" >&-', script], env=ENVIRONMENT, capture_output=True)
+    done = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -c "$0" >&-', script], env=environment(), capture_output=True
+    )
     assert (done.returncode, (tmp_path / "file").read_text()) == (0, "own"), done.stderr
 
 
@@ -145,10 +145,10 @@ def test_numbers_of_the_commands_begin_with_1(run: Path, words: str, capsys: pyt
 
 
 def test_deepspeed_does_not_remark_upon_a_machine_without_a_gpu() -> None:
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "DS_ACCELERATOR"}
+    without = {name: value for name, value in environment().items() if name != "DS_ACCELERATOR"}
     done = subprocess.run(
         [sys.executable, "-c", "import dist_train.train.engine"],
-        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        env=without,
         capture_output=True,
         text=True,
     )

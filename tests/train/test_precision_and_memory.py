@@ -17,7 +17,6 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig as ParsedSettings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.points import environment_of_one_process
 from benchmarks.speed.own_step import synthetic_batch
 from dist_train.config import Recipe
 from dist_train.errors import UseError
@@ -30,7 +29,7 @@ from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
 from dist_train.train.settings import deepspeed_settings
 from dist_train.train.step import TrainStep, make_forward
-from tests.conftest import CLASSES, write_shard_set
+from tests.harness import CLASSES, environment, write_shard_set
 from tests.train.deepspeed_worker import BATCH, NARROW, losses_through_deepspeed, recipe_of
 
 STEPS = 10
@@ -240,6 +239,6 @@ print(quiet, meter.read()["memory_mb"], meter.highest_mb)
 def test_memory_figures_are_those_of_the_steps_and_not_of_what_came_before_or_in_between() -> None:
     """300 MB that are gone when the steps begin, and 300 MB in a pause, are in no figure; 300 MB in a step are."""
     command = [sys.executable, "-c", MEMORY_OF_STEPS]
-    done = subprocess.run(command, env=environment_of_one_process(), stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=True)
     quiet, busy, highest = map(float, done.stdout.split())
     assert busy - quiet > 250 and highest == busy

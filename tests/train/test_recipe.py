@@ -20,7 +20,7 @@ from dist_train.errors import UseError
 from dist_train.models.build import build_model
 from dist_train.parse import KNOWN_KEYS, PATH_KEYS, recipe_from_run
 from dist_train.ranges import check_ranges, ranges_of
-from tests.conftest import REPOSITORY
+from tests.harness import REPOSITORY
 
 RANGES = {
     f"{name}.{key}": allowed for name, kind in config.SECTIONS.items() for key, allowed in ranges_of(kind).items()

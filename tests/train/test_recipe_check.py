@@ -17,7 +17,7 @@ from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError
 from dist_train.parse import parse_recipe
 from dist_train.recipe import check_step, problems
-from tests.conftest import REPOSITORY, write_shard_set
+from tests.harness import REPOSITORY, write_shard_set
 
 # What is wrong, and what is said of it. {folder} is that of the test, where `set` is a shard set of 32 images without
 # tags, `tagged` one with, and `old` a run.

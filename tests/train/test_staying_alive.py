@@ -8,9 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from dist_train.cli import main, parse_recipe
+from dist_train.cli import main, parse_recipe, run_training
 from dist_train.data.loader import Batch
 from dist_train.data.manifest import read_manifest
 from dist_train.data.plan import EpochPlan
@@ -32,11 +33,22 @@ from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
 from dist_train.train.ranks import StopSignal
 from dist_train.train.step import TrainStep, make_forward
-from tests.conftest import REPOSITORY, write_shard_set
+from tests import harness
+from tests.harness import (
+    REPOSITORY,
+    environment,
+    launcher,
+    ranks_under,
+    read_summary,
+    steps_done,
+    wait_for,
+    write_shard_set,
+)
+from tests.train.forked_ranks import fork_ranks, run_on
+from tests.train.watched_rank import meet
 
-SAMPLES = 48
-ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-ENVIRONMENT["PYTHONPATH"] = str(REPOSITORY)
+TIMEOUT_S = 6
+arguments = partial(harness.arguments, optim__lr=0.01, train__epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -44,51 +56,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shard_set(tmp_path_factory.mktemp("sets") / "set", {"train": [30, 18]}, baked=20)
 
 
-def arguments(shards: Path, run: Path, **overrides: object) -> list[str]:
-    keys: dict[str, object] = {
-        "data.shards": shards,
-        "data.image_size": 16,
-        "data.crop_margin": 4,
-        "data.threads": 1,
-        "model.backbone": "vit_tiny_patch8",
-        "optim.lr": 0.01,
-        "train.run": run,
-        "train.epochs": 1,
-        "train.batch_size": 12,
-        "train.log_every": 1,
-    }
-    keys |= {key.replace("__", "."): value for key, value in overrides.items()}
-    return [f"--{key}={value}" for key, value in keys.items()]
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds:g} s for {what}"
-        time.sleep(0.1)
-
-
-def steps_done(run: Path) -> int:
-    file = run / "metrics.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
-
-
-def local_launch(options: list[str], ranks: int = 2) -> list[str]:
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    ports = ["--num_accelerators", str(ranks), "--master_port", free_port()]
-    return [deepspeed, *ports, str(REPOSITORY / "launch" / "train.py"), *options]
-
-
-def ranks_under(pid: int) -> list[psutil.Process]:
-    """The training processes that the process has started, directly or not."""
-    children = psutil.Process(pid).children(recursive=True)
-    return [child for child in children if child.cmdline()[2:3] == [str(REPOSITORY / "launch" / "train.py")]]
+@pytest.fixture(autouse=True)
+def nothing_stays(tmp_path: Path) -> Iterator[None]:
+    """A test that fails leaves a job that would train for hours: what names the test's folder is killed."""
+    yield
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if str(tmp_path) in " ".join(process.cmdline()):
+                process.kill()
 
 
 # ---------------------------------------------------------------------- lost ranks
@@ -102,42 +77,33 @@ def ranks_under(pid: int) -> list[psutil.Process]:
         ("fails", "error (rank 1 on {host}): a file of mine is damaged"),
     ],
 )
-def test_a_lost_rank_ends_the_others_in_time_and_is_named(fate: str, said: str) -> None:
-    timeout_s = 6
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, str(Path(__file__).with_name("watched_rank.py")), fate, str(timeout_s)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=ENVIRONMENT | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+def test_a_lost_rank_ends_the_others_in_time_and_is_named(tmp_path: Path, fate: str, said: str) -> None:
+    ranks = fork_ranks(2, tmp_path, meet, fate, TIMEOUT_S)
     try:
-        said_by_0 = ranks[0].communicate(timeout=120)[1]
-        ranks[1].send_signal(signal.SIGCONT)
-        said_by_1 = ranks[1].communicate(timeout=timeout_s + 30)[1]  # one that hangs is ended, too
+        ranks[0].join(120)
+        with suppress(ProcessLookupError):  # it was killed
+            os.kill(ranks[1].pid, signal.SIGCONT)
+        ranks[1].join(TIMEOUT_S + 30)  # one that hangs is ended, too
     finally:
         for rank in ranks:
             rank.kill()
-    assert ranks[0].returncode == 1 and ranks[1].returncode in (1, -signal.SIGKILL)
-    lines = [line for line in (said_by_0 + said_by_1).splitlines() if "error (" in line]
-    assert said.format(host=socket.gethostname()) in "\n".join(lines), said_by_0 + said_by_1
-    assert "Traceback" not in said_by_0 + said_by_1
+    assert ranks[0].exitcode == 1 and ranks[1].exitcode in (1, -signal.SIGKILL)
+    heard = "".join((tmp_path / f"rank{rank}.log").read_text() for rank in range(2))
+    lines = [line for line in heard.splitlines() if "error (" in line]
+    assert said.format(host=socket.gethostname()) in "\n".join(lines), heard
+    assert "Traceback" not in heard
 
 
 @pytest.mark.launch
 def test_ranks_whose_launcher_is_killed_save_and_end(shards: Path, tmp_path: Path) -> None:
     options = arguments(shards, tmp_path / "run", train__epochs=1000)
-    launcher = subprocess.Popen(local_launch(options), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen(launcher(2, options), env=environment(), stderr=subprocess.DEVNULL)
     wait_for(lambda: steps_done(tmp_path / "run") >= 2, "step 2")
-    ranks = ranks_under(launcher.pid)
+    ranks = ranks_under(job.pid)
     assert len(ranks) == 2
-    for process in [*psutil.Process(launcher.pid).children(), launcher]:
+    for process in [*psutil.Process(job.pid).children(), job]:
         process.kill()
-    launcher.wait()
+    job.wait()
     _, alive = psutil.wait_procs(ranks, 60)
     assert not alive
     assert read_state(newest_checkpoint(tmp_path / "run")).step == steps_done(tmp_path / "run")
@@ -152,15 +118,15 @@ def test_sigterm_to_the_deepspeed_command_makes_the_ranks_save_and_end(
     still import must not take who adopted that for their launcher.
     """
     run, said = tmp_path / "run", tmp_path / "said"
-    command = local_launch(arguments(shards, run, train__epochs=1000), ranks)
+    command = launcher(ranks, arguments(shards, run, train__epochs=1000))
     with open(said, "w") as stderr:
-        launcher = subprocess.Popen(command, env=ENVIRONMENT, stderr=stderr, stdout=subprocess.DEVNULL)
-    wait_for(lambda: (steps_done(run) >= 2) if begun else any(map(imports, ranks_under(launcher.pid))), "the ranks")
-    processes = psutil.Process(launcher.pid).children(recursive=True)
-    assert len(ranks_under(launcher.pid)) == ranks and len(processes) == 1 + ranks
-    launcher.send_signal(signal.SIGTERM)
+        job = subprocess.Popen(command, env=environment(), stderr=stderr, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (steps_done(run) >= 2) if begun else any(map(imports, ranks_under(job.pid))), "the ranks")
+    processes = psutil.Process(job.pid).children(recursive=True)
+    assert len(ranks_under(job.pid)) == ranks and len(processes) == 1 + ranks
+    job.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs(processes, 120)
-    launcher.wait()
+    job.wait()
     for process in alive:
         process.kill()
     assert not alive
@@ -171,7 +137,9 @@ def test_sigterm_to_the_deepspeed_command_makes_the_ranks_save_and_end(
 
 def imports(process: psutil.Process) -> bool:
     """Whether it has begun to read what takes seconds to import."""
-    return any("/torch/" in mapped.path for mapped in process.memory_maps())
+    with suppress(psutil.Error):  # of the launcher's own short-lived children
+        return any("/torch/" in mapped.path for mapped in process.memory_maps())
+    return False
 
 
 @pytest.mark.launch
@@ -180,7 +148,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(shards: Path, tmp_path: Path) -> Non
     options = arguments(shards, run, train__epochs=1000)
     command = [sys.executable, "-m", "dist_train.cli", "train", *options]
 
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for(lambda: steps_done(run) >= 2, "step 2")
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[1]
@@ -233,17 +201,20 @@ def test_a_signal_that_comes_while_the_ranks_agree_is_heard_after_the_next_step(
 
 
 # ---------------------------------------------------------------------- SLURM
+def train_as_slurm_does(options: list[str]) -> None:
+    """Train as a rank that knows its place from SLURM alone."""
+    rank = os.environ["RANK"]
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "4711"}
+    os.environ.update(job | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+    run_training(options)
+
+
 @pytest.mark.launch
 def test_ranks_find_their_places_in_slurms_variables(shards: Path, tmp_path: Path) -> None:
-    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "4711"}
-    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), *arguments(shards, tmp_path / "run")]
-    tasks = [
-        subprocess.Popen(command, env=ENVIRONMENT | job | {"SLURM_PROCID": task, "SLURM_LOCALID": task})
-        for task in ("0", "1")
-    ]
-    assert [task.wait(240) for task in tasks] == [0, 0]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+    run_on(2, tmp_path, train_as_slurm_does, arguments(shards, tmp_path / "run"))
+    assert read_summary(tmp_path / "run")["world_size"] == 2
 
 
 # ---------------------------------------------------------------------- the supervisor
@@ -257,7 +228,7 @@ def test_a_supervised_job_keeps_others_out_and_saves_and_ends_at_sigterm(
 ) -> None:
     run = tmp_path / "run"
     options = arguments(shards, run, train__epochs=1000)
-    job = subprocess.Popen(supervise("--", *local_launch(options)), env=ENVIRONMENT)
+    job = subprocess.Popen(supervise("--", *launcher(2, options)), env=environment())
     wait_for(lambda: steps_done(run) >= 2, "step 2")
     ranks = ranks_under(job.pid)
     rank_0 = next(rank for rank in ranks if rank.environ()["RANK"] == "0")
@@ -274,7 +245,7 @@ def test_a_supervised_job_keeps_others_out_and_saves_and_ends_at_sigterm(
 def test_the_supervisor_gives_up_without_progress_and_at_wrong_use(tmp_path: Path) -> None:
     def starts(*command: str) -> tuple[int, int]:
         options = supervise("--restarts=2", "--backoff=0.05", "--", *command, f"--train.run={tmp_path / 'run'}")
-        done = subprocess.run(options, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(options, env=environment(), capture_output=True, text=True, timeout=120)
         return done.returncode, done.stderr.count("supervise: start:")
 
     assert starts("false") == (1, 3)

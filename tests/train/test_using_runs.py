@@ -15,7 +15,6 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 
 from dist_train.cli import main, recipe_from_run
 from dist_train.config import ModelConfig
@@ -24,13 +23,13 @@ from dist_train.models.build import Classifier, build_model, plain_weights
 from dist_train.models.saved import (
     checkpoint_folder,
     list_checkpoints,
-    newest_checkpoint,
     read_averaged_weights,
     read_weights,
 )
 from dist_train.models.weights import LoadReport
 from dist_train.train.record import start_console_log
-from tests.conftest import CLASSES, jpeg_bytes, write_shard_set
+from tests import harness
+from tests.harness import CLASSES, jpeg_bytes, newest_weights, same, write_shard_set
 
 NAMES = [f"class {i}" for i in range(CLASSES)]
 
@@ -41,19 +40,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shard_set(tmp_path_factory.mktemp("sets") / "set", splits, baked=20)
 
 
-def train(shards: Path, run: Path, **overrides: object) -> Path:
-    keys: dict[str, object] = {
-        "data.shards": shards,
-        "data.image_size": 16,
-        "data.crop_margin": 4,
-        "data.threads": 1,
-        "model.backbone": "vit_tiny_patch8",
-        "train.run": run,
-        "train.epochs": 3,
-        "train.batch_size": 12,
-    }
-    keys |= {key.replace("__", "."): value for key, value in overrides.items()}
-    assert main(["train", *(f"--{key}={value}" for key, value in keys.items())]) == 0
+def train(shards: Path, run: Path, **changes: object) -> Path:
+    """A run of three epochs, or as the changes say."""
+    assert harness.train(shards, run, **{"train__epochs": 3, **changes}) == 0
     return run
 
 
@@ -206,11 +195,6 @@ def start_from(source: object, names: list[str] = NAMES, **config: Any) -> tuple
     return build_model(ModelConfig(**config), 16, len(names), class_names=names)
 
 
-def same(model: Classifier, weights: dict[str, Tensor]) -> bool:
-    own = model.state_dict()
-    return own.keys() == weights.keys() and all(torch.equal(own[name], weights[name]) for name in own)
-
-
 def test_a_run_or_a_checkpoint_gives_its_weights_and_its_head_for_the_same_classes(run: Path) -> None:
     best, last = checkpoint_folder(run, 4), checkpoint_folder(run, 12)
     for source, checkpoint, read in (
@@ -222,7 +206,7 @@ def test_a_run_or_a_checkpoint_gives_its_weights_and_its_head_for_the_same_class
         (best / "extra.safetensors", best, read_averaged_weights),
     ):
         model, report = start_from(source)
-        assert same(model, read(checkpoint)), source
+        assert same(model.state_dict(), read(checkpoint)), source
         assert f"{checkpoint}: step " in report.summary() and "with its classifier" in report.summary()
         assert ("averaged weights of" in report.summary()) == (read is read_averaged_weights)
 
@@ -241,7 +225,7 @@ def test_other_classes_get_a_new_head_also_where_they_are_as_many(run: Path, tmp
 
 def test_heads_of_either_kind_start_each_other(run: Path, ifa: Path) -> None:
     model, report = start_from(ifa, head="ifa")
-    assert same(model, read_weights(newest_checkpoint(ifa))) and not report.new
+    assert same(model.state_dict(), newest_weights(ifa)) and not report.new
     model, report = start_from(ifa, NAMES[::-1], head="ifa")  # what does not depend on the classes comes along
     assert set(report.new) == {"ifa.classifier.weight", "ifa.classifier.bias"}
     for source, head in ((run, "ifa"), (ifa, "cls")):
@@ -258,7 +242,7 @@ def test_a_cnns_run_starts_a_run_and_says_so(shards: Path, tmp_path: Path, capsy
     second = train(sharp, tmp_path / "second", **options, optim__lr=0, model__weights=first)
     said = capsys.readouterr().err
     assert f"weights {first}: " in said and ": step 1, the last, with its classifier" in said
-    one, other = (read_weights(newest_checkpoint(run)) for run in (first, second))
+    one, other = (newest_weights(run) for run in (first, second))
     assert all(torch.equal(one[name], other[name]) for name in one if "running" not in name and "num_" not in name)
     assert recipe_from_run(second).model.weights == str(first)
     model, _ = build_model(ModelConfig(backbone="resnet18", weights=str(first)), 32, CLASSES, class_names=NAMES)

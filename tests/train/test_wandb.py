@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from dist_train.cli import main
 from dist_train.models.saved import list_checkpoints
-from tests.conftest import write_shard_set
+from tests.harness import train, write_shard_set
 
 pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
 
@@ -59,15 +58,12 @@ def test_stops_kills_and_resumes_are_one_run_and_no_point_doubles(
     monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
     shards = write_shard_set(tmp_path / "set", {"train": [30, 18], "val": [9], "test": [8]}, baked=20)
     run = tmp_path / "run"
-    keys = {"data.shards": shards, "data.image_size": 16, "data.crop_margin": 4, "data.threads": 1}
-    keys |= {"model.backbone": "vit_tiny_patch8", "train.epochs": 2, "train.batch_size": 12, "train.log_every": 1}
-    keys |= {"train.run": run, "train.wandb_project": "tests", "train.keep_checkpoints": 9}
-    words = ["train", *(f"--{key}={value}" for key, value in keys.items())]
+    project = {"train__wandb_project": "tests", "train__keep_checkpoints": 9}
     for stop, resume in ((2, "none"), (6, "auto"), (3, "auto"), (7, "auto"), (0, "auto")):
         if stop == 3:  # as if it had been killed at 6, and its newest checkpoint were that of step 2
             for folder in list_checkpoints(run)[1:]:
                 shutil.rmtree(folder)
-        assert main([*words, f"--train.stop_after_steps={stop}", f"--resume={resume}"]) == 0
+        assert train(shards, run, resume, train__stop_after_steps=stop, **project) == 0
     ids, sent = points(run)
     assert ids == {json.loads((run / "wandb.json").read_text())["id"]}
     assert set(sent.values()) == {1}

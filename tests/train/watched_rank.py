@@ -1,19 +1,18 @@
-"""A rank that joins the others under the watch, and then meets the fate that its command line names."""
+"""A rank that joins the others under the watch, and then meets the fate that the test names."""
 
 import os
 import signal
-import sys
 import time
 
 import torch
 
 from dist_train.cluster.watch import Watch
-from dist_train.errors import WorkError, run_command
+from dist_train.errors import WorkError
 from dist_train.train.engine import init_process_group
 from dist_train.train.record import start_console_log
 
 
-def main(fate: str, timeout_s: float) -> None:
+def meet(fate: str, timeout_s: float) -> None:
     place = init_process_group(timeout_s)
     start_console_log(place.rank)
     with Watch(place, timeout_s):
@@ -28,7 +27,3 @@ def main(fate: str, timeout_s: float) -> None:
             if fate == "fails":
                 raise WorkError("a file of mine is damaged")
         torch.distributed.all_reduce(torch.ones(1))
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1], float(sys.argv[2]))))

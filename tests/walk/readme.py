@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import REPOSITORY
+from tests.harness import REPOSITORY
 
 _PAGES = ("shards", "training", "nodes", "checkpoints", "tags", "paper", "benchmarks", "architecture", "extending")
 DOCUMENTS = ("README.md", *(f"docs/{page}.md" for page in _PAGES), "CONTRIBUTING.md")

@@ -12,7 +12,7 @@ import yaml
 
 from benchmarks.claims.histogram import colour_histogram_accuracy
 from shards.__main__ import main as shards_main
-from tests.conftest import REPOSITORY
+from tests.harness import REPOSITORY
 from tests.walk.readme import text_of
 
 GROCERY = (REPOSITORY / "launch" / "recipes" / "grocery.yaml").read_text(encoding="utf-8")

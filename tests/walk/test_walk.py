@@ -15,7 +15,7 @@ from benchmarks.__main__ import parse as parse_benchmark
 from benchmarks.points import environment_of_one_process
 from dist_train.cli import _command_parser, parse_recipe
 from shards.__main__ import _parser as shards_parser
-from tests.conftest import REPOSITORY, jpeg_bytes
+from tests.harness import REPOSITORY, jpeg_bytes
 from tests.walk.readme import WALK, Run, Skip, broken_links, commands, in_prose, text_of, what_to_do
 
 
