@@ -226,7 +226,7 @@ def default_engine(model: nn.Module, recipe: Recipe, micro_batch: int) -> deepsp
 
 
 def turned_back(
-    model: nn.Module, recipe: Recipe, micro_batch: int, what: str, theirs: dict[str, Any]
+    model: Classifier, recipe: Recipe, micro_batch: int, what: str, theirs: dict[str, Any]
 ) -> deepspeed.DeepSpeedEngine:
     """Our engine with one setting as DeepSpeed has it; what: a key of TURNED_BACK, theirs: its value."""
     optimizer = None
@@ -236,7 +236,7 @@ def turned_back(
 
 
 def changed_engine(
-    model: nn.Module,
+    model: Classifier,
     recipe: Recipe,
     world_size: int,
     micro_batch: int,
@@ -251,7 +251,7 @@ def changed_engine(
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 
-def bare_loop(model: nn.Module, recipe: Recipe) -> Step:
+def bare_loop(model: Classifier, recipe: Recipe) -> Step:
     """A step of PyTorch alone, with the optimizer that our engine has."""
     return timed_step(model, lambda loss: loss.backward(), updating(build_optimizer(recipe.optim, model)))
 

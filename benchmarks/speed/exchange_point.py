@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.speed.engine_point import (
@@ -130,7 +130,7 @@ def our_loop(model: Classifier, recipe: Recipe, **options: float) -> Step:
     return timed_step(model, backward, updating(optimizer))
 
 
-def ddp_loop(model: nn.Module, recipe: Recipe) -> Step:
+def ddp_loop(model: Classifier, recipe: Recipe) -> Step:
     """A step with torch's DistributedDataParallel."""
     optimizer = build_optimizer(recipe.optim, model)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
