@@ -26,7 +26,7 @@ _PACKAGES = (
 def write_result(
     bench: str, name: str, parameters: dict[str, Any], rows: list[dict[str, Any]], more: dict[str, Any] | None = None
 ) -> Path:
-    """Write `benchmarks/results/BENCH/NAME.json` (README.md, "Benchmarks"); returns its path.
+    """Write `benchmarks/results/BENCH/NAME.json` (docs/benchmarks.md); returns its path.
 
     more: further entries of the document, such as what the rows answer.
     """
@@ -60,7 +60,7 @@ def finished_rows(bench: str, name: str, parameters: dict[str, Any]) -> list[dic
     document = json.loads(path.read_bytes())
     mine = {"parameters": json.loads(json.dumps(parameters)), "commit": _commit(), "hardware": hardware()}
     if any(document[key] != value for key, value in mine.items()):
-        print(f"{path}: of another commit, machine or parameters; begun anew", file=sys.stderr)
+        print(f"{path}: of another commit, machine or parameters; measuring all of it again", file=sys.stderr)
         return []
     return document["rows"]
 

@@ -1,6 +1,6 @@
 """What a shard set says of itself: manifest.json, written last, so a set without one is incomplete.
 
-The format is in README.md ("Shard sets"). The digest is the SHA-256 of the manifest's canonical JSON without the
+docs/shards.md has the format. The digest is the SHA-256 of the manifest's canonical JSON without the
 digest itself; as the manifest holds each shard's SHA-256, it stands for every byte of the set.
 """
 
