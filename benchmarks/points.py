@@ -25,9 +25,7 @@ from typing import IO, Any
 
 import psutil
 
-from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError
-from dist_train.parse import SECTIONS
 
 Point = Mapping[str, Any]
 
@@ -183,15 +181,6 @@ def gpu_environment(number: int) -> dict[str, str]:
         return {}
     seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     return {"CUDA_VISIBLE_DEVICES": seen.split(",")[number % count]}
-
-
-def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that a point carries as `asdict` makes it."""
-    sections = {}
-    for section, kind in SECTIONS.items():
-        entries = {key: tuple(entry) if isinstance(entry, list) else entry for key, entry in values[section].items()}
-        sections[section] = kind(**entries)
-    return Recipe(**sections)
 
 
 def end_started_by(pid: int) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import platform
 import shlex
-import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from dist_train.files import write_atomically
+from dist_train.machine import ask_git, gpu_names, processor_name, software
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
@@ -38,7 +36,7 @@ def write_result(
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": software(_PACKAGES),
         "parameters": parameters,
         "rows": rows,
     } | (more or {})
@@ -67,37 +65,19 @@ def finished_rows(bench: str, name: str, parameters: dict[str, Any]) -> list[dic
 
 def hardware() -> dict[str, Any]:
     """Processor, usable cores, memory and GPUs of this machine."""
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": processor_name(),
         "cores": len(psutil.Process().cpu_affinity()),
         "memory_gb": round(psutil.virtual_memory().total / 2**30),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": gpu_names(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str:
     """The commit of the working tree, with "+" if it has changes beside the results; "" outside of git."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    # A sweep rewrites its result row by row: that result is no change of what measures.
-    code = (":/", *(f":!{name}" for name in ("results", "results.html", "RESULTS.md")))
-    try:
-        commit = git("rev-parse", "--short", "HEAD")
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", *code)
-    except FileNotFoundError:  # no git here
+    commit = ask_git("rev-parse", "--short", "HEAD")
+    if commit is None:
         return ""
-    return commit + ("+" if changes else "")
+    # A sweep rewrites its result row by row: that result is no change of what measures.
+    results = [f":(top,exclude)benchmarks/{name}" for name in ("results", "results.html", "RESULTS.md")]
+    return commit + ("+" if ask_git("status", "--porcelain", "--untracked-files=no", "--", ":/", *results) else "")

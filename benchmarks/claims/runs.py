@@ -19,8 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.points import Child, ChildEnded, gpu_environment, recipe_from_dict
-from dist_train.config import Recipe
+from benchmarks.points import Child, ChildEnded, gpu_environment
+from dist_train.config import Recipe, recipe_from_dict
 from dist_train.errors import UseError, WorkError
 from dist_train.output import say
 from dist_train.parse import recipe_from_run

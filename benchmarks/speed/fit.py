@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from benchmarks.points import recipe_from_dict, run_point
+from benchmarks.points import run_point
 from benchmarks.speed.step import measure
-from dist_train.config import Recipe
+from dist_train.config import Recipe, recipe_from_dict
 from dist_train.errors import WorkError
 
 STEPS = 2  # the first allocates the gradients and the optimizer's state, the second has all of it

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.points import recipe_from_dict
 from benchmarks.speed.bare import bare_step
 from benchmarks.speed.gpu_profile import kernels_of
 from benchmarks.speed.memory import allocated, free_memory, peak_bytes, peak_mb
@@ -27,7 +26,7 @@ from benchmarks.speed.step import PAPER_CLASSES, SYNTHETIC_VOCABULARY, describe
 from benchmarks.speed.step_point import load, utilisation
 from benchmarks.speed.timing import EnergyMeter, median_ms, ratio, timed, timed_in_turns
 from benchmarks.tables import Row
-from dist_train.config import Head, Recipe
+from dist_train.config import Head, Recipe, recipe_from_dict
 from dist_train.data.loader import Batch
 from dist_train.models.backbones import timm_name
 from dist_train.models.names import vit_shape

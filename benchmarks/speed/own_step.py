@@ -14,11 +14,8 @@ from dist_train.config import Recipe
 from dist_train.data.loader import Batch
 from dist_train.models.build import build_model
 from dist_train.place import Place
-from dist_train.train.engine import build_engine, compile_mode, torch_device
-from dist_train.train.inputs import one_sample
-from dist_train.train.losses import Objective
-from dist_train.train.meters import StepMeter, training_flops_per_sample
-from dist_train.train.step import TrainStep, make_forward
+from dist_train.train.engine import torch_device
+from dist_train.train.setup import build_step
 
 
 class OwnStep:
@@ -31,35 +28,15 @@ class OwnStep:
     def __init__(
         self, recipe: Recipe, place: Place, classes: int, vocabulary: int = 0, graphs: bool | None = None
     ) -> None:
-        self.recipe, self.place = recipe, place
-        self.device = torch_device(place)
-        self.micro_batch = recipe.train.micro_batch_size or recipe.train.batch_size
-        self.accumulation = recipe.train.batch_size // self.micro_batch
+        self.recipe, self.device = recipe, torch_device(place)
         torch.manual_seed(recipe.train.seed)
         with self.device:  # a ViT-L takes seconds to draw on the host
             model, _ = build_model(recipe.model, recipe.data.image_size, classes, vocabulary)
-            self.flops = training_flops_per_sample(model, *one_sample(recipe))
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.engine = build_engine(model, recipe, place, self.micro_batch)
-        self.forward = make_forward(self.engine, recipe, self.device)
-        self.meter = StepMeter(self.device, self.flops, 1.0)
-        self.objective = Objective(recipe.optim, [1] * classes, self.device)
-        if graphs is None:
-            graphs = compile_mode(recipe, self.device, place.world_size) == "graphs"
-        self.train_step = self._train_step(graphs)
+        self.train_step = build_step(model, recipe, place, [1] * classes, graphs=graphs)
+        self.engine, self.forward = self.train_step.engine, self.train_step.forward
+        self.objective, self.meter = self.train_step.objective, self.train_step.meter
+        self.flops, self.parameters = self.meter.flops_per_sample, self.train_step.parameters
         self._steps = 0
-
-    def _train_step(self, graphs: bool) -> TrainStep:
-        return TrainStep(
-            self.engine,
-            self.forward,
-            self.objective,
-            self.recipe,
-            self.accumulation,
-            self.place.rank,
-            self.meter,
-            graphs=graphs,
-        )
 
     def __call__(self, batches: Iterator[Batch]) -> torch.Tensor:
         """Make the next step. Returns its loss, on the device."""
@@ -68,9 +45,7 @@ class OwnStep:
 
     def record(self) -> None:
         """From now on forward and backward pass are a CUDA graph: the same kernels, launched as one."""
-        products = self.train_step.products
-        self.train_step = self._train_step(graphs=True)
-        self.train_step.products = products  # so that it does not look at them again
+        self.train_step.graphs = True
 
     def close(self) -> None:
         """Let go of the engine, which something of DeepSpeed's refers to."""

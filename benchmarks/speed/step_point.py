@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.points import recipe_from_dict
 from benchmarks.speed.memory import free_memory, limit_memory
 from benchmarks.speed.own_step import (
     OwnStep,
@@ -21,7 +20,7 @@ from benchmarks.speed.own_step import (
 )
 from benchmarks.speed.step import PAPER_CLASSES, SYNTHETIC_VOCABULARY
 from benchmarks.speed.timing import EnergyMeter, step_figures, timed
-from dist_train.config import Recipe
+from dist_train.config import Recipe, recipe_from_dict
 from dist_train.data.loader import Batch, TrainLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.data.tokenizer import TagTokenizer
@@ -139,7 +138,7 @@ def load(
     return chain([first], batches), len(manifest.classes), figures
 
 
-def utilisation(recipe: Recipe, flops: int, step_s: float, device: torch.device) -> dict[str, float | None]:
+def utilisation(recipe: Recipe, flops: float, step_s: float, device: torch.device) -> dict[str, float | None]:
     """MFU of a step of `step_s` seconds: of the matrix product's rate measured now, and of the data sheet's."""
     dtype = compute_dtype(recipe.deepspeed)
     rate = flops * recipe.train.batch_size / step_s

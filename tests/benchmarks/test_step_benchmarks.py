@@ -12,13 +12,13 @@ import torch
 
 from benchmarks import result
 from benchmarks.__main__ import main
-from benchmarks.points import recipe_from_dict
 from benchmarks.speed import ifa_point, memory
 from benchmarks.speed.bare import bare_step
 from benchmarks.speed.engine_point import SPENDING, TURNED_BACK
 from benchmarks.speed.step import measure
 from benchmarks.speed.timing import median_ms, ratio, timed_in_turns
 from dist_train.cli import parse_recipe
+from dist_train.config import recipe_from_dict
 from dist_train.train.precision import measured_products
 
 

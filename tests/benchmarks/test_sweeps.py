@@ -28,6 +28,7 @@ from benchmarks.speed import fit, step_point, sweep
 from benchmarks.speed.fit import largest_micro_batch
 from benchmarks.speed.step import measure
 from benchmarks.speed.sweep import Sweep, mark_front
+from dist_train import machine
 from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError
@@ -86,7 +87,7 @@ def test_a_commit_is_marked_where_the_code_has_changes_not_where_a_result_has(
         file.write_text("before")
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
         subprocess.run([*git, *words], check=True)
-    monkeypatch.setattr(result, "__file__", str(code))
+    monkeypatch.setattr(machine, "__file__", str(code))
     monkeypatch.setattr(result, "RESULTS", tmp_path / "elsewhere")
 
     def commit() -> str:
