@@ -111,6 +111,8 @@ def _steps(point: Row, let_go: ExitStack) -> Row:
     row["joules_per_image"] = joules_per_image(lambda: own(batches), batch, seconds, device)
     if point["loaded"]:
         row |= beside_loading(own, batches, loaded, point["loaded_steps"])
+        if device.type == "cuda":  # the loader's kernels among the model's, and how long neither runs
+            profiles["loaded"] = kernels_of(lambda: own(loaded), PREPARED)
     return row | {"profiles": profiles or None}
 
 
