@@ -235,10 +235,13 @@ def _check_data_device(recipe: Recipe, device: str) -> None:
 
 
 def _check_deepspeed_settings(recipe: Recipe, device: str, world_size: int) -> None:
-    if recipe.deepspeed.config is None or recipe.train.batch_size % world_size:  # which is refused above
+    if recipe.deepspeed.config is None:
+        return
+    try:
+        micro_batch = micro_batch_of(recipe.train.batch_size, world_size, recipe.train.micro_batch_size)
+    except UseError:  # which `_check_batch` tells
         return
     known = replace(recipe, deepspeed=replace(recipe.deepspeed, precision=_precision_on(recipe, device)))
-    micro_batch = recipe.train.micro_batch_size or recipe.train.batch_size // world_size
     deepspeed_settings(known, world_size, micro_batch, parameters=0)
 
 
