@@ -120,14 +120,19 @@ def _run(options: argparse.Namespace) -> int:
     recipe = recipe_from_run(options.run)
     if options.command == "export" and options.file.suffix != ".safetensors":
         raise UseError(f"{options.file}: name the file .safetensors")
-    from dist_train import inference  # importing torch and DALI takes seconds: what is wrong above is told before
+    # Importing torch and DALI takes seconds: what is wrong above is told before.
+    from dist_train.use.evaluate import evaluate
+    from dist_train.use.export import export
+    from dist_train.use.grid import grid
+    from dist_train.use.predict import predict
+    from dist_train.use.trained import load_trained
 
-    trained = inference.load_trained(options.run, recipe, options.checkpoint, options.ema)
+    trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
     if options.command == "evaluate":
-        return _say_evaluation(*inference.evaluate(trained, options.split, options.shards, options.batch_size), options)
+        return _say_evaluation(*evaluate(trained, options.split, options.shards, options.batch_size), options)
     if options.command == "predict":
         bad = 0
-        for path, best in inference.predict(trained, options.images, options.tags, options.top):
+        for path, best in predict(trained, options.images, options.tags, options.top):
             if isinstance(best, WorkError):
                 print(best, file=sys.stderr)
                 bad = 1
@@ -135,9 +140,9 @@ def _run(options: argparse.Namespace) -> int:
                 say(path, *(f"  {probability:.4f}  {name}" for name, probability in best))
         return bad
     if options.command == "grid":
-        say(inference.grid(trained, options.split, options.shards, options.output))
+        say(grid(trained, options.split, options.shards, options.output))
     else:
-        say(inference.export(trained, options.file))
+        say(export(trained, options.file))
     return 0
 
 

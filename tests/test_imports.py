@@ -89,11 +89,11 @@ def test_no_modules_import_one_another_in_a_circle(everywhere: bool) -> None:
 
 
 LAYERS = {
-    "dist_train.data": {"dist_train.models", "dist_train.train", "dist_train.cluster", "dist_train.inference"},
-    "dist_train.models": {"dist_train.data", "dist_train.train", "dist_train.cluster", "dist_train.inference"},
-    "dist_train.train": {"dist_train.cluster", "dist_train.inference"},
+    "dist_train.data": {"dist_train.models", "dist_train.train", "dist_train.cluster", "dist_train.use"},
+    "dist_train.models": {"dist_train.data", "dist_train.train", "dist_train.cluster", "dist_train.use"},
+    "dist_train.train": {"dist_train.cluster", "dist_train.use"},
     "dist_train": {"shards", "benchmarks"},
-    "shards": {"benchmarks", "dist_train.models", "dist_train.train", "dist_train.cluster", "dist_train.inference"},
+    "shards": {"benchmarks", "dist_train.models", "dist_train.train", "dist_train.cluster", "dist_train.use"},
 }
 """What a package, and all in it, never imports."""
 

@@ -41,13 +41,13 @@ from dist_train.data.loader import Batch, EvalLoader
 from dist_train.data.manifest import Manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.files import write_atomically
-from dist_train.inference import TrainedModel, load_trained
 from dist_train.models.build import build_model
 from dist_train.models.saved import CHECKSUMS_NAME, newest_checkpoint
 from dist_train.parse import recipe_from_run
 from dist_train.train.checkpoint import read_state
 from dist_train.train.evaluate import Forward
 from dist_train.train.inputs import read_shard_set
+from dist_train.use.trained import TrainedModel, load_trained
 
 if TYPE_CHECKING:
     from benchmarks.claims.landscape import Arguments

@@ -27,10 +27,10 @@ from dist_train.data.draws import random_bits
 from dist_train.data.loader import EvalLoader
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError, WorkError
-from dist_train.inference import load_trained
 from dist_train.models.build import build_model
 from dist_train.models.saved import newest_checkpoint, read_weights
 from dist_train.place import Place
+from dist_train.use.trained import load_trained
 from tests import harness
 from tests.harness import CLASSES, write_shard_set
 

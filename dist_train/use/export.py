@@ -1,0 +1,53 @@
+"""A finished run's weights for other programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save
+
+from dist_train.errors import written
+from dist_train.files import write_atomically
+from dist_train.models.backbones import timm_name, vit_shape
+from dist_train.models.build import to_timm_state_dict
+from dist_train.train.checkpoint import read_state
+from dist_train.use.trained import TrainedModel
+
+
+def export(trained: TrainedModel, file: Path) -> str:
+    """Write weights that load into timm's model, the rest beside them, and in the file's metadata what one needs to use
+    them. Returns how they are loaded, in words. file: FILE.safetensors.
+    """
+    recipe = trained.recipe
+    weights, extra = to_timm_state_dict(trained.model)
+    name, arguments = timm_name(recipe.model.backbone, recipe.data.image_size)
+    arguments |= {"num_classes": len(trained.class_names) if recipe.model.head == "cls" else 0}
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in {**weights, **extra}.items()}
+    metadata = {
+        "backbone": recipe.model.backbone,
+        "head": recipe.model.head,
+        "text_tokens": recipe.model.text_tokens,
+        "timm": {"model": name, **arguments},
+        "classes": trained.class_names,
+        "image_size": recipe.data.image_size,
+        "resize": "the whole image, squashed to a square",
+        "mean": recipe.data.mean,
+        "std": recipe.data.std,
+        "norm_eps": recipe.model.norm_eps if vit_shape(recipe.model.backbone) else None,
+        "weights": "averaged" if trained.averaged else "raw",
+        "step": read_state(trained.checkpoint).step,
+    }
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    with written(file, "choose another"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, save(tensors, texts))
+    call = f"timm.create_model({', '.join([repr(name), *(f'{key}={value}' for key, value in arguments.items())])})"
+    if not extra:
+        return f"{file}: {len(weights)} tensors that load into {call}"
+    missing = "" if recipe.model.head != "ifa" else "; timm's own final norm stays untrained, as IFA does without it"
+    return (
+        f"{file}: the {len(weights)} tensors of the backbone load into {call} with strict=False{missing}. "
+        f"timm has no place for the other {len(extra)} ({', '.join(sorted(extra))}): for the classes take "
+        "dist-train predict, or this file as model.weights"
+    )
