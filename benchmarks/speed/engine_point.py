@@ -114,7 +114,7 @@ def measure_host(point: dict[str, Any], place: Place) -> dict[str, Any]:
 
     def model() -> Classifier:
         torch.manual_seed(0)
-        transformer = TokenTransformer(HOST_SHAPE, HOST_SIZE, every_block=False, dropout=0.0, norm_eps=1e-6)
+        transformer = TokenTransformer(HOST_SHAPE, HOST_SIZE, features="pooled", dropout=0.0, norm_eps=1e-6)
         return Classifier(transformer, CLSHead(HOST_SHAPE.dim, CLASSES), None, True)
 
     device = torch_device(place)

@@ -11,6 +11,7 @@ from timm.models import EfficientNet, ResNet, VisionTransformer, checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dist_train.models.heads import Features
 from dist_train.models.names import ViTShape, vit_shape
 
 
@@ -92,12 +93,12 @@ class TokenTransformer(VisionTransformer):
         self,
         shape: ViTShape,
         image_size: int,
-        every_block: bool,
+        features: Features,
         dropout: float,
         norm_eps: float,
         drop_path: float = 0.0,
     ) -> None:
-        """`every_block`: give the [CLS] of every block; the final layer norm is then left out, being unused."""
+        """`features`: what the head reads. The final layer norm is left out where it would be unused."""
         super().__init__(
             img_size=image_size,
             patch_size=shape.patch,
@@ -105,13 +106,13 @@ class TokenTransformer(VisionTransformer):
             embed_dim=shape.dim,
             depth=shape.depth,
             num_heads=shape.heads,
-            final_norm=not every_block,
+            final_norm=features == "pooled",
             pos_drop_rate=dropout,
             proj_drop_rate=dropout,  # after the attention's projection and both layers of the MLP
             drop_path_rate=drop_path,
             norm_layer=partial(LayerNorm, eps=norm_eps),
         )
-        self.every_block = every_block
+        self.features = features
         self.token_dtype: torch.dtype | None = None
         """Type of the tokens between the blocks (the residual stream); None: what the embedding gives."""
 
@@ -119,26 +120,27 @@ class TokenTransformer(VisionTransformer):
         """[CLS] tokens of images (B, 3, H, W), joined by embedded text tokens (B, T, D) if given.
 
         `attention_mask`, bool, broadcastable to (B, heads, S, S), is True where a token (third axis) may attend to
-        another (fourth axis). Returns (B, D), the normalised [CLS] of the last block; or, with `every_block`,
-        (B, D, L), the [CLS] after each of the L blocks, not normalised.
+        another (fourth axis). Returns what `features` says, see `heads.Features`.
         """
         tokens = self._pos_embed(self.patch_embed(images))
         if text is not None:
             tokens = torch.cat([tokens, text], dim=1)
         if self.token_dtype is not None:
             tokens = tokens.to(self.token_dtype)
-        cls_tokens = []
+        per_block = []
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
                 tokens = checkpoint(block, tokens, attn_mask=attention_mask)
             else:
                 tokens = block(tokens, attn_mask=attention_mask)
-            if self.every_block:
-                tokens, cls = take_cls(tokens)
-                cls_tokens.append(cls)
-        if self.every_block:
-            return torch.stack(cls_tokens, dim=-1)
-        return self.norm(tokens[:, 0])
+            if self.features == "pooled":
+                continue
+            average = tokens[:, 1 : 1 + self.patch_embed.num_patches].mean(dim=1) if self.features != "cls" else None
+            tokens, cls = take_cls(tokens)
+            per_block.append(cls if average is None else torch.cat([cls, average], dim=1))
+        if self.features == "pooled":
+            return self.norm(tokens[:, 0])
+        return torch.stack(per_block, dim=-1)
 
 
 Backbone = TokenTransformer | ResNet | EfficientNet

@@ -39,7 +39,12 @@ def build_model(
         head = CLSHead(backbone.num_features, num_classes)
     else:
         backbone = TokenTransformer(
-            shape, image_size, config.head == "ifa", config.dropout, config.norm_eps, config.drop_path
+            shape,
+            image_size,
+            "cls" if config.head == "ifa" else "pooled",
+            config.dropout,
+            config.norm_eps,
+            config.drop_path,
         )
         backbone.set_grad_checkpointing(config.checkpoint_blocks)
         if config.text_tokens > 0:

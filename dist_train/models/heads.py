@@ -7,6 +7,11 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
+Features = Literal["pooled", "cls", "cls_and_average"]
+"""What a backbone gives its head. pooled: (B, D), the normalised [CLS] of a ViT's last block, or what its timm model
+pools. cls: (B, D, L), the [CLS] after each of the L blocks, not normalised. cls_and_average: (B, 2 D, L), that and
+below it the average of the patches' tokens after the block, without text."""
+
 
 class CLSHead(nn.Module):
     """A linear classifier on one feature vector: the last [CLS] token, or the pooled features of a CNN."""
