@@ -6,6 +6,7 @@ Nothing here imports torch: --help and a misspelt option are answered at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_args, get_origin, get_type_hints
@@ -40,6 +41,7 @@ def parse(benchmark: Benchmark, words: list[str]) -> Command:
     """What the words after the benchmark's name say. Raises UseError where they say nothing it knows."""
     parser = parser_of(benchmark)
     own, others = _divided(parser, words) if benchmark.takes_recipe else (words, [])
+    _check_misspelt(benchmark, parser, others)
     try:
         parsed = parser.parse_args(own)
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
@@ -91,6 +93,17 @@ def _divided(parser: jsonargparse.ArgumentParser, words: list[str]) -> tuple[lis
         if takes_value[name] and not equals:
             own += [value for value in [next(rest, None)] if value is not None]
     return own, others
+
+
+def _check_misspelt(benchmark: Benchmark, parser: jsonargparse.ArgumentParser, others: list[str]) -> None:
+    """Raise UseError where a word that is left for the recipe is nearly an option of the benchmark. The recipe's own
+    options have a point in them, but for --config, which no benchmark's option is near to."""
+    for word in others:
+        option = word.partition("=")[0]
+        if not option.startswith("--") or "." in option:
+            continue
+        if near := difflib.get_close_matches(option, parser._option_string_actions, n=1, cutoff=0.8):
+            raise UseError(f"benchmarks {benchmark.name}: there is no option {option}; did you mean {near[0]}?")
 
 
 def words(text: str) -> list[str]:

@@ -90,12 +90,12 @@ def _run_ranks(pids: list[int], point: dict[str, Any]) -> dict[str, Any]:
 
 
 def headline(document: Document) -> str:
-    """Each contestant's step over DDP's."""
-    parts = [
-        f"{row['contestant']} {row['step_over_ddp']:.3f} ({row['exposed_share']:.2f})"
-        for row in having(document["rows"], "step_over_ddp", "exposed_share")
-        if text_of(row.get("contestant")) not in ("alone", "ddp")
-    ]
+    """Each contestant's step over DDP's, but for those with DeepSpeed's settings varied: the table has them."""
+    parts = []
+    for row in having(document["rows"], "step_over_ddp", "exposed_share"):
+        name = text_of(row.get("contestant"))
+        if name not in ("alone", "ddp") and "," not in name.removeprefix("DeepSpeed,"):
+            parts.append(f"{name} {row['step_over_ddp']:.3f} ({row['exposed_share']:.2f})")
     return f"Step over DDP's (share of the exchange that is exposed): {', '.join(parts)}" if parts else ""
 
 
