@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.benchmark import Benchmark
-from benchmarks.claims import histogram, kill, landscape, paper, precision, study
+from benchmarks.claims import agreement, histogram, kill, landscape, paper, precision, study
 from benchmarks.speed import batch_size, engine, exchange, gpu, ifa, loader, scale, step
 
 SPEED: tuple[Benchmark, ...] = (
@@ -22,6 +22,7 @@ CLAIMS: tuple[Benchmark, ...] = (
     landscape.BENCHMARK,
     precision.BENCHMARK,
     kill.BENCHMARK,
+    agreement.BENCHMARK,
     histogram.BENCHMARK,
 )
 BENCHMARKS = (*CLAIMS, *SPEED)
