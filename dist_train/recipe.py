@@ -20,7 +20,8 @@ from dist_train.data.plan import choose_streams, micro_batch_of
 from dist_train.data.remote import is_url
 from dist_train.data.vocabulary import WHOLE_TAGS, read_vocabulary
 from dist_train.errors import UseError, WorkError
-from dist_train.models.names import Abilities, abilities, check_model, check_weights
+from dist_train.models.abilities import Abilities
+from dist_train.models.names import abilities, check_model, check_weights
 from dist_train.ranges import check_ranges
 from dist_train.train.schedule import check_schedule, count_steps
 from dist_train.train.settings import deepspeed_settings, precision_of, read_deepspeed_config, why_no_graphs

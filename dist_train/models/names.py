@@ -17,28 +17,11 @@ from pathlib import Path
 
 from dist_train.config import ModelConfig
 from dist_train.errors import UseError
+from dist_train.models.abilities import Abilities
 from dist_train.ranges import check_section
 
 CNNS = {"resnet18": 8, "resnet50": 16, "efficientnet_b0": 16}
 """The paper's backbones without a [CLS] token, with their layers behind the stem as timm counts them."""
-
-
-@dataclass(frozen=True)
-class Abilities:
-    """What a backbone can do, by which a recipe is checked."""
-
-    tokens: bool
-    """It is a sequence of blocks that hand on tokens."""
-    per_block: bool
-    """It gives every block's [CLS]."""
-    text: bool
-    """Its blocks take text tokens and a mask."""
-    batch_norms: bool
-    """It has some."""
-    recomputes: bool
-    """It can compute its blocks again in the backward pass."""
-    layers: int
-    """Layers behind the stem, as model.freeze counts them."""
 
 
 @dataclass(frozen=True)

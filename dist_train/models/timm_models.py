@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.errors import UseError
+from dist_train.models.abilities import Abilities
 from dist_train.models.cls_token import take_cls
 from dist_train.models.heads import Features
-from dist_train.models.names import Abilities
 
 _KEY_OF = {"drop_path_rate": "model.drop_path", "proj_drop_rate": "model.dropout"}
 _TEXT = 3  # tokens of the text that a model is tried with
