@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import timm
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional
 
 from dist_train.models.heads import Features
 from dist_train.models.names import ViTShape, vit_shape
+from dist_train.models.tokens import take_cls, take_cls_and_average
 
 
 def timm_name(backbone: str, image_size: int) -> tuple[str, dict[str, int]]:
@@ -45,41 +45,6 @@ class LayerNorm(nn.LayerNorm):
         with torch.autocast(tokens.device.type, enabled=False):
             weight, bias = self.weight.to(tokens.dtype), self.bias.to(tokens.dtype)
             return functional.layer_norm(tokens, self.normalized_shape, weight, bias, self.eps)
-
-
-class _TakeCLS(torch.autograd.Function):
-    """Tokens (B, S, D) to the same tokens and a copy of their [CLS], (B, D).
-
-    A plain `tokens[:, 0]` would make its gradient a tensor of zeros of all tokens and add that to the gradient of the
-    tokens, for every block. Here the [CLS]'s gradient is added to its own row.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.shape = tokens.shape
-        return tokens.view_as(tokens), tokens[:, 0].clone()
-
-    @staticmethod
-    def backward(ctx: Any, of_tokens: Tensor | None, of_cls: Tensor | None) -> Tensor | None:
-        if of_cls is None:
-            return of_tokens
-        if of_tokens is None:  # nothing reads the tokens of the last block but the head
-            of_tokens = of_cls.new_zeros(ctx.shape)
-        # In place is safe: the tokens have two readers, a block's residual and its norm, and the sum of their two
-        # gradients is a tensor that nothing else holds.
-        of_tokens[:, 0] += of_cls
-        return of_tokens
-
-
-def take_cls(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (B, S, D), for a transformer block to go on with, and their [CLS], (B, D), a copy.
-
-    A view of the [CLS] would keep all tokens of every block in memory.
-    """
-    if torch.compiler.is_compiling():  # which fuses the plain form's zeros and sum into what follows
-        return tokens, tokens[:, 0].clone()
-    return _TakeCLS.apply(tokens)
 
 
 class TokenTransformer(VisionTransformer):
@@ -135,9 +100,11 @@ class TokenTransformer(VisionTransformer):
                 tokens = block(tokens, attn_mask=attention_mask)
             if self.features == "pooled":
                 continue
-            average = tokens[:, 1 : 1 + self.patch_embed.num_patches].mean(dim=1) if self.features != "cls" else None
-            tokens, cls = take_cls(tokens)
-            per_block.append(cls if average is None else torch.cat([cls, average], dim=1))
+            if self.features == "cls":
+                tokens, taken = take_cls(tokens)
+            else:
+                tokens, taken = take_cls_and_average(tokens, 1, self.patch_embed.num_patches)
+            per_block.append(taken)
         if self.features == "pooled":
             return self.norm(tokens[:, 0])
         return torch.stack(per_block, dim=-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_train.config import ModelConfig
 from dist_train.models.backbones import Backbone, TokenTransformer, create_cnn
 from dist_train.models.classifier import Classifier
-from dist_train.models.heads import HEAD_PREFIXES, CLSHead, HeadModule, IFAHead, initialise_head
+from dist_train.models.heads import HEADS, OWN_PREFIXES, HeadModule, head_name, initialise_head
 from dist_train.models.names import check_model, vit_shape
 from dist_train.models.parameter_groups import freeze
 from dist_train.models.vilt import TextEmbeddings
@@ -33,15 +33,16 @@ def build_model(
 
     backbone: Backbone
     head: HeadModule
+    make_head = HEADS[config.head]
     text = None
     if shape is None:
         backbone = create_cnn(config.backbone, config.drop_path)
-        head = CLSHead(backbone.num_features, num_classes)
+        head = make_head(backbone.num_features, 0, num_classes, config.norm_eps)
     else:
         backbone = TokenTransformer(
             shape,
             image_size,
-            "cls" if config.head == "ifa" else "pooled",
+            make_head.reads,
             config.dropout,
             config.norm_eps,
             config.drop_path,
@@ -49,10 +50,7 @@ def build_model(
         backbone.set_grad_checkpointing(config.checkpoint_blocks)
         if config.text_tokens > 0:
             text = TextEmbeddings(vocab_size, config.text_tokens, shape.dim, config.dropout, config.norm_eps)
-        if config.head == "ifa":
-            head = IFAHead(shape.dim, shape.depth, num_classes, config.norm_eps)
-        else:
-            head = CLSHead(shape.dim, num_classes)
+        head = make_head(shape.dim, shape.depth, num_classes, config.norm_eps)
     initialise_head(head, config.head_init)
 
     model = Classifier(backbone, head, text, config.mask_padding)
@@ -83,19 +81,20 @@ def plain_weights(model: Classifier) -> dict[str, Tensor]:
     """The model's parameters and buffers (not copies) under plain names, in which weights are read and written.
 
     Backbone and CLS classifier: timm's names for that architecture (`blocks.0.norm1.weight`, `head.weight`; `fc.` or
-    `classifier.` for a CNN). IFA head: `ifa.aggregate.`, `ifa.norm.`, `ifa.classifier.`; text: `text.word.weight`,
-    `text.position.weight`, `text.token_type.weight`, `text.norm.`.
+    `classifier.` for a CNN). Another head: its own name first, as `ifa.aggregate.`, `ifa.norm.`, `ifa.classifier.`;
+    text: `text.word.weight`, `text.position.weight`, `text.token_type.weight`, `text.norm.`.
     """
-    return to_plain_names(model.state_dict(), getattr(model.backbone, "default_cfg", {}).get("classifier", "head"))
+    classifier = getattr(model.backbone, "default_cfg", {}).get("classifier", "head")
+    return to_plain_names(model.state_dict(), classifier, head_name(model.head))
 
 
 def to_timm_state_dict(model: Classifier) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The model's weights for timm, and what timm has no place for (names as in `plain_weights`); not copies.
 
     With the CLS head the first loads with strict=True into `timm.create_model(name, num_classes=C, **arguments)`,
-    name and arguments from `backbones.timm_name`. With the IFA head it lacks `norm.` and `head.`, which such a
-    model does not have. The second holds the IFA head and the text embeddings and is empty for the others.
+    name and arguments from `backbones.timm_name`. With another head it lacks `norm.` and `head.`, which such a
+    model does not have. The second holds such a head and the text embeddings and is empty for the others.
     """
     plain = plain_weights(model)
-    extra = {name: tensor for name, tensor in plain.items() if name.startswith(("text.", *HEAD_PREFIXES.values()))}
+    extra = {name: tensor for name, tensor in plain.items() if name.startswith(("text.", *OWN_PREFIXES.values()))}
     return {name: tensor for name, tensor in plain.items() if name not in extra}, extra
