@@ -1,4 +1,4 @@
-"""The command `dist-train`: train, doctor, evaluate, predict, grid, export."""
+"""The command `dist-train`: train, doctor, models, evaluate, predict, grid, export."""
 
 from __future__ import annotations
 
@@ -39,6 +39,12 @@ def _main(words: list[str], keep: Callable[[], None]) -> int:
         return examine(recipe, resume, hostfile)
     options = _command_parser().parse_args(words)
     keep()
+    if options.command == "models":
+        from dist_train.models.listing import list_models  # imports torch and timm
+
+        for line in list_models(options.pattern):
+            say(line)
+        return 0
     return _run(options)
 
 
@@ -75,6 +81,15 @@ def _command_parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train by a recipe in one process (several: deepspeed launch/train.py)")
 
     commands.add_parser("doctor", help="say before a run what would fail in it, on every host of a hostfile")
+
+    models = commands.add_parser("models", help="the backbones there are: size, and whether IFA and text go with each")
+    models.add_argument(
+        "pattern",
+        nargs="?",
+        metavar="PATTERN",
+        help="part of a name, or with wildcards, as '*dinov2*'; each that fits is looked at, about a second each "
+        "(default: the paper's, and timm's families)",
+    )
 
     evaluate = commands.add_parser("evaluate", help="accuracy of a run on a split")
     evaluate.add_argument("run", type=Path, help="run folder")

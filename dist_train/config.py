@@ -60,10 +60,10 @@ class DataConfig:
     cutmix: Annotated[float, NOT_NEGATIVE] = 0.0
     """Alpha of CutMix (Yun et al. 2019): neighbours exchange a box whose share of the area is from Beta(alpha, alpha);
     0 is off."""
-    mean: Annotated[tuple[float, float, float], FINITE] = (0.5, 0.5, 0.5)
-    """Subtracted from RGB in [0, 1]."""
-    std: Annotated[tuple[float, float, float], POSITIVE] = (0.5, 0.5, 0.5)
-    """Divides RGB after the mean is subtracted."""
+    mean: Annotated[tuple[float, float, float] | Literal["auto"], FINITE] = (0.5, 0.5, 0.5)
+    """Subtracted from RGB in [0, 1]. auto: what the starting weights were trained with, 0.5 without any."""
+    std: Annotated[tuple[float, float, float] | Literal["auto"], POSITIVE] = (0.5, 0.5, 0.5)
+    """Divides RGB after the mean is subtracted; auto as for mean."""
     tokenizer: str = "bert-base-uncased"
     """WordPiece tokenizer for tags: a name on the hub, or a vocab.txt file; or `tags`: one token for each of the
     tag_vocabulary most frequent tags of the train split. Read only if model.text_tokens > 0."""
@@ -95,7 +95,9 @@ class ModelConfig:
     """Backbone, head, text, and the weights it starts from."""
 
     backbone: str = "vit_base_patch16"
-    """One of resnet18, resnet50, efficientnet_b0, or vit_{tiny,small,base,large}_patch{N}."""
+    """One of resnet18, resnet50, efficientnet_b0, or vit_{tiny,small,base,large}_patch{N}; or any model of timm by
+    timm's name for it, with the tag of its pretrained weights behind a dot or without (`dist-train models` lists
+    them)."""
     head: Head = "cls"
     """What makes the logits. cls: a linear layer on the last [CLS] token (pooled features for a CNN). The others read
     every block of a ViT. mean: a linear layer on the mean of the blocks' [CLS]; ifa: on a learned mixture of them;
@@ -111,29 +113,32 @@ class ModelConfig:
     mask_padding: bool = True
     """Keep padding tokens out of attention; false reproduces the reference, where they take part."""
     weights: str = "none"
-    """Starting weights: none, hub (timm's, the paper's tag), hub:TAG, a file (.safetensors, .pth/.bin, .npz), or the
-    folder of a run (its best checkpoint on val, else its last) or of a checkpoint; with `:ema` behind the folder its
-    averaged weights. The classifier comes along if the classes are the same."""
+    """Starting weights: none, hub (timm's, of the tag in model.backbone, else the paper's or timm's default), hub:TAG,
+    a file (.safetensors, .pth/.bin, .npz), a folder in the format of timm's hub, or the folder of a run (its best
+    checkpoint on val, else its last) or of a checkpoint; with `:ema` behind the folder its averaged weights. The
+    classifier comes along if the classes are the same."""
     pos_resize: PosResize = "timm"
     """Resampling of pretrained position embeddings: timm's (bicubic, antialiased) or the reference's (bilinear,
-    aligned corners)."""
+    aligned corners). A backbone under timm's own name always has timm's."""
     dropout: Annotated[float, SHARE] = 0.0
     """Dropout inside the transformer blocks; the reference trains with 0.1."""
     drop_path: Annotated[float, SHARE] = 0.0
     """Probability with which the residual branches of the last block are skipped for a sample; it rises linearly from 0
     at the first (stochastic depth, Huang et al. 2016)."""
     freeze: str = "none"
-    """What keeps its starting weights, in evaluation mode: none; a number n, the embedding and the first n blocks of a
-    ViT; or backbone, all but the head (and the text embeddings)."""
+    """What keeps its starting weights, in evaluation mode: none; a number n, the embedding or stem and the first n
+    blocks or, as timm groups them, layers; or backbone, all but the head (and the text embeddings)."""
     checkpoint_blocks: bool = False
-    """Compute a ViT's blocks again in the backward pass instead of keeping their activations; same results."""
+    """Compute blocks again in the backward pass instead of keeping their activations; same results. Not with batch
+    norms."""
     compile: Compile = "auto"
     """What runs the model. none: PyTorch's operators one by one. kernels: those of torch.compile, which take up to a
     minute to build. graphs: kernels, and forward and backward pass of a micro-batch launched as one CUDA graph, so that
     a small batch costs what the GPU needs and not what Python does; one GPU at ZeRO 0 without checkpoint_blocks. auto:
     on a GPU graphs where they can be, else kernels (none with ZeRO 3, which they do not go with); on the CPU none."""
     norm_eps: Annotated[float, POSITIVE] = 1e-6
-    """Epsilon of the layer norms; the reference has 1e-12, which underflows in fp16."""
+    """Epsilon of the layer norms; the reference has 1e-12, which underflows in fp16. A backbone under timm's own name
+    keeps its own."""
 
 
 @dataclass
@@ -151,10 +156,11 @@ class OptimConfig:
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Decoupled for AdamW, added to the gradient for SGD."""
     decay_all: bool = False
-    """Whether weight_decay also holds for biases, norms, the [CLS] token and position embeddings."""
+    """Whether weight_decay also holds for biases, norms, the [CLS] token, position embeddings and what else timm leaves
+    out."""
     layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
-    """A ViT's rates fall by this factor per layer from the head (1) over the last block to the embedding; text
-    embeddings, which start untrained, learn at the head's. 1: all at one rate."""
+    """Rates fall by this factor per layer from the head (1) over the last block or layer to the embedding or stem; text
+    embeddings, which start untrained, learn at the head's. Layers are timm's groups. 1: all at one rate."""
     schedule: Schedule = "cosine"
     """constant_epoch: divided by decay_factor after every decay_epochs; cosine: half a cosine to 0, per step."""
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
@@ -226,7 +232,8 @@ class DeepSpeedConfig:
     precision: Precision = "auto"
     """Arithmetic of forward and backward pass; weights, their gradients at ZeRO 0, and the optimizer's step are float32
     in any case. float32: exact, on GPUs too. tf32: float32 whose matrix products a GPU rounds to 10 bits. bf16: matrix
-    products and all that lies between them, the tokens of a ViT included; sums of norms, and the loss, in float32.
+    products and all that lies between them, the tokens of a ViT included; sums of norms, and the loss, in float32 (at
+    ZeRO 0 a backbone under timm's own name has its tokens in float32 too).
     bf16_autocast: the same, but tokens and norms in float32 by the rules of torch.autocast (ZeRO 0 only). fp16: with a
     loss scale that follows overflows; needs a GPU. auto: on GPUs that have it bf16_autocast at ZeRO 0 and bf16 above,
     else float32. What the matrix products really were is measured at the start of a run, which ends where that is not

@@ -55,6 +55,8 @@ def check_section(section: str, config: Any) -> None:
     """The same for one section: `data` with its DataConfig, and so on."""
     for key, allowed in ranges_of(type(config)).items():
         value = getattr(config, key)
+        if isinstance(value, str):  # auto, for which numbers will stand
+            continue
         several = isinstance(value, tuple)
         for number in value if several else (value,):
             if number not in allowed:

@@ -20,7 +20,8 @@ from dist_train.data.plan import choose_streams, micro_batch_of
 from dist_train.data.remote import is_url
 from dist_train.data.vocabulary import WHOLE_TAGS, read_vocabulary
 from dist_train.errors import UseError, WorkError
-from dist_train.models.names import CNNS, NEEDS_VIT, check_model, check_weights
+from dist_train.models.abilities import Abilities
+from dist_train.models.names import abilities, check_model, check_weights
 from dist_train.ranges import check_ranges
 from dist_train.train.schedule import check_schedule, count_steps
 from dist_train.train.settings import deepspeed_settings, precision_of, read_deepspeed_config, why_no_graphs
@@ -44,7 +45,6 @@ def check_step(recipe: Recipe, world_size: int, device: str) -> None:
     """
     check_ranges(recipe)
     check_model(recipe.model, recipe.data.image_size)
-    _check_layer_decay(recipe)
     _check_batch(recipe, world_size)
     check_combination(recipe, device, world_size)
     _check_deepspeed_settings(recipe, device, world_size)
@@ -70,7 +70,6 @@ def problems(
         [
             lambda: check_model(recipe.model, recipe.data.image_size),
             lambda: None if resumed else check_weights(recipe.model.weights),
-            lambda: _check_layer_decay(recipe),
             lambda: check_run_folder(Path(recipe.train.run), resume),
             lambda: _check_wandb(recipe),
             lambda: _check_tokenizer(recipe),
@@ -147,7 +146,7 @@ def check_digest(config: DataConfig, manifest: Manifest) -> None:
 
 def check_combination(recipe: Recipe, device: str, world_size: int = 1) -> None:
     """Raise UseError for settings that do not go together, or not on this device (cpu or cuda)."""
-    config, stage, cnn = recipe.deepspeed, recipe.deepspeed.zero_stage, recipe.model.backbone in CNNS
+    config, stage = recipe.deepspeed, recipe.deepspeed.zero_stage
     precision = _precision_on(recipe, device)
     if precision in ("fp16", "tf32") and device == "cpu":
         raise UseError(f"deepspeed.precision {precision} needs a GPU; on the CPU use bf16 or float32")
@@ -155,7 +154,7 @@ def check_combination(recipe: Recipe, device: str, world_size: int = 1) -> None:
         _check_tf32()
     if precision == "bf16_autocast" and stage > 0:
         raise UseError(f"deepspeed.precision bf16_autocast needs deepspeed.zero_stage 0; ZeRO {stage} has bf16")
-    if cnn and (precision == "fp16" or (precision == "bf16" and stage > 0)):
+    if (precision == "fp16" or (precision == "bf16" and stage > 0)) and _can(recipe).batch_norms:
         raise UseError(
             f"{recipe.model.backbone} has batch norms, whose float32 statistics DeepSpeed's {precision} cannot "
             "take; use deepspeed.precision bf16 with deepspeed.zero_stage 0, or float32"
@@ -172,8 +171,12 @@ def check_combination(recipe: Recipe, device: str, world_size: int = 1) -> None:
         raise UseError("model.compile cannot see parameters that deepspeed.zero_stage 3 gathers; use 0 to 2, or none")
     if recipe.model.compile == "graphs" and (problem := why_no_graphs(recipe, device, world_size)):
         raise UseError(f"model.compile graphs {problem}; use kernels, or auto")
-    if recipe.train.channels_last and not cnn:
+    if recipe.train.channels_last and _can(recipe).tokens:
         raise UseError(f"train.channels_last is for CNNs; with {recipe.model.backbone} use false")
+
+
+def _can(recipe: Recipe) -> Abilities:
+    return abilities(recipe.model.backbone, recipe.data.image_size)
 
 
 def _check_tf32() -> None:
@@ -186,11 +189,6 @@ def _check_tf32() -> None:
 def _precision_on(recipe: Recipe, device: str) -> Precision:
     config = recipe.deepspeed
     return "float32" if config.precision == "auto" and device == "cpu" else precision_of(config)
-
-
-def _check_layer_decay(recipe: Recipe) -> None:
-    if recipe.optim.layer_decay != 1 and recipe.model.backbone in CNNS:
-        raise UseError(NEEDS_VIT)
 
 
 def _check_wandb(recipe: Recipe) -> None:
@@ -247,6 +245,8 @@ def _check_deepspeed_settings(recipe: Recipe, device: str, world_size: int) -> N
 
 def _check_hub_weights(recipe: Recipe) -> None:
     if recipe.model.weights.partition(":")[0] == "hub":
-        from dist_train.models.weights import hub_name  # imports timm, which alone knows; training will need it anyhow
+        from dist_train.models.pretrained import (
+            hub_name,
+        )  # imports timm, which alone knows; training will need it anyhow
 
         hub_name(recipe.model.backbone, recipe.model.weights.removeprefix("hub").removeprefix(":"))

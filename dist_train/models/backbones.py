@@ -1,4 +1,4 @@
-"""Backbones under the paper's names (`names.py`): timm's ResNets, EfficientNet and vision transformers."""
+"""The vision transformers under the paper's names (`names.py`); timm's own models are in `timm_models.py`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from functools import partial
 
 import timm
 import torch
-from timm.models import EfficientNet, ResNet, VisionTransformer, checkpoint
+from timm.models import VisionTransformer, checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dist_train.models.cls_token import take_cls, take_cls_and_average
 from dist_train.models.heads import Features
-from dist_train.models.names import ViTShape, vit_shape
-from dist_train.models.tokens import take_cls, take_cls_and_average
+from dist_train.models.names import ViTShape, is_paper_name, vit_shape
+from dist_train.models.timm_models import timm_arguments
 
 
 def timm_name(backbone: str, image_size: int) -> tuple[str, dict[str, int]]:
@@ -21,11 +22,11 @@ def timm_name(backbone: str, image_size: int) -> tuple[str, dict[str, int]]:
     `("vit_base_patch16", 128)` gives `("vit_base_patch16_224", {"img_size": 128})`. Patch sizes that timm has no
     name for become an argument: `("vit_tiny_patch8", 64)` gives
     `("vit_tiny_patch16_224", {"img_size": 64, "patch_size": 8})`. A CNN has no arguments. Layer norms there have
-    epsilon 1e-6; dropout and epsilon are no weights and so not part of the answer.
+    epsilon 1e-6; dropout and epsilon are no weights and so not part of the answer. Any other name is timm's own.
     """
     shape = vit_shape(backbone)
     if shape is None:
-        return backbone, {}
+        return backbone, {} if is_paper_name(backbone) else timm_arguments(backbone, image_size)
     name = f"{backbone}_224"
     if timm.is_model(name):
         return name, {"img_size": image_size}
@@ -110,9 +111,10 @@ class TokenTransformer(VisionTransformer):
         return torch.stack(per_block, dim=-1)
 
 
-Backbone = TokenTransformer | ResNet | EfficientNet
+Backbone = TokenTransformer | nn.Module
+"""A ViT under the paper's names, or timm's model of the name (`timm_models.build_timm`)."""
 
 
-def create_cnn(backbone: str, drop_path: float = 0.0) -> ResNet | EfficientNet:
-    """timm's CNN of that name without its classifier: images (B, 3, H, W) to pooled features (B, num_features)."""
-    return timm.create_model(backbone, num_classes=0, drop_path_rate=drop_path)
+def blocks_of(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks of a backbone that is a sequence of them, all of one kind; [] for any other."""
+    return list(backbone.blocks) if hasattr(backbone, "num_prefix_tokens") and hasattr(backbone, "blocks") else []  # type: ignore[arg-type]

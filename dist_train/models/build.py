@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dist_train.config import ModelConfig
-from dist_train.models.backbones import Backbone, TokenTransformer, create_cnn
+from dist_train.models.backbones import TokenTransformer, blocks_of
 from dist_train.models.classifier import Classifier
-from dist_train.models.heads import HEADS, OWN_PREFIXES, HeadModule, head_name, initialise_head
-from dist_train.models.names import check_model, vit_shape
+from dist_train.models.heads import HEADS, OWN_PREFIXES, Features, head_name, initialise_head
+from dist_train.models.names import check_model, is_paper_name, vit_shape
 from dist_train.models.parameter_groups import freeze
+from dist_train.models.timm_models import build_timm, classifier_names, inspect
 from dist_train.models.vilt import TextEmbeddings
 from dist_train.models.weights import LoadReport, load_weights, to_plain_names
 
@@ -27,49 +29,58 @@ def build_model(
     for weights that do not fit.
     """
     check_model(config, image_size)
-    shape = vit_shape(config.backbone)
     if config.text_tokens > 0 and vocab_size <= 0:
         raise ValueError("a model with text needs vocab_size")
 
-    backbone: Backbone
-    head: HeadModule
     make_head = HEADS[config.head]
+    backbone, dim, depth = _build_backbone(config, image_size, make_head.reads)
     text = None
-    if shape is None:
-        backbone = create_cnn(config.backbone, config.drop_path)
-        head = make_head(backbone.num_features, 0, num_classes, config.norm_eps)
-    else:
-        backbone = TokenTransformer(
-            shape,
-            image_size,
-            make_head.reads,
-            config.dropout,
-            config.norm_eps,
-            config.drop_path,
-        )
-        backbone.set_grad_checkpointing(config.checkpoint_blocks)
-        if config.text_tokens > 0:
-            text = TextEmbeddings(vocab_size, config.text_tokens, shape.dim, config.dropout, config.norm_eps)
-        head = make_head(shape.dim, shape.depth, num_classes, config.norm_eps)
+    if config.text_tokens > 0:
+        text = TextEmbeddings(vocab_size, config.text_tokens, dim, config.dropout, config.norm_eps)
+    head = make_head(dim, depth, num_classes, config.norm_eps)
     initialise_head(head, config.head_init)
 
     model = Classifier(backbone, head, text, config.mask_padding)
-    report = load_weights(plain_weights(model), config.weights, config.backbone, config.pos_resize, class_names)
+    own, classifiers = plain_weights(model), classifier_names(backbone)
+    report = load_weights(own, config.weights, config.backbone, config.pos_resize, class_names, image_size, classifiers)
     model.frozen = freeze(model, config.freeze)
     return model.train(), report
 
 
+def _build_backbone(config: ModelConfig, image_size: int, features: Features) -> tuple[nn.Module, int, int]:
+    """The backbone, the channels of what it gives (the D of `heads.Features`), and its blocks, if it gives those."""
+    shape = vit_shape(config.backbone)
+    if shape is not None:
+        vit = TokenTransformer(shape, image_size, features, config.dropout, config.norm_eps, config.drop_path)
+        vit.set_grad_checkpointing(config.checkpoint_blocks)
+        return vit, shape.dim, shape.depth
+    # The paper's CNNs have no layer that model.dropout is about.
+    dropout = 0.0 if is_paper_name(config.backbone) else config.dropout
+    text = config.text_tokens > 0
+    backbone = build_timm(config.backbone, image_size, features, config.drop_path, dropout, text)
+    if config.checkpoint_blocks:
+        backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    traits = inspect(config.backbone, image_size)
+    return backbone, traits.pooled_dim if features == "pooled" else traits.token_dim, traits.depth
+
+
 def compile_blocks(model: Classifier) -> None:
-    """Run torch.compile, in place, on each block of a ViT (one is compiled and serves all) or on the whole of a CNN."""
-    for module in model.backbone.blocks if isinstance(model.backbone, TokenTransformer) else [model.backbone]:
-        module.compile(dynamic=False)
+    """Run torch.compile, in place, on each block of a sequence of them (one is compiled and serves all) or on the whole
+    of another backbone."""
+    blocks = blocks_of(model.backbone)
+    for module in blocks or [model.backbone]:
+        if blocks and not isinstance(model.backbone, TokenTransformer):
+            # Without the hooks on it (`timm_models.TokenReader`), which keep what they see.
+            module.forward = torch.compile(module.forward, dynamic=False)  # type: ignore[method-assign]
+        else:
+            module.compile(dynamic=False)
 
 
 def compile_parts(model: Classifier) -> None:
     """Run torch.compile, in place, on the backbone, the text embeddings and the head, each as a whole: some faster than
     block by block, and in compiling that many times slower. Batches must be of one size.
     """
-    if isinstance(model.backbone, TokenTransformer) and model.backbone.grad_checkpointing:
+    if blocks_of(model.backbone) and model.backbone.grad_checkpointing:
         compile_blocks(model)  # the border of what is computed again
         return
     for part in (model.backbone, model.text, model.head):
@@ -84,17 +95,22 @@ def plain_weights(model: Classifier) -> dict[str, Tensor]:
     `classifier.` for a CNN). Another head: its own name first, as `ifa.aggregate.`, `ifa.norm.`, `ifa.classifier.`;
     text: `text.word.weight`, `text.position.weight`, `text.token_type.weight`, `text.norm.`.
     """
-    classifier = getattr(model.backbone, "default_cfg", {}).get("classifier", "head")
-    return to_plain_names(model.state_dict(), classifier, head_name(model.head))
+    return to_plain_names(model.state_dict(), classifier_names(model.backbone)[0], head_name(model.head))
 
 
 def to_timm_state_dict(model: Classifier) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The model's weights for timm, and what timm has no place for (names as in `plain_weights`); not copies.
 
     With the CLS head the first loads with strict=True into `timm.create_model(name, num_classes=C, **arguments)`,
-    name and arguments from `backbones.timm_name`. With another head it lacks `norm.` and `head.`, which such a
-    model does not have. The second holds such a head and the text embeddings and is empty for the others.
+    name and arguments from `backbones.timm_name`. With another head it lacks `head.`, and from a ViT under the paper's
+    names `norm.`, which such a model does not have. The second holds such a head and the text embeddings and is empty
+    for the others.
     """
     plain = plain_weights(model)
+    first, *others = classifier_names(model.backbone)
+    for other in others:  # timm takes the mean of several classifiers, as of DeiT's two
+        plain |= {
+            f"{other}.{kind}": plain[f"{first}.{kind}"] for kind in ("weight", "bias") if f"{first}.{kind}" in plain
+        }
     extra = {name: tensor for name, tensor in plain.items() if name.startswith(("text.", *OWN_PREFIXES.values()))}
     return {name: tensor for name, tensor in plain.items() if name not in extra}, extra

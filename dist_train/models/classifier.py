@@ -7,7 +7,6 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from dist_train.models.backbones import Backbone
 from dist_train.models.heads import HeadModule
 from dist_train.models.vilt import TextEmbeddings, keep_padding_out
 
@@ -15,7 +14,7 @@ from dist_train.models.vilt import TextEmbeddings, keep_padding_out
 class Classifier(nn.Module):
     """Backbone, head, and text embeddings for a ViLT (`text` is None for a model of images alone)."""
 
-    def __init__(self, backbone: Backbone, head: HeadModule, text: TextEmbeddings | None, mask_padding: bool) -> None:
+    def __init__(self, backbone: nn.Module, head: HeadModule, text: TextEmbeddings | None, mask_padding: bool) -> None:
         super().__init__()
         self.backbone = backbone
         self.text = text
@@ -52,5 +51,6 @@ class Classifier(nn.Module):
         if self.mask_padding:
             if text_mask is None:
                 raise ValueError("mask_padding needs text_mask")
-            attention_mask = keep_padding_out(text_mask, image_tokens=1 + self.backbone.patch_embed.num_patches)
+            image_tokens = self.backbone.num_prefix_tokens + self.backbone.patch_embed.num_patches
+            attention_mask = keep_padding_out(text_mask, image_tokens)
         return self.head(self.backbone(images, self.text(text_ids), attention_mask))

@@ -1,9 +1,10 @@
-"""Backbones by name: which there are, and what their names say. Imports nothing slow, so that a wrong
-name is reported at once.
+"""Backbones by name: which there are, and what their names say.
 
-A name says what timm calls the architecture without the training resolution: `vit_base_patch16` is timm's
+The paper's names say what timm calls the architecture without the training resolution: `vit_base_patch16` is timm's
 `vit_base_patch16_224` at whatever image size the recipe has. The patch size is free, so that small images can be
-cut into small patches (`vit_tiny_patch8`).
+cut into small patches (`vit_tiny_patch8`). What they can do is known here, so that a recipe with one of them is checked
+without a slow import. Any other name is timm's, with a tag of its pretrained weights or without one
+(`vit_base_patch14_dinov2.lvd142m`), and timm is asked.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 
 from dist_train.config import ModelConfig
 from dist_train.errors import UseError
+from dist_train.models.abilities import Abilities
 from dist_train.ranges import check_section
 
-CNNS = ("resnet18", "resnet50", "efficientnet_b0")
-"""Backbones without a [CLS] token: they take neither text nor the IFA head."""
+CNNS = {"resnet18": 8, "resnet50": 16, "efficientnet_b0": 16}
+"""The paper's backbones without a [CLS] token, with their layers behind the stem as timm counts them."""
 
 
 @dataclass(frozen=True)
@@ -40,41 +42,77 @@ class ViTShape:
 
 FILE_TYPES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 """Of weights that model.weights may name."""
-NEEDS_VIT = "optim.layer_decay and a number for model.freeze need a ViT; with a CNN use 1, and none or backbone"
 VIT_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Channels, blocks and attention heads, as in timm."""
 
 
 def vit_shape(backbone: str) -> ViTShape | None:
-    """Shape of the vision transformer `backbone`, or None for a CNN. Raises UseError for an unknown name."""
-    if backbone in CNNS:
-        return None
+    """Shape of the vision transformer of that paper's name; None for any other name."""
     match = re.fullmatch(rf"vit_({'|'.join(VIT_SIZES)})_patch([1-9][0-9]*)", backbone)
-    if match is None:
-        known = [*CNNS, *(f"vit_{size}_patch{patch}" for size in VIT_SIZES for patch in (4, 8, 16, 32))]
-        # As others write it: google/vit-base-patch16-224, vit_base_patch16_224.augreg_in21k.
-        plain = backbone.lower().rpartition("/")[2].partition(".")[0].replace("-", "_")
-        nearest = difflib.get_close_matches(re.sub(r"_\d{3}(_in21k|_in1k)?$", "", plain), known, n=1, cutoff=0.75)
-        advice = f"did you mean {nearest[0]}? There are" if nearest else "there are"
-        raise UseError(
-            f"model.backbone: {backbone!r} is unknown; {advice} {', '.join(CNNS)}, "
-            f"vit_{{{','.join(VIT_SIZES)}}}_patch{{N}}"
-        )
-    size, patch = match[1], int(match[2])
-    return ViTShape(size, patch, *VIT_SIZES[size])
+    return ViTShape(match[1], int(match[2]), *VIT_SIZES[match[1]]) if match else None
+
+
+def is_paper_name(backbone: str) -> bool:
+    """Whether the name is one of the paper's; any other is timm's."""
+    return backbone in CNNS or vit_shape(backbone) is not None
+
+
+def check_name(backbone: str) -> None:
+    """Raise UseError for a name that neither the paper nor timm has, with what was probably meant."""
+    if is_paper_name(backbone):
+        return
+    import timm  # slow, and the only one that knows
+
+    architecture, _, tag = backbone.partition(".")
+    if re.fullmatch(r"\w+", architecture) and timm.is_model(architecture):
+        tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+        if tag and tag not in tags:
+            there_are = f"there are {', '.join(sorted(tags))}" if tags else "it has none"
+            nearest = difflib.get_close_matches(tag, tags, n=1)
+            meant = f"did you mean {architecture}.{nearest[0]}? " if nearest else ""
+            raise UseError(f"model.backbone: timm has no weights {tag!r} of {architecture}; {meant}{there_are}")
+        return
+    papers = [*CNNS, *(f"vit_{size}_patch{patch}" for size in VIT_SIZES for patch in (4, 8, 16, 32))]
+    # As others write it: google/vit-base-patch16-224.
+    plain = architecture.lower().rpartition("/")[2].replace("-", "_")
+    nearest = difflib.get_close_matches(plain, [*papers, *timm.list_models()], n=1, cutoff=0.75)
+    meant = f"did you mean {nearest[0]}? " if nearest else ""
+    raise UseError(
+        f"model.backbone: {backbone!r} is unknown; {meant}There are {', '.join(CNNS)}, "
+        f"vit_{{{','.join(VIT_SIZES)}}}_patch{{N}} and what `dist-train models` lists"
+    )
+
+
+def abilities(backbone: str, image_size: int) -> Abilities:
+    """What a backbone can do with images of `image_size` pixels a side. Raises UseError for an unknown name, and for
+    a size that it does not take."""
+    shape = vit_shape(backbone)
+    if shape is not None:
+        return Abilities(True, True, True, False, True, shape.depth)
+    if backbone in CNNS:
+        return Abilities(False, False, False, True, True, CNNS[backbone])
+    check_name(backbone)
+    from dist_train.models.timm_models import inspect  # imports torch and timm
+
+    return inspect(backbone, image_size).can
 
 
 def check_image_size(backbone: str, image_size: int) -> None:
-    """Raise UseError if the patches of `backbone` do not fill an image of `image_size` pixels a side exactly."""
-    shape = vit_shape(backbone)
-    if shape is None or image_size % shape.patch == 0:
+    """Raise UseError if the patches of which the name of `backbone` speaks do not fill an image of `image_size` pixels
+    a side exactly."""
+    patch = re.search(r"_patch([1-9][0-9]*)", backbone)
+    side = int(patch[1]) if patch else 1
+    if image_size % side == 0:
         return
-    below = image_size // shape.patch * shape.patch
-    sizes = " or ".join(str(size) for size in (below, below + shape.patch) if size > 0)
-    patches = ", ".join(str(patch) for patch in range(2, image_size + 1) if image_size % patch == 0)
+    below = image_size // side * side
+    sizes = " or ".join(str(size) for size in (below, below + side) if size > 0)
+    own = ""
+    if vit_shape(backbone) is not None:
+        patches = ", ".join(str(patch) for patch in range(2, image_size + 1) if image_size % patch == 0)
+        own = f", or one of the patch sizes {patches}"
     raise UseError(
-        f"model.backbone: {backbone} has patches of {shape.patch} pixels, which do not divide data.image_size "
-        f"{image_size}; an image size of {sizes} would do, or one of the patch sizes {patches}"
+        f"model.backbone: {backbone} has patches of {side} pixels, which do not divide data.image_size "
+        f"{image_size}; an image size of {sizes} would do{own}"
     )
 
 
@@ -92,24 +130,29 @@ def check_weights(source: str) -> None:
 def check_model(config: ModelConfig, image_size: int) -> None:
     """Raise UseError for a model section that no model can be built of, for images of `image_size` pixels a side."""
     check_section("model", config)
-    shape = vit_shape(config.backbone)
+    check_name(config.backbone)
     check_image_size(config.backbone, image_size)
-    if shape is None and config.head != "cls":
+    can = abilities(config.backbone, image_size)
+    if config.head != "cls" and not can.per_block:
         raise UseError(
-            f"model.head: {config.head} needs the [CLS] tokens of a ViT, {config.backbone} has none; use cls"
+            f"model.head: {config.head} needs the [CLS] token of every block of a sequence of blocks, "
+            f"and {config.backbone} has none; use cls, or another backbone (`dist-train models` says which)"
         )
-    if shape is None and config.text_tokens > 0:
-        raise UseError(f"model.text_tokens: text needs a ViT, not {config.backbone}; use 0, or a vit_ backbone")
-    if shape is None and config.checkpoint_blocks:
+    if config.text_tokens > 0 and not can.text:
+        raise UseError(
+            f"model.text_tokens: {config.backbone} takes no text; use 0, or a vit_ backbone (`dist-train models`)"
+        )
+    if config.checkpoint_blocks and can.batch_norms:
         raise UseError(
             f"model.checkpoint_blocks: {config.backbone} would count each batch twice in its running statistics; "
-            "use false, or a vit_ backbone"
+            "use false, or a backbone without batch norms"
         )
+    if config.checkpoint_blocks and not can.recomputes:
+        raise UseError(f"model.checkpoint_blocks: timm's {config.backbone} cannot; use false")
     if config.freeze in ("none", "backbone"):
         return
-    if shape is None:
-        raise UseError(NEEDS_VIT)
-    if not config.freeze.isdecimal() or int(config.freeze) > shape.depth:
+    if not config.freeze.isdecimal() or int(config.freeze) > can.layers:
+        what = "blocks" if can.tokens else "layers"
         raise UseError(
-            f"model.freeze is {config.freeze!r}; use none, backbone or a number of blocks from 0 to {shape.depth}"
+            f"model.freeze is {config.freeze!r}; use none, backbone or a number of {what} from 0 to {can.layers}"
         )

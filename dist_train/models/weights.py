@@ -9,7 +9,6 @@ exports do.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import timm
 import torch
 from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed
@@ -29,7 +27,17 @@ from torch.nn import functional
 
 from dist_train.errors import UseError, WorkError
 from dist_train.models.heads import OWN_PREFIXES
-from dist_train.models.names import FILE_TYPES
+from dist_train.models.names import FILE_TYPES, is_paper_name
+from dist_train.models.pretrained import (
+    AVERAGED,
+    HUB_FOLDER,
+    first_line,
+    fit_by_timm,
+    hub_folder_file,
+    hub_tag,
+    read_hub,
+    read_hub_folder,
+)
 from dist_train.models.saved import (
     EXTRA_NAME,
     STATE_NAME,
@@ -41,18 +49,14 @@ from dist_train.models.saved import (
     read_weights,
 )
 
-HUB_TAGS = ("orig_in21k", "augreg_in21k", "tv_in1k", "ra_in1k")
-"""What plain `hub` takes, the first that timm has: the paper's ViTs, the smaller ViTs, the ResNets, EfficientNet."""
-
 # May be new in the model or unused in the file: classifiers, the layer before one, heads that timm's models do not
 # have, text. Everything else is the backbone.
 _OWN_HEADS = "|".join(OWN_PREFIXES)
 NOT_BACKBONE = re.compile(
     rf"(head(\.fc)?|head_dist|fc|fc_norm|classifier|pre_logits(\.fc)?|norm|({_OWN_HEADS}|text)\.\w+)\.(weight|bias)"
 )
+_IS_OURS = re.compile(rf"({_OWN_HEADS}|text)\.")
 _CLASSIFIER = re.compile(rf"(head(\.fc)?|fc|classifier|({_OWN_HEADS})\.classifier)\.(weight|bias)")
-AVERAGED = ":ema"
-"""Behind a run's or checkpoint's folder: its averaged weights."""
 
 
 @dataclass
@@ -87,77 +91,46 @@ def load_weights(
     backbone: str,
     pos_resize: Literal["timm", "reference"],
     class_names: Sequence[str] = (),
+    image_size: int = 0,
+    classifiers: Sequence[str] = ("head",),
 ) -> LoadReport:
     """Fill `own`, a model's tensors by plain name, in place from `source` (see ModelConfig.weights).
 
     A head or text tensor loads if its name and shape are in the source and stays new otherwise; so does the classifier
     of a source whose classes are not `class_names`, where both are known. Raises UseError for a source that cannot be
     (unknown tag, no such file or folder, unknown file type) and WorkError for one that cannot be fetched or read or
-    does not fit; `own` may then be half filled.
+    does not fit; `own` may then be half filled. image_size: of the model; timm fits what is of a timm name to it.
+    classifiers: what timm calls the backbone's.
     """
     if source == "none":
         return LoadReport(source, new=list(own))
-    if source == "hub" or source.startswith("hub:"):
-        return _fit(own, read_hub(backbone, source.removeprefix("hub").removeprefix(":")), source, pos_resize)
+    tag = hub_tag(source)
+    if tag is not None:
+        return _fit(own, read_hub(backbone, tag, image_size), source, pos_resize, classifiers)
     theirs, classes, which, head = _read_path(source)
     if any(name.startswith("backbone.") for name in theirs):  # the names of a checkpoint
-        classifier = next((name for name in ("fc", "classifier", "head.fc") if f"{name}.weight" in own), "head")
-        theirs = to_plain_names(theirs, classifier, head or _head_of(theirs, source))
+        theirs = to_plain_names(theirs, classifiers[0], head or _head_of(theirs, source))
     other = bool(classes) and bool(class_names) and list(classes) != list(class_names)
     if other:
-        theirs = {name: tensor for name, tensor in theirs.items() if not _CLASSIFIER.fullmatch(name)}
-    report = _fit(own, theirs, source, pos_resize)
+        theirs = {name: tensor for name, tensor in theirs.items() if not _is_classifier(name, classifiers)}
+    given = {name: tensor.shape for name, tensor in theirs.items()}
+    if not is_paper_name(backbone):
+        ours = {name: tensor for name, tensor in theirs.items() if _IS_OURS.match(name)}
+        timms = {name: tensor for name, tensor in theirs.items() if name not in ours}
+        theirs = fit_by_timm(backbone, image_size, timms, source) | ours
+    report = _fit(own, theirs, source, pos_resize, classifiers)
+    resized = [name for name, shape in given.items() if name in own and shape != own[name].shape]
+    report.resized = [name for name in resized if name not in report.new]
     if other:
         which.append(f"without its classifier, of {len(classes)} classes that are not the {len(class_names)} here")
     elif classes:
-        new = any(_CLASSIFIER.fullmatch(name) for name in report.new)
+        new = any(_is_classifier(name, classifiers) for name in report.new)
         which.append("without its classifier, of another head" if new else "with its classifier")
     report.note = ", ".join(which)
     return report
 
 
 # ---------------------------------------------------------------- reading
-
-
-def hub_name(backbone: str, tag: str = "") -> str:
-    """timm's name for the pretrained weights `tag` of `backbone`, as `vit_base_patch16_224.orig_in21k`.
-
-    Without a tag, the first of HUB_TAGS that there is. Of several training resolutions the lowest is taken. Raises
-    UseError if timm has no such weights.
-    """
-    pattern = re.compile(rf"{re.escape(backbone)}(_(\d+))?\.(.+)")
-    matches = [match for name in timm.list_pretrained(f"{backbone}*") if (match := pattern.fullmatch(name))]
-    matches.sort(key=lambda match: int(match[2] or 0))
-    names: dict[str, str] = {}
-    for match in matches:
-        names.setdefault(match[3], match[0])
-    if not names:
-        raise UseError(f"model.weights: timm has no pretrained weights for {backbone}; use none, or give a file")
-    for wanted in [tag] if tag else HUB_TAGS:
-        if wanted in names:
-            return names[wanted]
-    nearest = difflib.get_close_matches(tag, names, n=1, cutoff=0.0)[0]
-    raise UseError(
-        f"model.weights: timm has no weights {tag or 'of the default tags'} for {backbone}; "
-        f"the nearest is hub:{nearest} (there are {', '.join(sorted(names))})"
-    )
-
-
-def read_hub(backbone: str, tag: str = "") -> dict[str, Tensor]:
-    """Pretrained tensors of `backbone` by plain name, through timm, at the size they were trained at.
-
-    Raises UseError if timm does not know them and WorkError if they are neither in the local cache nor
-    available from the hub.
-    """
-    name = hub_name(backbone, tag)
-    try:
-        # With its own number of classes, because only then timm insists that no tensor is missing.
-        return timm.create_model(name, pretrained=True).state_dict()
-    except Exception as error:  # the hub's client raises errors of several libraries
-        raise WorkError(
-            f"model.weights: cannot get {name} from the hub or its local cache ({_first_line(error)}); fetch it "
-            f"where there is a network and use the same HF_HOME with HF_HUB_OFFLINE=1, or give a file"
-        ) from error
 
 
 def _read_path(source: str) -> tuple[dict[str, Tensor], list[str], list[str], str]:
@@ -170,6 +143,10 @@ def _read_path(source: str) -> tuple[dict[str, Tensor], list[str], list[str], st
         if averaged:
             raise UseError(f"model.weights: {AVERAGED} goes behind the folder of a run or checkpoint; {path} is none")
         return read_file(path), _classes_of_export(path), [], ""
+    if (path / HUB_FOLDER).is_file():
+        names = read_hub_folder(path).get("label_names")
+        classes = [str(name) for name in names] if isinstance(names, list) else []
+        return read_file(hub_folder_file(path)), classes, [], ""
     if not ((path / "checkpoints").is_dir() or (path / STATE_NAME).is_file()):
         raise UseError(f"model.weights: {path} is neither a run's folder nor a checkpoint's; give the file in it")
     if (path / STATE_NAME).is_file():
@@ -243,7 +220,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
                 f"{path}: holds pickled objects other than tensors, which are never loaded; save the model's state "
                 f"dictionary alone, best as .safetensors"
             ) from error
-        raise WorkError(f"{path}: not a readable weights file ({_first_line(error)}); get it again") from error
+        raise WorkError(f"{path}: not a readable weights file ({first_line(error)}); get it again") from error
     tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
     if not tensors:
         raise WorkError(f"{path}: holds no tensors by name; give the file of a model's state dictionary")
@@ -277,16 +254,20 @@ def _read_jax_vit(path: Path) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
-
-
 # ---------------------------------------------------------------- fitting
+
+
+def _is_classifier(name: str, classifiers: Sequence[str]) -> bool:
+    return bool(_CLASSIFIER.fullmatch(name)) or name.rpartition(".")[0] in classifiers
 
 
 @torch.no_grad()
 def _fit(
-    own: dict[str, Tensor], theirs: dict[str, Tensor], source: str, pos_resize: Literal["timm", "reference"]
+    own: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    source: str,
+    pos_resize: Literal["timm", "reference"],
+    classifiers: Sequence[str],
 ) -> LoadReport:
     report = LoadReport(source)
     missing = []
@@ -298,7 +279,7 @@ def _fit(
         if value is not None and value.shape == tensor.shape:
             tensor.copy_(value)
             report.loaded += 1
-        elif NOT_BACKBONE.fullmatch(name):
+        elif NOT_BACKBONE.fullmatch(name) or _is_classifier(name, classifiers):
             report.new.append(name)
         elif value is not None:
             raise WorkError(
@@ -313,7 +294,9 @@ def _fit(
             f"{len(missing) - 1} others of its backbone; give the weights of this backbone"
         )
     report.unused = sorted(name for name in theirs if name not in own or name in report.new)
-    foreign = [name for name in report.unused if not NOT_BACKBONE.fullmatch(name)]
+    foreign = [
+        name for name in report.unused if not (NOT_BACKBONE.fullmatch(name) or _is_classifier(name, classifiers))
+    ]
     if foreign:
         raise WorkError(
             f"model.weights {source}: has {len(foreign)} tensors that the backbone has no place for, as {foreign[0]}; "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dist_train.config import Compile, OptimConfig, Recipe
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import Classifier, compile_blocks, compile_parts
-from dist_train.models.parameter_groups import head_layer, is_decayed, layer_of
+from dist_train.models.parameter_groups import is_decayed, layers_of, never_decayed
 from dist_train.place import Place
 from dist_train.recipe import check_step
 from dist_train.train.replica import Replica
@@ -136,10 +136,12 @@ def build_optimizer(config: OptimConfig, model: Classifier) -> torch.optim.Optim
     Parameters of one rate and decay make a group; the rate is set at each step, times the group's `rate_scale`.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    layers = {} if config.layer_decay == 1 else layers_of(model)
+    head, never = max(layers.values(), default=0), never_decayed(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            depth = 0 if config.layer_decay == 1 else head_layer(model) - layer_of(model, name)
-            decay = config.weight_decay if config.decay_all or is_decayed(name, parameter) else 0.0
+            depth = head - layers.get(name, head)
+            decay = config.weight_decay if config.decay_all or is_decayed(name, parameter, never) else 0.0
             groups.setdefault((config.layer_decay**depth, decay), []).append(parameter)
     described = [
         {"params": parameters, "rate_scale": scale, "weight_decay": decay}

@@ -87,8 +87,9 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
     # ------------------------------------------------------------------ where this process stands
     started = time.perf_counter()
     run = Path(recipe.train.run)
-    recipe = without_auto(recipe, torch_device(place), place.world_size)  # so that the record says what `auto` was
     checkpoint = from_rank_zero(lambda: checkpoint_to_resume(run, resume), place)
+    # So that the record says what `auto` was.
+    recipe = without_auto(recipe, torch_device(place), place.world_size, checkpoint)
 
     # ------------------------------------------------------------------ data
     if place.rank == 0 and (untrained := manifest.untrained_classes()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,8 @@ from dist_train.config import Recipe
 from dist_train.data.draws import Draw, random_bits
 from dist_train.data.plan import micro_batch_of
 from dist_train.models.build import Classifier, build_model
+from dist_train.models.pretrained import normalisation
+from dist_train.models.saved import read_document
 from dist_train.models.weights import LoadReport
 from dist_train.place import Place
 from dist_train.train.badsteps import BadSteps
@@ -22,10 +25,21 @@ from dist_train.train.settings import precision_of
 from dist_train.train.step import TrainStep, make_forward
 
 
-def without_auto(recipe: Recipe, device: torch.device, world_size: int) -> Recipe:
-    """The recipe with what model.compile and deepspeed.precision `auto` are here."""
+def without_auto(recipe: Recipe, device: torch.device, world_size: int, checkpoint: Path | None = None) -> Recipe:
+    """The recipe with what model.compile and deepspeed.precision `auto` are here, and data.mean and data.std: those of
+    the weights that it starts from, or of the checkpoint that it goes on from."""
+    data = recipe.data
+    if "auto" in (data.mean, data.std):
+        if checkpoint is None:
+            mean, std = normalisation(recipe.model, data.image_size)
+        else:
+            mean, std = (tuple(read_document(checkpoint)["recipe"]["data"][key]) for key in ("mean", "std"))
+        data = replace(
+            data, mean=mean if data.mean == "auto" else data.mean, std=std if data.std == "auto" else data.std
+        )
     return replace(
         recipe,
+        data=data,
         model=replace(recipe.model, compile=compile_mode(recipe, device, world_size)),
         deepspeed=replace(recipe.deepspeed, precision=precision_of(recipe.deepspeed)),
     )

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dist_train.config import Head, ModelConfig
 from dist_train.errors import UseError
 from dist_train.models.build import Classifier, build_model, plain_weights, to_timm_state_dict
+from dist_train.models.cls_token import take_cls_and_average
 from dist_train.models.heads import HEADS, initialise_head
-from dist_train.models.tokens import take_cls_and_average
 from tests.harness import train
 from tests.models.test_heads import DEPTH, DIM, TokenSized, build, every_blocks_output, inputs
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from dist_train.config import ModelConfig
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import Classifier, build_model, plain_weights, to_timm_state_dict
-from dist_train.models.weights import LoadReport, hub_name, resize_position_embeddings
+from dist_train.models.pretrained import hub_name
+from dist_train.models.weights import LoadReport, resize_position_embeddings
 
 CLASSES = 7
 IMAGE = 32

@@ -1,9 +1,4 @@
-"""What heads take from the tokens between the blocks, and how its gradient gets back to them without a tensor more.
-
-Plain indexing would cost memory traffic: `tokens[:, 0]` makes its gradient a tensor of zeros of all tokens and adds
-that to the gradient of the tokens, for every block, and an average of the patches makes three more of that size. Here
-both gradients are added to the tokens' own, in place.
-"""
+"""What heads take of the tokens between the blocks, with gradients that are added to the tokens' own in place."""
 
 from __future__ import annotations
 
@@ -14,7 +9,11 @@ from torch import Tensor
 
 
 class _TakeCLS(torch.autograd.Function):
-    """Tokens (B, S, D) to the same tokens and a copy of their [CLS], (B, D)."""
+    """Tokens (B, S, D) to the same tokens and a copy of their [CLS], (B, D).
+
+    A plain `tokens[:, 0]` would make its gradient a tensor of zeros of all tokens and add that to the gradient of the
+    tokens, for every block. Here the [CLS]'s gradient is added to its own row.
+    """
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,7 +34,10 @@ class _TakeCLS(torch.autograd.Function):
 
 
 class _TakeCLSAndAverage(torch.autograd.Function):
-    """Tokens (B, S, D) to the same tokens and their [CLS] beside the average of some of them, (B, 2 D)."""
+    """Tokens (B, S, D) to the same tokens and their [CLS] beside the average of some of them, (B, 2 D).
+
+    The plain form's gradient would make four tensors of all tokens for every block. Here it is one pass over them.
+    """
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
