@@ -54,7 +54,7 @@ def as_defined(name: str, head: Any, cls: list[Tensor], averages: list[Tensor]) 
     tokens = [norm(token, head.norm_tokens) for token in both]
     values = []
     for scores, matrix in zip(head.score.weight, head.value.weight, strict=True):
-        weights = [math.exp(float((scores * token).sum())) for token in tokens]
+        weights = [math.exp((scores * token).sum().item()) for token in tokens]
         # Multi-head attention as it is usually written: each token's value, and then their average.
         values.append(sum(w / sum(weights) * (token @ matrix) for w, token in zip(weights, tokens, strict=True)))
     return linear(norm(linear(torch.cat(values), head.project), head.norm), head.classifier)
@@ -140,12 +140,9 @@ def test_the_gradient_of_cls_and_average_is_the_plain_forms() -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"drop_path": 0.3}, {"checkpoint_blocks": True}, {"freeze": "3"}])
 @pytest.mark.parametrize("text_tokens", [0, 6])
-@pytest.mark.parametrize("name", ["all_layers", "attentive"])
-def test_gradients_are_those_of_tokens_that_are_stacked_first(
-    name: str, settings: dict[str, Any], text_tokens: int
-) -> None:
+def test_gradients_are_those_of_tokens_that_are_stacked_first(settings: dict[str, Any], text_tokens: int) -> None:
     torch.manual_seed(0)
-    model = build(name, text_tokens, 16, head_init="default", **settings).double()
+    model = build("attentive", text_tokens, 16, head_init="default", **settings).double()
     images, *text = inputs(model, batch=2)
     batch = (images.double().requires_grad_(), *text)
 
@@ -167,8 +164,8 @@ def test_the_gradient_of_an_average_makes_no_tensor_of_all_tokens() -> None:
     for name in ("cls", "all_layers", "attentive"):
         torch.manual_seed(0)
         model = build(name, head_init="default")
-        loss = model(*inputs(model, batch=2)).square().sum()
-        with TokenSized(2 * 64 * DIM) as watch:
+        loss = model(*inputs(model, batch=4)).square().sum()
+        with TokenSized(4 * 64 * DIM) as watch:  # more than the weights of any head
             loss.backward()
         made[name] = watch.made
     assert made["all_layers"] == made["attentive"] == made["cls"] > DEPTH - 3
