@@ -28,7 +28,10 @@ OURS, GREY, LIGHT, RED = "#0072b2", "#8a8a8a", "#d4d4d4", "#c02020"
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-HEAD_COLOURS = {"cls": "#0072b2", "ifa": "#d55e00", "stacked": "#8a8a8a"}
+HEAD_COLOURS = {
+    **{"cls": "#0072b2", "ifa": "#d55e00", "stacked": "#8a8a8a"},
+    **{"mean": "#009e73", "last_n": "#cc79a7", "all_layers": "#e69f00", "attentive": "#56b4e9"},
+}
 HEAD_MARKERS = {"cls": "o", "ifa": "s", "stacked": "^"}
 
 

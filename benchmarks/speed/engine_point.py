@@ -115,7 +115,7 @@ def measure_host(point: dict[str, Any], place: Place) -> dict[str, Any]:
     def model() -> Classifier:
         torch.manual_seed(0)
         transformer = TokenTransformer(HOST_SHAPE, HOST_SIZE, features="pooled", dropout=0.0, norm_eps=1e-6)
-        return Classifier(transformer, CLSHead(HOST_SHAPE.dim, CLASSES), None, True)
+        return Classifier(transformer, CLSHead(HOST_SHAPE.dim, HOST_SHAPE.depth, CLASSES, 1e-6), None, True)
 
     device = torch_device(place)
     engine = build_engine(model(), recipe, place, HOST_BATCH)

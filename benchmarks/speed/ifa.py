@@ -1,4 +1,4 @@
-"""What the IFA head costs over the CLS head, and what it would cost computed as the reference does (`ifa_point.py`)."""
+"""What heads cost over the CLS head, and what IFA would cost computed as the reference does (`ifa_point.py`)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from benchmarks.arguments import numbers, words
+from benchmarks.arguments import check_words, numbers, words
 from benchmarks.benchmark import Benchmark, Chart
 from benchmarks.charts import GREY, HEAD_COLOURS, bars
 from benchmarks.points import run_point
 from benchmarks.result import write_result
+from benchmarks.speed.head_cost import STEP_SECONDS, Size, share_of_step
 from benchmarks.speed.step import PAPER_SAMPLES
 from benchmarks.tables import Document, Row, Table, describe_row, figures, having, short_backbone, span, table_of
-from dist_train.errors import WorkError
+from dist_train.config import Head
+from dist_train.errors import UseError, WorkError
+from dist_train.models.names import vit_shape
 from dist_train.output import say
 
-CONTESTANTS = ("cls", "ifa", "stacked")
+CONTESTANTS = (*get_args(Head), "stacked")
+"""The heads, and IFA as the reference computes it."""
 PAPER = {
     "what": "ViT-B/16, batch 256, 128 px, DAF, float32, on one GPU",
     "cls_minutes_per_epoch": 18,
@@ -29,18 +33,20 @@ PAPER = {
     "S = 65, D = 768, L = 12, and as much for its gradient. Taking token 0 first needs (B, D, L), 9.4 MB",
 }
 """What the paper says of the IFA head's cost, and where it comes from."""
-_NAMES = {"ifa": "IFA, ours", "stacked": "IFA, stacked"}
+_NAMES = {"ifa": "IFA, ours", "stacked": "IFA, stacked", "last_n": "last four", "all_layers": "all layers"}
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Time and peak memory of a training step with the CLS head, our IFA head, and IFA as the reference computes it
-    (all tokens of all blocks stacked), in turns."""
+    """Time and peak memory of a training step with the CLS head, our IFA head, IFA as the reference computes it (all
+    tokens of all blocks stacked), and any other head, in turns; and what each adds to a GPU's step on paper."""
 
     name: str
     """of the result: benchmarks/results/ifa/NAME.json"""
     backbones: str = "vit_base_patch16"
     """names separated by commas"""
+    heads: str = "cls,ifa,stacked"
+    """of those of a recipe, and stacked, separated by commas; cls must be there to compare with"""
     text_tokens: str = "0"
     """numbers separated by commas"""
     batch: int = 16
@@ -57,16 +63,20 @@ class Arguments:
 
 def run(arguments: Arguments) -> Path:
     """Measure every backbone with every number of text tokens, say a line of each row and write the result."""
+    heads = words(arguments.heads)
+    check_words("--heads", "head", heads, CONTESTANTS)
+    if "cls" not in heads:
+        raise UseError(f"--heads: the others are compared with cls; use cls,{arguments.heads}")
     rows = []
     tokens_of = numbers("--text-tokens", arguments.text_tokens)
     shared: Row = {"classes": arguments.classes, "precision": arguments.precision}
     for backbone in words(arguments.backbones):
         for tokens in tokens_of:
             point = {"backbone": backbone, "text_tokens": tokens, "batch": arguments.batch, "size": arguments.size}
-            memory = {which: _measure(point | shared | {"memory_of": which}) for which in CONTESTANTS}
-            turns = _measure(point | shared | {"pairs": arguments.pairs})
-            for which in CONTESTANTS:
-                rows.append(row_of(point, which, memory, turns))
+            memory = {which: _measure(point | shared | {"memory_of": which}) for which in heads}
+            turns = _measure(point | shared | {"pairs": arguments.pairs, "heads": heads})
+            for which in heads:
+                rows.append(row_of(point | shared, which, memory, turns))
                 say(describe_row(rows[-1], f"{backbone} {which}, {tokens} text tokens, batch {arguments.batch}"))
     parameters: Row = {"batch_size": arguments.batch, "image_size": arguments.size, "pairs": arguments.pairs}
     parameters |= shared | {"epoch_samples": PAPER_SAMPLES, "paper": PAPER}
@@ -100,16 +110,29 @@ def row_of(point: dict[str, Any], which: str, memory: dict[str, Any], turns: dic
         "parameters": its["parameters"],
         "parameters_over_cls": its["parameters"] - cls["parameters"],
         "gflops_per_image": round(its["flops"] / 1e9, 4),
+        **counted(point, which),
     }
+
+
+def counted(point: dict[str, Any], which: str) -> Row:
+    """What the head adds to a step on a GPU on paper, percent; nothing for a backbone that is not the paper's ViT."""
+    shape = vit_shape(point["backbone"])
+    if shape is None:
+        return {}
+    patches = (point["size"] // shape.patch) ** 2
+    size = Size(point["batch"], patches, shape.dim, shape.depth, point["classes"], shape.patch)
+    return {f"counted_percent_{how}": round(100 * share_of_step(which, size, how), 3) for how in STEP_SECONDS}
 
 
 def headline(document: Document) -> str:
     """Time and memory of both ways over the CLS head's."""
     parts = []
-    for head, way in (("ifa", "IFA as here"), ("stacked", "stacked as in the reference")):
+    ways = {"ifa": "IFA as here", "stacked": "stacked as in the reference"}
+    for head in ("ifa", *(head for head in CONTESTANTS if head not in ("cls", "ifa"))):
         rows = [row for row in document["rows"] if row.get("head") == head]
         if its := having(rows, "time_over_cls", "peak_over_cls_in_bdl"):
             times, floats = (figures(its, key) for key in ("time_over_cls", "peak_over_cls_in_bdl"))
+            way = ways.get(head) or _NAMES.get(head, head)
             parts.append(
                 f"{way} {span(times, '.3f')} times CLS's time and {span(floats, ',.1f')} (B, D, L) floats more"
             )
@@ -169,7 +192,9 @@ COLUMNS = [
     ("peak_over_cls_in_bdl", "in (B, D, L) floats", ",.2f"),
     ("parameters_over_cls", "parameters over CLS", ",d"),
     ("gflops_per_image", "GFLOPs an image", ".3f"),
+    ("counted_percent_eager", "GPU, counted %", ".2f"),
+    ("counted_percent_compiled", "compiled %", ".2f"),
 ]
 BENCHMARK = Benchmark(
-    "ifa", "What the IFA head costs over the CLS head", Arguments, run, COLUMNS, headline, charts, tables
+    "ifa", "What the IFA head, and others, cost over the CLS head", Arguments, run, COLUMNS, headline, charts, tables
 )

@@ -1,8 +1,9 @@
-"""Steps with the CLS head, our IFA head and the reference's: the child's end of the benchmark `ifa`.
+"""Steps with the CLS head, others and IFA in the reference's way: the child's end of the benchmark `ifa`.
 
-Three models with the same backbone take turns at training steps on the same batch: the CLS head; our IFA head, which
-takes each block's [CLS] as it comes; and `stacked`, the reference's way, which first stacks all tokens of all blocks,
-(B, S, D, L), and then takes token 0. Peak memory is the allocator's own account of one step, in a process for each.
+Models with the same backbone take turns at training steps on the same batch: the CLS head; our IFA head, which takes
+each block's [CLS] as it comes; other heads; and `stacked`, the reference's way, which first stacks all tokens of all
+blocks, (B, S, D, L), and then takes token 0. Peak memory is the allocator's own account of one step, in a process for
+each.
 """
 
 from __future__ import annotations
@@ -11,16 +12,15 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.speed.ifa import CONTESTANTS
 from benchmarks.speed.memory import peak_bytes
 from benchmarks.speed.step import SYNTHETIC_VOCABULARY
-from dist_train.config import DeepSpeedConfig, ModelConfig
+from dist_train.config import DeepSpeedConfig, Head, ModelConfig
 from dist_train.models.build import Classifier, build_model
 from dist_train.models.vilt import keep_padding_out
 from dist_train.train.meters import synchronize, training_flops_per_sample
@@ -71,10 +71,11 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
             "flops": training_flops_per_sample(model, *(value[:1] for value in inputs(point, device))),
             "bdl": point["batch"] * shape.embed_dim * len(shape.blocks),
         }
-    steps = {which: training_step(make_model(point, which, device), point, device) for which in CONTESTANTS}
-    turns: dict[str, list[float]] = {which: [] for which in CONTESTANTS}
+    heads = point["heads"]
+    steps = {which: training_step(make_model(point, which, device), point, device) for which in heads}
+    turns: dict[str, list[float]] = {which: [] for which in heads}
     for number in range(1 + point["pairs"]):
-        for which in CONTESTANTS if number % 2 else CONTESTANTS[::-1]:
+        for which in heads if number % 2 else heads[::-1]:
             begin = time.perf_counter()
             steps[which]()
             synchronize(device)
@@ -83,10 +84,12 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_model(point: dict[str, Any], which: str, device: torch.device) -> nn.Module:
-    """A contestant; the same weights for all, but for what only IFA has."""
+    """A contestant; the same weights for all, but for what only its head has."""
     torch.manual_seed(0)
     config = ModelConfig(
-        backbone=point["backbone"], head="cls" if which == "cls" else "ifa", text_tokens=point["text_tokens"]
+        backbone=point["backbone"],
+        head=cast(Head, "ifa" if which == "stacked" else which),
+        text_tokens=point["text_tokens"],
     )
     config = replace(config, head_init="default")
     model, _ = build_model(config, point["size"], point["classes"], SYNTHETIC_VOCABULARY if point["text_tokens"] else 0)

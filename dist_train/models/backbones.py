@@ -10,7 +10,7 @@ from timm.models import VisionTransformer, checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.models.cls_token import take_cls
+from dist_train.models.cls_token import take_cls, take_cls_and_average
 from dist_train.models.heads import Features
 from dist_train.models.names import ViTShape, is_paper_name, vit_shape
 from dist_train.models.timm_models import timm_arguments
@@ -101,9 +101,11 @@ class TokenTransformer(VisionTransformer):
                 tokens = block(tokens, attn_mask=attention_mask)
             if self.features == "pooled":
                 continue
-            average = tokens[:, 1 : 1 + self.patch_embed.num_patches].mean(dim=1) if self.features != "cls" else None
-            tokens, cls = take_cls(tokens)
-            per_block.append(cls if average is None else torch.cat([cls, average], dim=1))
+            if self.features == "cls":
+                tokens, taken = take_cls(tokens)
+            else:
+                tokens, taken = take_cls_and_average(tokens, 1, self.patch_embed.num_patches)
+            per_block.append(taken)
         if self.features == "pooled":
             return self.norm(tokens[:, 0])
         return torch.stack(per_block, dim=-1)

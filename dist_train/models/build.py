@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dist_train.config import ModelConfig
 from dist_train.models.backbones import TokenTransformer, blocks_of
 from dist_train.models.classifier import Classifier
-from dist_train.models.heads import HEAD_PREFIXES, CLSHead, Features, HeadModule, IFAHead, initialise_head
+from dist_train.models.heads import HEADS, OWN_PREFIXES, Features, head_name, initialise_head
 from dist_train.models.names import check_model, is_paper_name, vit_shape
 from dist_train.models.parameter_groups import freeze
 from dist_train.models.timm_models import build_timm, classifier_names, inspect
@@ -32,16 +32,12 @@ def build_model(
     if config.text_tokens > 0 and vocab_size <= 0:
         raise ValueError("a model with text needs vocab_size")
 
-    features: Features = "cls" if config.head == "ifa" else "pooled"
-    backbone, dim, depth = _build_backbone(config, image_size, features)
+    make_head = HEADS[config.head]
+    backbone, dim, depth = _build_backbone(config, image_size, make_head.reads)
     text = None
     if config.text_tokens > 0:
         text = TextEmbeddings(vocab_size, config.text_tokens, dim, config.dropout, config.norm_eps)
-    head: HeadModule
-    if config.head == "ifa":
-        head = IFAHead(dim, depth, num_classes, config.norm_eps)
-    else:
-        head = CLSHead(dim, num_classes)
+    head = make_head(dim, depth, num_classes, config.norm_eps)
     initialise_head(head, config.head_init)
 
     model = Classifier(backbone, head, text, config.mask_padding)
@@ -96,18 +92,18 @@ def plain_weights(model: Classifier) -> dict[str, Tensor]:
     """The model's parameters and buffers (not copies) under plain names, in which weights are read and written.
 
     Backbone and CLS classifier: timm's names for that architecture (`blocks.0.norm1.weight`, `head.weight`; `fc.` or
-    `classifier.` for a CNN). IFA head: `ifa.aggregate.`, `ifa.norm.`, `ifa.classifier.`; text: `text.word.weight`,
-    `text.position.weight`, `text.token_type.weight`, `text.norm.`.
+    `classifier.` for a CNN). Another head: its own name first, as `ifa.aggregate.`, `ifa.norm.`, `ifa.classifier.`;
+    text: `text.word.weight`, `text.position.weight`, `text.token_type.weight`, `text.norm.`.
     """
-    return to_plain_names(model.state_dict(), classifier_names(model.backbone)[0])
+    return to_plain_names(model.state_dict(), classifier_names(model.backbone)[0], head_name(model.head))
 
 
 def to_timm_state_dict(model: Classifier) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The model's weights for timm, and what timm has no place for (names as in `plain_weights`); not copies.
 
     With the CLS head the first loads with strict=True into `timm.create_model(name, num_classes=C, **arguments)`,
-    name and arguments from `backbones.timm_name`. With the IFA head it lacks `head.`, and from a ViT under the paper's
-    names `norm.`, which such a model does not have. The second holds the IFA head and the text embeddings and is empty
+    name and arguments from `backbones.timm_name`. With another head it lacks `head.`, and from a ViT under the paper's
+    names `norm.`, which such a model does not have. The second holds such a head and the text embeddings and is empty
     for the others.
     """
     plain = plain_weights(model)
@@ -116,5 +112,5 @@ def to_timm_state_dict(model: Classifier) -> tuple[dict[str, Tensor], dict[str, 
         plain |= {
             f"{other}.{kind}": plain[f"{first}.{kind}"] for kind in ("weight", "bias") if f"{first}.{kind}" in plain
         }
-    extra = {name: tensor for name, tensor in plain.items() if name.startswith(("text.", *HEAD_PREFIXES.values()))}
+    extra = {name: tensor for name, tensor in plain.items() if name.startswith(("text.", *OWN_PREFIXES.values()))}
     return {name: tensor for name, tensor in plain.items() if name not in extra}, extra

@@ -1,4 +1,4 @@
-"""A copy of the [CLS] of tokens, whose gradient is added to its own row."""
+"""What heads take of the tokens between the blocks, with gradients that are added to the tokens' own in place."""
 
 from __future__ import annotations
 
@@ -33,6 +33,34 @@ class _TakeCLS(torch.autograd.Function):
         return of_tokens
 
 
+class _TakeCLSAndAverage(torch.autograd.Function):
+    """Tokens (B, S, D) to the same tokens and their [CLS] beside the average of some of them, (B, 2 D).
+
+    The plain form's gradient would make four tensors of all tokens for every block. Here it is one pass over them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.patches, ctx.count = tokens.shape, slice(first, first + count), count
+        return tokens.view_as(tokens), _cls_and_average(tokens, first, count)
+
+    @staticmethod
+    def backward(ctx: Any, of_tokens: Tensor | None, of_taken: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if of_taken is None:
+            return of_tokens, None, None
+        of_cls, of_average = of_taken.chunk(2, dim=1)
+        if of_tokens is None:
+            of_tokens = of_taken.new_zeros(ctx.shape)
+        of_tokens[:, 0] += of_cls  # in place as above
+        of_tokens[:, ctx.patches] += (of_average / ctx.count)[:, None]
+        return of_tokens, None, None
+
+
+def _cls_and_average(tokens: Tensor, first: int, count: int) -> Tensor:
+    return torch.cat([tokens[:, 0], tokens[:, first : first + count].mean(dim=1)], dim=1)
+
+
 def take_cls(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (B, S, D), for a transformer block to go on with, and their [CLS], (B, D), a copy.
 
@@ -41,3 +69,10 @@ def take_cls(tokens: Tensor) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():  # which fuses the plain form's zeros and sum into what follows
         return tokens, tokens[:, 0].clone()
     return _TakeCLS.apply(tokens)
+
+
+def take_cls_and_average(tokens: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """As `take_cls`, with the [CLS] and behind it the average of the `count` tokens from `first` on, (B, 2 D)."""
+    if torch.compiler.is_compiling():
+        return tokens, _cls_and_average(tokens, first, count)
+    return _TakeCLSAndAverage.apply(tokens, first, count)

@@ -177,6 +177,11 @@ def read_class_names(checkpoint: Path) -> list[str]:
     return list(read_document(checkpoint)["classes"])
 
 
+def read_head(checkpoint: Path) -> str:
+    """The name of its model's head."""
+    return str(read_document(checkpoint)["recipe"]["model"]["head"])
+
+
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The plain weights of a checkpoint."""
     return read_tensors(checkpoint / WEIGHTS_NAME)

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.errors import UseError
 from dist_train.models.abilities import Abilities
-from dist_train.models.cls_token import take_cls
+from dist_train.models.cls_token import take_cls, take_cls_and_average
 from dist_train.models.heads import Features
 
 _KEY_OF = {"drop_path_rate": "model.drop_path", "proj_drop_rate": "model.dropout"}
@@ -157,11 +157,13 @@ class TokenReader:
     def _collect(self, block: nn.Module, inputs: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
         if self._features == "pooled":
             return tokens
-        average = tokens[:, self._prefix : self._tokens].mean(dim=1) if self._features == "cls_and_average" else None
-        tokens, cls = take_cls(tokens)
+        if self._features == "cls":
+            tokens, taken = take_cls(tokens)
+        else:
+            tokens, taken = take_cls_and_average(tokens, self._prefix, self._tokens - self._prefix)
         # None: this is the second time, in the backward pass; the same operators, for what they keep.
         if self._per_block is not None:
-            self._per_block.append(cls if average is None else torch.cat([cls, average], dim=1))
+            self._per_block.append(taken)
         return tokens
 
     def _part(self, block: nn.Module, inputs: tuple[Tensor, ...], tokens: Tensor) -> Tensor:

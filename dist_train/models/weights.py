@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_train.errors import UseError, WorkError
-from dist_train.models.heads import HEAD_PREFIXES
+from dist_train.models.heads import OWN_PREFIXES
 from dist_train.models.names import FILE_TYPES, is_paper_name
 from dist_train.models.pretrained import (
     AVERAGED,
@@ -45,12 +45,13 @@ from dist_train.models.saved import (
     choose_checkpoint,
     read_averaged_weights,
     read_class_names,
+    read_head,
     read_weights,
 )
 
-# May be new in the model or unused in the file: classifiers, the layer before one, what only one of the two heads
-# has, text. Everything else is the backbone.
-_OWN_HEADS = "|".join(prefix.removesuffix(".") for prefix in HEAD_PREFIXES.values())
+# May be new in the model or unused in the file: classifiers, the layer before one, heads that timm's models do not
+# have, text. Everything else is the backbone.
+_OWN_HEADS = "|".join(OWN_PREFIXES)
 NOT_BACKBONE = re.compile(
     rf"(head(\.fc)?|head_dist|fc|fc_norm|classifier|pre_logits(\.fc)?|norm|({_OWN_HEADS}|text)\.\w+)\.(weight|bias)"
 )
@@ -106,9 +107,9 @@ def load_weights(
     tag = hub_tag(source)
     if tag is not None:
         return _fit(own, read_hub(backbone, tag, image_size), source, pos_resize, classifiers)
-    theirs, classes, which = _read_path(source)
+    theirs, classes, which, head = _read_path(source)
     if any(name.startswith("backbone.") for name in theirs):  # the names of a checkpoint
-        theirs = to_plain_names(theirs, classifiers[0])
+        theirs = to_plain_names(theirs, classifiers[0], head or _head_of(theirs, source))
     other = bool(classes) and bool(class_names) and list(classes) != list(class_names)
     if other:
         theirs = {name: tensor for name, tensor in theirs.items() if not _is_classifier(name, classifiers)}
@@ -132,19 +133,20 @@ def load_weights(
 # ---------------------------------------------------------------- reading
 
 
-def _read_path(source: str) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """(tensors, the names of the classes if it knows them, which checkpoint it is) of a file, run or checkpoint."""
+def _read_path(source: str) -> tuple[dict[str, Tensor], list[str], list[str], str]:
+    """(tensors, the names of the classes if it knows them, which checkpoint it is, its head) of a file ("" for the
+    head), run or checkpoint."""
     path, averaged = Path(source.removesuffix(AVERAGED)), source.endswith(AVERAGED)
     if path.name in (WEIGHTS_NAME, EXTRA_NAME) and (path.parent / STATE_NAME).is_file():
         path, averaged = path.parent, path.name == EXTRA_NAME
     if not path.is_dir():
         if averaged:
             raise UseError(f"model.weights: {AVERAGED} goes behind the folder of a run or checkpoint; {path} is none")
-        return read_file(path), _classes_of_export(path), []
+        return read_file(path), _classes_of_export(path), [], ""
     if (path / HUB_FOLDER).is_file():
         names = read_hub_folder(path).get("label_names")
         classes = [str(name) for name in names] if isinstance(names, list) else []
-        return read_file(hub_folder_file(path)), classes, []
+        return read_file(hub_folder_file(path)), classes, [], ""
     if not ((path / "checkpoints").is_dir() or (path / STATE_NAME).is_file()):
         raise UseError(f"model.weights: {path} is neither a run's folder nor a checkpoint's; give the file in it")
     if (path / STATE_NAME).is_file():
@@ -153,7 +155,7 @@ def _read_path(source: str) -> tuple[dict[str, Tensor], list[str], list[str]]:
         chosen = choose_checkpoint(path, "last" if averaged else "auto", "model.weights")
     tensors = (read_averaged_weights if averaged else read_weights)(chosen.checkpoint)
     which = f"{'averaged weights of ' if averaged else ''}{chosen}"
-    return tensors, read_class_names(chosen.checkpoint), [which]
+    return tensors, read_class_names(chosen.checkpoint), [which], read_head(chosen.checkpoint)
 
 
 def _classes_of_export(path: Path) -> list[str]:
@@ -169,11 +171,23 @@ def _classes_of_export(path: Path) -> list[str]:
     return [str(name) for name in classes] if isinstance(classes, list) else []
 
 
-def to_plain_names(tensors: dict[str, Tensor], classifier: str) -> dict[str, Tensor]:
-    """The tensors of a `Classifier`, as in a checkpoint, by plain name. classifier: what timm calls the backbone's."""
-    own = next((prefix for layer, prefix in HEAD_PREFIXES.items() if f"head.{layer}.weight" in tensors), None)
-    head = ("head.", own) if own else ("head.classifier.", f"{classifier}.")
-    prefixes = [("backbone.", ""), head, ("text.", "text.")]
+def _head_of(tensors: dict[str, Tensor], source: str) -> str:
+    """The head of tensors that are named as in a checkpoint, in a file without its recipe: cls or ifa."""
+    names = {name for name in tensors if name.startswith("head.")}
+    if names <= {"head.classifier.weight", "head.classifier.bias"}:
+        return "cls"
+    if "head.aggregate.weight" in names:
+        return "ifa"
+    raise UseError(f"model.weights: nothing in {source} says which head it has; give the folder of its checkpoint")
+
+
+def to_plain_names(tensors: dict[str, Tensor], classifier: str, head: str) -> dict[str, Tensor]:
+    """The tensors of a `Classifier`, as in a checkpoint, by plain name.
+
+    classifier: what timm calls the backbone's. head: the name of the head.
+    """
+    of_head = ("head.", OWN_PREFIXES[head]) if head in OWN_PREFIXES else ("head.classifier.", f"{classifier}.")
+    prefixes = [("backbone.", ""), of_head, ("text.", "text.")]
     plain = {}
     for name, tensor in tensors.items():
         old, new = next(((old, new) for old, new in prefixes if name.startswith(old)), ("", ""))

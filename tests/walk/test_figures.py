@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from benchmarks.claims.histogram import colour_histogram_accuracy
+from benchmarks.speed.head_cost import Size, share_of_step
+from dist_train.models.heads import HEADS
 from shards.__main__ import main as shards_main
 from tests.harness import REPOSITORY
 from tests.walk.readme import text_of
@@ -100,3 +102,20 @@ def test_the_grocery_recipe_stands_beside_what_colours_give_on_the_same_samples(
     assert (
         f"histograms has {accuracy:.3f} on the same samples" in GROCERY and f"over all {samples:,} samples" in GROCERY
     )
+
+
+def test_what_the_heads_cost_is_what_is_counted() -> None:
+    def percent(head: str, how: str = "compiled", classes: int = 43, form: str = ".1f") -> str:
+        return format(100 * share_of_step(head, Size(classes=classes), how), form)
+
+    rows = [
+        line for line in text_of("docs/training.md").splitlines() if line.startswith(tuple(f"| `{h}` " for h in HEADS))
+    ]
+    assert {row.split("`")[1]: row.split("|")[-2].strip() for row in rows} == {
+        head: percent(head, form=".2f") if head != "cls" else "0" for head in HEADS
+    }
+    text = text_in_one_line("docs/training.md")
+    assert f"IFA as the paper's code computes it would add {percent('stacked')} %" in text
+    assert {percent("all_layers", "eager"), percent("attentive", "eager")} == {"1.1"} and "they add 1.1 %" in text
+    many, most = percent("all_layers", classes=1000), percent("all_layers", classes=3263)
+    assert f"it adds {many} % with 1,000 classes and {most} % with 3,263" in text
