@@ -16,6 +16,7 @@ TagOrder = Literal["given", "shuffle", "frequency"]
 DataDevice = Literal["auto", "cpu", "gpu"]
 Head = Literal["cls", "ifa"]
 HeadInit = Literal["reference", "zero", "default", "mean"]
+LoraTargets = Literal["all", "attention"]
 PosResize = Literal["timm", "reference"]
 Compile = Literal["auto", "none", "kernels", "graphs"]
 OptimName = Literal["sgd", "adamw"]
@@ -121,6 +122,14 @@ class ModelConfig:
     freeze: str = "none"
     """What keeps its starting weights, in evaluation mode: none; a number n, the embedding and the first n blocks of a
     ViT; or backbone, all but the head (and the text embeddings)."""
+    lora: Annotated[int, NOT_NEGATIVE] = 0
+    """Rank of LoRA's adapters (pip install 'dist-train[lora]'): the backbone keeps its weights, and beside its linear
+    layers matrices of this rank learn what is added; the head trains as always. 8 is usual, 0 is off. Export and
+    model.weights merge them into the weights."""
+    lora_alpha: Annotated[int, NOT_NEGATIVE] = 0
+    """What the adapters add is multiplied by lora_alpha / lora. 0: twice the rank."""
+    lora_targets: LoraTargets = "all"
+    """Layers with adapters: all the linear layers of the blocks, or those of their attention alone."""
     checkpoint_blocks: bool = False
     """Compute a ViT's blocks again in the backward pass instead of keeping their activations; same results."""
     compile: Compile = "auto"

@@ -45,6 +45,7 @@ def check_step(recipe: Recipe, world_size: int, device: str) -> None:
     check_ranges(recipe)
     check_model(recipe.model, recipe.data.image_size)
     _check_layer_decay(recipe)
+    _check_lora(recipe)
     _check_batch(recipe, world_size)
     check_combination(recipe, device, world_size)
     _check_deepspeed_settings(recipe, device, world_size)
@@ -71,6 +72,7 @@ def problems(
             lambda: check_model(recipe.model, recipe.data.image_size),
             lambda: None if resumed else check_weights(recipe.model.weights),
             lambda: _check_layer_decay(recipe),
+            lambda: _check_lora(recipe),
             lambda: check_run_folder(Path(recipe.train.run), resume),
             lambda: _check_wandb(recipe),
             lambda: _check_tokenizer(recipe),
@@ -191,6 +193,17 @@ def _precision_on(recipe: Recipe, device: str) -> Precision:
 def _check_layer_decay(recipe: Recipe) -> None:
     if recipe.optim.layer_decay != 1 and recipe.model.backbone in CNNS:
         raise UseError(NEEDS_VIT)
+
+
+def _check_lora(recipe: Recipe) -> None:
+    if not recipe.model.lora:
+        return
+    if recipe.model.backbone in CNNS:
+        raise UseError(f"model.lora: {recipe.model.backbone} has no transformer blocks for adapters; use a ViT, or 0")
+    if recipe.model.freeze != "none":
+        raise UseError("model.lora freezes the backbone but for its adapters: use model.freeze none with it")
+    if importlib.util.find_spec("peft") is None:
+        raise UseError("model.lora needs the package peft: pip install 'dist-train[lora]'")
 
 
 def _check_wandb(recipe: Recipe) -> None:

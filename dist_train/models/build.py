@@ -10,6 +10,7 @@ from dist_train.config import ModelConfig
 from dist_train.models.backbones import Backbone, TokenTransformer, create_cnn
 from dist_train.models.classifier import Classifier
 from dist_train.models.heads import HEAD_PREFIXES, CLSHead, HeadModule, IFAHead, initialise_head
+from dist_train.models.lora import add_adapters, merged_weights
 from dist_train.models.names import check_model, vit_shape
 from dist_train.models.parameter_groups import freeze
 from dist_train.models.vilt import TextEmbeddings
@@ -57,6 +58,8 @@ def build_model(
 
     model = Classifier(backbone, head, text, config.mask_padding)
     report = load_weights(plain_weights(model), config.weights, config.backbone, config.pos_resize, class_names)
+    if config.lora:
+        add_adapters(model.backbone, config)
     model.frozen = freeze(model, config.freeze)
     return model.train(), report
 
@@ -84,9 +87,10 @@ def plain_weights(model: Classifier) -> dict[str, Tensor]:
 
     Backbone and CLS classifier: timm's names for that architecture (`blocks.0.norm1.weight`, `head.weight`; `fc.` or
     `classifier.` for a CNN). IFA head: `ifa.aggregate.`, `ifa.norm.`, `ifa.classifier.`; text: `text.word.weight`,
-    `text.position.weight`, `text.token_type.weight`, `text.norm.`.
+    `text.position.weight`, `text.token_type.weight`, `text.norm.`. Of a layer with adapters (model.lora) it is a copy
+    with them merged.
     """
-    return to_plain_names(model.state_dict(), getattr(model.backbone, "default_cfg", {}).get("classifier", "head"))
+    return to_plain_names(merged_weights(model), getattr(model.backbone, "default_cfg", {}).get("classifier", "head"))
 
 
 def to_timm_state_dict(model: Classifier) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
