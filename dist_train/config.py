@@ -40,6 +40,11 @@ class DataConfig:
     """Largest size of that folder, 10**9 bytes; shards that are no longer needed make room."""
     digest: str | None = None
     """Expected digest of the shard set's manifest; a different set is refused. None accepts any."""
+    feature_cache: str | None = None
+    """Folder, shared by all hosts, for what a backbone that is frozen (model.freeze backbone) gives for each image: it
+    is computed once, in the arithmetic of evaluation, and from then on heads train on it at thousands of samples a
+    second. Found again by set, backbone and its weights. Nothing may augment the images. None: every image is decoded
+    and run through the backbone in every epoch."""
     image_size: Annotated[int, Range(1, 2**15)] = 128
     """Side of the square image that the model sees, pixels; other shapes are squashed to it."""
     crop_margin: Annotated[int, Range(0, 2**15)] = 32

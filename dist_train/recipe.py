@@ -46,6 +46,7 @@ def check_step(recipe: Recipe, world_size: int, device: str) -> None:
     check_model(recipe.model, recipe.data.image_size)
     _check_layer_decay(recipe)
     _check_lora(recipe)
+    _check_feature_cache(recipe)
     _check_batch(recipe, world_size)
     check_combination(recipe, device, world_size)
     _check_deepspeed_settings(recipe, device, world_size)
@@ -73,6 +74,7 @@ def problems(
             lambda: None if resumed else check_weights(recipe.model.weights),
             lambda: _check_layer_decay(recipe),
             lambda: _check_lora(recipe),
+            lambda: _check_feature_cache(recipe),
             lambda: check_run_folder(Path(recipe.train.run), resume),
             lambda: _check_wandb(recipe),
             lambda: _check_tokenizer(recipe),
@@ -204,6 +206,26 @@ def _check_lora(recipe: Recipe) -> None:
         raise UseError("model.lora freezes the backbone but for its adapters: use model.freeze none with it")
     if importlib.util.find_spec("peft") is None:
         raise UseError("model.lora needs the package peft: pip install 'dist-train[lora]'")
+
+
+def _check_feature_cache(recipe: Recipe) -> None:
+    data, folder = recipe.data, recipe.data.feature_cache
+    if folder is None:
+        return
+    if is_url(folder):
+        raise UseError(f"data.feature_cache {folder}: must be a folder, not a URL")
+    if recipe.model.freeze != "backbone":
+        raise UseError("data.feature_cache keeps the features of a frozen backbone: use model.freeze backbone with it")
+    if recipe.model.text_tokens:
+        raise UseError("data.feature_cache keeps features of images alone: use model.text_tokens 0, or no cache")
+    off: dict[str, float | bool] = {"crop_margin": 0, "flip": False}
+    off |= dict.fromkeys(("brightness", "contrast", "saturation", "hue", "mixup", "cutmix"), 0)
+    on = [f"data.{key} {str(value).lower()}" for key, value in off.items() if getattr(data, key) != value]
+    if on:
+        raise UseError(
+            f"data.feature_cache: a sample has the same features in every epoch, so nothing may augment it; set "
+            f"{', '.join(on)}"
+        )
 
 
 def _check_wandb(recipe: Recipe) -> None:

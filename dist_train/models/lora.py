@@ -11,7 +11,6 @@ import logging
 import re
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from dist_train.config import ModelConfig
