@@ -16,6 +16,7 @@ TagOrder = Literal["given", "shuffle", "frequency"]
 DataDevice = Literal["auto", "cpu", "gpu"]
 Head = Literal["cls", "mean", "ifa", "last_n", "all_layers", "attentive"]
 HeadInit = Literal["reference", "zero", "default", "mean"]
+LoraTargets = Literal["all", "attention"]
 PosResize = Literal["timm", "reference"]
 Compile = Literal["auto", "none", "kernels", "graphs"]
 OptimName = Literal["sgd", "adamw"]
@@ -39,6 +40,11 @@ class DataConfig:
     """Largest size of that folder, 10**9 bytes; shards that are no longer needed make room."""
     digest: str | None = None
     """Expected digest of the shard set's manifest; a different set is refused. None accepts any."""
+    feature_cache: str | None = None
+    """Folder, shared by all hosts, for what a backbone that is frozen (model.freeze backbone) gives for each image: it
+    is computed once, in the arithmetic of evaluation, and from then on heads train on it at thousands of samples a
+    second. Found again by set, backbone and its weights. Nothing may augment the images. None: every image is decoded
+    and run through the backbone in every epoch."""
     image_size: Annotated[int, Range(1, 2**15)] = 128
     """Side of the square image that the model sees, pixels; other shapes are squashed to it."""
     crop_margin: Annotated[int, Range(0, 2**15)] = 32
@@ -128,6 +134,14 @@ class ModelConfig:
     freeze: str = "none"
     """What keeps its starting weights, in evaluation mode: none; a number n, the embedding or stem and the first n
     blocks or, as timm groups them, layers; or backbone, all but the head (and the text embeddings)."""
+    lora: Annotated[int, NOT_NEGATIVE] = 0
+    """Rank of LoRA's adapters (pip install 'dist-train[lora]'): the backbone keeps its weights, and beside its linear
+    layers matrices of this rank learn what is added; the head trains as always. 8 is usual, 0 is off. Export and
+    model.weights merge them into the weights."""
+    lora_alpha: Annotated[int, NOT_NEGATIVE] = 0
+    """What the adapters add is multiplied by lora_alpha / lora. 0: twice the rank."""
+    lora_targets: LoraTargets = "all"
+    """Layers with adapters: all the linear layers of the blocks, or those of their attention alone."""
     checkpoint_blocks: bool = False
     """Compute blocks again in the backward pass instead of keeping their activations; same results. Not with batch
     norms."""

@@ -25,7 +25,10 @@ from dist_train.synonyms import advice_for_key, advice_for_section
 
 _FIELDS = {f"{section}.{field.name}": field for section, kind in SECTIONS.items() for field in fields(kind)}
 KNOWN_KEYS = list(_FIELDS)
-PATH_KEYS = ("data.shards", "data.cache", "data.tokenizer", "model.weights", "train.run", "deepspeed.config")
+PATH_KEYS = (
+    *("data.shards", "data.cache", "data.feature_cache", "data.tokenizer"),
+    *("model.weights", "train.run", "deepspeed.config"),
+)
 """Keys whose value may be a path or a URL: `~` and `$NAME` in it are expanded."""
 
 _TEXT_KEYS = [key for key, field in _FIELDS.items() if field.type in ("str", "str | None")]

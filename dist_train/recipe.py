@@ -21,7 +21,7 @@ from dist_train.data.remote import is_url
 from dist_train.data.vocabulary import WHOLE_TAGS, read_vocabulary
 from dist_train.errors import UseError, WorkError
 from dist_train.models.abilities import Abilities
-from dist_train.models.names import abilities, check_model, check_weights
+from dist_train.models.names import CNNS, abilities, check_model, check_weights
 from dist_train.ranges import check_ranges
 from dist_train.train.schedule import check_schedule, count_steps
 from dist_train.train.settings import deepspeed_settings, precision_of, read_deepspeed_config, why_no_graphs
@@ -45,6 +45,8 @@ def check_step(recipe: Recipe, world_size: int, device: str) -> None:
     """
     check_ranges(recipe)
     check_model(recipe.model, recipe.data.image_size)
+    _check_lora(recipe)
+    _check_feature_cache(recipe)
     _check_batch(recipe, world_size)
     check_combination(recipe, device, world_size)
     _check_deepspeed_settings(recipe, device, world_size)
@@ -70,6 +72,8 @@ def problems(
         [
             lambda: check_model(recipe.model, recipe.data.image_size),
             lambda: None if resumed else check_weights(recipe.model.weights),
+            lambda: _check_lora(recipe),
+            lambda: _check_feature_cache(recipe),
             lambda: check_run_folder(Path(recipe.train.run), resume),
             lambda: _check_wandb(recipe),
             lambda: _check_tokenizer(recipe),
@@ -189,6 +193,37 @@ def _check_tf32() -> None:
 def _precision_on(recipe: Recipe, device: str) -> Precision:
     config = recipe.deepspeed
     return "float32" if config.precision == "auto" and device == "cpu" else precision_of(config)
+
+
+def _check_lora(recipe: Recipe) -> None:
+    if not recipe.model.lora:
+        return
+    if recipe.model.backbone in CNNS:
+        raise UseError(f"model.lora: {recipe.model.backbone} has no transformer blocks for adapters; use a ViT, or 0")
+    if recipe.model.freeze != "none":
+        raise UseError("model.lora freezes the backbone but for its adapters: use model.freeze none with it")
+    if importlib.util.find_spec("peft") is None:
+        raise UseError("model.lora needs the package peft: pip install 'dist-train[lora]'")
+
+
+def _check_feature_cache(recipe: Recipe) -> None:
+    data, folder = recipe.data, recipe.data.feature_cache
+    if folder is None:
+        return
+    if is_url(folder):
+        raise UseError(f"data.feature_cache {folder}: must be a folder, not a URL")
+    if recipe.model.freeze != "backbone":
+        raise UseError("data.feature_cache keeps the features of a frozen backbone: use model.freeze backbone with it")
+    if recipe.model.text_tokens:
+        raise UseError("data.feature_cache keeps features of images alone: use model.text_tokens 0, or no cache")
+    off: dict[str, float | bool] = {"crop_margin": 0, "flip": False}
+    off |= dict.fromkeys(("brightness", "contrast", "saturation", "hue", "mixup", "cutmix"), 0)
+    on = [f"data.{key} {str(value).lower()}" for key, value in off.items() if getattr(data, key) != value]
+    if on:
+        raise UseError(
+            f"data.feature_cache: a sample has the same features in every epoch, so nothing may augment it; set "
+            f"{', '.join(on)}"
+        )
 
 
 def _check_wandb(recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,16 +64,21 @@ class Quarantine:
             )
 
 
-def _read(file: Path | None) -> Iterator[tuple[str, int]]:
-    """(split, sample) of each line that is whole."""
+def read_entries(file: Path | None) -> Iterator[dict[str, Any]]:
+    """Each line of a record that is whole."""
     if file is None or not file.exists():
         return
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            yield entry["split"], int(entry["sample"])
+            yield entry | {"split": entry["split"], "sample": int(entry["sample"])}
         except (ValueError, KeyError, TypeError):
             continue  # cut short when the process was killed
+
+
+def _read(file: Path | None) -> Iterator[tuple[str, int]]:
+    """(split, sample) of each."""
+    return ((entry["split"], entry["sample"]) for entry in read_entries(file))
 
 
 def _record(file: Path, entry: dict[str, object]) -> set[tuple[str, int]]:

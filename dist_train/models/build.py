@@ -11,6 +11,7 @@ from dist_train.config import ModelConfig
 from dist_train.models.backbones import TokenTransformer, blocks_of
 from dist_train.models.classifier import Classifier
 from dist_train.models.heads import HEADS, OWN_PREFIXES, Features, head_name, initialise_head
+from dist_train.models.lora import add_adapters, merged_weights
 from dist_train.models.names import check_model, is_paper_name, vit_shape
 from dist_train.models.parameter_groups import freeze
 from dist_train.models.timm_models import build_timm, classifier_names, inspect
@@ -43,6 +44,8 @@ def build_model(
     model = Classifier(backbone, head, text, config.mask_padding)
     own, classifiers = plain_weights(model), classifier_names(backbone)
     report = load_weights(own, config.weights, config.backbone, config.pos_resize, class_names, image_size, classifiers)
+    if config.lora:
+        add_adapters(model.backbone, config)
     model.frozen = freeze(model, config.freeze)
     return model.train(), report
 
@@ -93,9 +96,10 @@ def plain_weights(model: Classifier) -> dict[str, Tensor]:
 
     Backbone and CLS classifier: timm's names for that architecture (`blocks.0.norm1.weight`, `head.weight`; `fc.` or
     `classifier.` for a CNN). Another head: its own name first, as `ifa.aggregate.`, `ifa.norm.`, `ifa.classifier.`;
-    text: `text.word.weight`, `text.position.weight`, `text.token_type.weight`, `text.norm.`.
+    text: `text.word.weight`, `text.position.weight`, `text.token_type.weight`, `text.norm.`. Of a layer with adapters
+    (model.lora) it is a copy with them merged.
     """
-    return to_plain_names(model.state_dict(), classifier_names(model.backbone)[0], head_name(model.head))
+    return to_plain_names(merged_weights(model), classifier_names(model.backbone)[0], head_name(model.head))
 
 
 def to_timm_state_dict(model: Classifier) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class Classifier(nn.Module):
         """Parts that stay in evaluation mode."""
         self.autocast: torch.dtype | None = None
         """What torch's autocast computes matrix products in; None: the type of the weights."""
+        self.feature_shape: tuple[int, ...] | None = None
+        """Shape, without the batch, of the backbone's features that are given for images; None: images are given."""
 
     def train(self, mode: bool = True) -> Classifier:
         """As `nn.Module.train`, but frozen parts neither drop anything nor change their running statistics."""
@@ -33,18 +36,28 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, images: Tensor, text_ids: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, num_classes) of images (B, 3, H, W), float.
+        """Logits (B, num_classes) of images (B, 3, H, W), float; or of their features, where those are given.
 
         A ViLT also needs `text_ids` (B, T), int64, and `text_mask` (B, T), bool, True for real tokens; a model of
         images alone takes neither. Raises ValueError where that is not so.
         """
-        # In here and not around the model: DeepSpeed's engine switches an autocast around it off, on GPUs alone.
-        with nullcontext() if self.autocast is None else torch.autocast(images.device.type, self.autocast):
+        with self._arithmetic(images):
             return self._logits(images, text_ids, text_mask)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head of a model without text reads of images (B, 3, H, W); see `heads.Features`."""
+        with self._arithmetic(images):
+            return self.backbone(images)
+
+    def _arithmetic(self, images: Tensor) -> AbstractContextManager[Any]:
+        # In here and not around the model: DeepSpeed's engine switches an autocast around it off, on GPUs alone.
+        return nullcontext() if self.autocast is None else torch.autocast(images.device.type, self.autocast)
 
     def _logits(self, images: Tensor, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor:
         if (text_ids is None) != (self.text is None):
             raise ValueError("a ViLT needs text_ids; a model of images alone takes none")
+        if self.feature_shape is not None:
+            return self.head(images)
         if self.text is None:
             return self.head(self.backbone(images))
         attention_mask = None

@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from dist_train.errors import UseError, WorkError
 from dist_train.models.heads import OWN_PREFIXES
+from dist_train.models.lora import merge_adapters, scale_of_recipe
 from dist_train.models.names import FILE_TYPES, is_paper_name
 from dist_train.models.pretrained import (
     AVERAGED,
@@ -45,6 +46,7 @@ from dist_train.models.saved import (
     choose_checkpoint,
     read_averaged_weights,
     read_class_names,
+    read_document,
     read_head,
     read_weights,
 )
@@ -154,6 +156,7 @@ def _read_path(source: str) -> tuple[dict[str, Tensor], list[str], list[str], st
     else:
         chosen = choose_checkpoint(path, "last" if averaged else "auto", "model.weights")
     tensors = (read_averaged_weights if averaged else read_weights)(chosen.checkpoint)
+    tensors = merge_adapters(tensors, scale_of_recipe(read_document(chosen.checkpoint)["recipe"]))
     which = f"{'averaged weights of ' if averaged else ''}{chosen}"
     return tensors, read_class_names(chosen.checkpoint), [which], read_head(chosen.checkpoint)
 

@@ -52,7 +52,7 @@ from dist_train.train.engine_state import gather_state, read_loss_scale, restore
 
 # Keys that change how fast a run is and what it says, and not what it learns.
 _COMPUTES_NOTHING = {
-    *(f"data.{key}" for key in ("shards", "cache", "cache_gb", "digest", "threads", "prefetch")),
+    *(f"data.{key}" for key in ("shards", "cache", "cache_gb", "digest", "feature_cache", "threads", "prefetch")),
     *(f"train.{key}" for key in ("run", "eval_batch_size", "log_every", "stop_after_steps", "keep_checkpoints")),
     *(f"train.{key}" for key in ("timeout_s", "profile_steps", "wandb_project")),
     *(f"model.{key}" for key in ("weights", "pos_resize", "head_init", "checkpoint_blocks", "compile")),

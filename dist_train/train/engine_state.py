@@ -44,6 +44,10 @@ def gather_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
     sharded = engine.zero_optimization_stage() > 0
     flat_state = _tensors_of(engine.basic_optimizer.state.get(_flat_masters(engine)[0], {})) if sharded else {}
+    if flat_state and engine.zero_optimization_stage() < 3:
+        # DeepSpeed links parameters to their state when it has stepped the first of its groups: the others have none.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
     masters = {} if sharded else _masters(engine)
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:

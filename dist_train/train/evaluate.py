@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_train.data.features import FeatureEvalLoader
 from dist_train.data.loader import Batch, EvalLoader
 from dist_train.errors import WorkError
 
@@ -52,7 +53,7 @@ class Evaluation:
         return float((self.correct[chosen].double() / self.seen[chosen]).mean())
 
 
-def _padded(batch: Batch, size: int) -> Batch:
+def padded(batch: Batch, size: int) -> Batch:
     """The batch with zeros behind its samples, `size` samples in all."""
     missing = size - len(batch.labels)
     if missing == 0:
@@ -67,7 +68,7 @@ def _padded(batch: Batch, size: int) -> Batch:
 
 
 @torch.no_grad()
-def evaluate(forward: Forward, loader: EvalLoader, expected_samples: int) -> Evaluation:
+def evaluate(forward: Forward, loader: EvalLoader | FeatureEvalLoader, expected_samples: int) -> Evaluation:
     """Evaluate over all ranks (each calls this); `forward` gives the logits of a batch.
 
     A sample that cannot be used is not counted but reported. Raises WorkError if the samples counted and reported are
@@ -77,7 +78,7 @@ def evaluate(forward: Forward, loader: EvalLoader, expected_samples: int) -> Eva
     sums: tuple[Tensor, Tensor, Tensor] | None = None
     for batch in loader:
         # All passes have one shape: a compiled model would be compiled again for a short last batch.
-        logits = forward(_padded(batch, loader.batch_size))[: len(batch.labels)].float()
+        logits = forward(padded(batch, loader.batch_size))[: len(batch.labels)].float()
         if sums is None:
             counts = torch.zeros(3, classes, dtype=torch.int64, device=logits.device)
             sums = counts, torch.zeros_like(counts[0, 0], dtype=torch.float64), torch.zeros_like(counts[0, 0])

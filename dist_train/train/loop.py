@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.cluster.watch import Watch
 from dist_train.config import Recipe
+from dist_train.data.features import FeatureEvalLoader, FeatureStore
 from dist_train.data.loader import Batch, EvalLoader, TrainLoader
 from dist_train.data.manifest import Manifest, read_manifest
 from dist_train.data.plan import micro_batch_of
@@ -37,6 +38,7 @@ from dist_train.train.checkpoint import (
 from dist_train.train.ema import WeightAverage
 from dist_train.train.engine import Engine, init_process_group, torch_device
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
+from dist_train.train.features import feature_eval_loader, feature_train_loader, prepare_features
 from dist_train.train.inputs import begin_tokenizer
 from dist_train.train.meters import StepTrace, device_name
 from dist_train.train.precision import compute_dtype
@@ -114,6 +116,8 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
             return
         former_recipe, changes = recipe_changes(checkpoint, recipe)
 
+    features = prepare_features(recipe, model, manifest, place) if recipe.data.feature_cache else None
+
     # ------------------------------------------------------------------ engine
     def names_at(step: int) -> list[str]:
         at_step = step * recipe.train.batch_size
@@ -137,6 +141,7 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
         if note := manifest.resize_note(recipe.data.image_size, recipe.data.crop_margin):
             log.info("%s: %s", recipe.data.shards, note)
         job = _Run(recipe, place, manifest, tokenizer, total_steps, state, train_step, average, record, stop, started)
+        job.features = features
         complete = job.go()
     if complete:
         log.info("done: %s (tensorboard --logdir %s)", run / SUMMARY_NAME, run / "tensorboard")
@@ -160,7 +165,9 @@ class _Run:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     """The last of each split, of the averaged weights as SPLIT_ema."""
     throughput: list[float] = field(default_factory=list)
-    eval_loaders: dict[str, EvalLoader] = field(default_factory=dict)
+    eval_loaders: dict[str, EvalLoader | FeatureEvalLoader] = field(default_factory=dict)
+    features: FeatureStore | None = None
+    """What data.feature_cache has in the place of images."""
 
     def __post_init__(self) -> None:
         self.run = Path(self.recipe.train.run)
@@ -177,7 +184,11 @@ class _Run:
         """Make the steps that are left. Returns whether the run is complete, or was stopped."""
         recipe, state, writer = self.recipe, self.state, self.writer
         self.meter.measure_peak(self.dtype, self.place.world_size)
-        batches = iter(train_loader(recipe, self.manifest, self.place, self.tokenizer, state.samples_consumed))
+        consumed = state.samples_consumed
+        if self.features is None:
+            batches = iter(train_loader(recipe, self.manifest, self.place, self.tokenizer, consumed))
+        else:
+            batches = iter(feature_train_loader(self.features, recipe, self.manifest, self.place, consumed))
         loss_since_log = torch.zeros((), device=self.train_step.engine.device)
         self.meter.reset()
         while state.step < self.total_steps:
@@ -255,6 +266,9 @@ class _Run:
 
     def measure(self, split: str) -> None:
         """Evaluate the raw weights, and the averaged ones as SPLIT_ema; record both."""
+        if split not in self.eval_loaders and self.features is not None:
+            store, recipe = self.features, self.recipe
+            self.eval_loaders[split] = feature_eval_loader(store, recipe, self.manifest, self.place, split)
         if split not in self.eval_loaders:  # for any number of evaluations in the run
             self.eval_loaders[split] = EvalLoader(
                 self.recipe.data,
@@ -345,10 +359,10 @@ def nothing_to_do(run: Path, step: int, total_steps: int, recipe: Recipe) -> str
     return None
 
 
-def evaluate_split(loader: EvalLoader, model: Engine, forward: Forward) -> Evaluation:
+def evaluate_split(loader: EvalLoader | FeatureEvalLoader, model: Engine, forward: Forward) -> Evaluation:
     """Evaluate the model on a loader's split, in eval mode."""
     model.eval()
-    result = evaluate(forward, loader, loader.fetcher.split.samples)
+    result = evaluate(forward, loader, loader.manifest.split(loader.split).samples)
     model.train()
     return result
 

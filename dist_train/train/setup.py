@@ -73,7 +73,8 @@ def build_step(
     micro_batch = micro_batch_of(recipe.train.batch_size, place.world_size, recipe.train.micro_batch_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     with next(model.parameters()).device:
-        flops = training_flops_per_sample(model, *one_sample(recipe))
+        inputs = one_sample(recipe) if model.feature_shape is None else (torch.zeros(1, *model.feature_shape),)
+        flops = training_flops_per_sample(model, *inputs)
     engine = build_engine(model, recipe, place, micro_batch)
     return TrainStep(
         engine,

@@ -115,7 +115,8 @@ def make_forward(model: Engine | Classifier, recipe: Recipe, device: torch.devic
     layout = torch.channels_last if recipe.train.channels_last else torch.preserve_format
 
     def forward(batch: Batch) -> Tensor:
-        images = batch.images.to(dtype, memory_format=layout)
+        # Features of images come as the backbone gave them.
+        images = batch.images.to(dtype, memory_format=layout) if batch.images.ndim == 4 else batch.images
         return model(images) if batch.text_ids is None else model(images, batch.text_ids, batch.text_mask)
 
     return forward

@@ -71,6 +71,7 @@ def small_engine(stage: int, precision: str, optimizer: str, weights: dict[str, 
     recipe = Recipe()
     recipe.deepspeed.zero_stage, recipe.deepspeed.precision = stage, precision
     recipe.train.batch_size, recipe.optim.name, recipe.optim.lr = 6, optimizer, 0.01
+    recipe.optim.weight_decay = 0.01  # two groups of parameters
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 13), nn.LayerNorm(13), nn.ReLU(), nn.Linear(13, 3))
     if weights is not None:

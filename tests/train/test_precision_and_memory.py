@@ -36,6 +36,7 @@ STEPS = 10
 ADAMW = ["--optim.name=adamw", "--optim.lr=0.0005", "--optim.weight_decay=0.05"]
 IFA = ["--model.head=ifa"]
 LAYERS = ["--optim.layer_decay=0.5", "--model.freeze=1"]
+LORA = ["--model.lora=2", "--optim.layer_decay=0.5", "--optim.name=adamw", "--optim.lr=0.005"]
 MIXED = ["--data.mixup=0.4", "--data.cutmix=1.0", "--optim.label_smoothing=0.1", "--optim.class_weights=effective"]
 
 # What one process trains, in float32 under ZeRO 0; and, of that, what two ranks train in another way.
@@ -43,6 +44,8 @@ ALONE = {
     "adamw": ADAMW,
     "ifa": [*IFA, *ADAMW],
     "layers": [*LAYERS, *ADAMW],
+    "head": ["--model.freeze=backbone", *ADAMW],
+    "lora": LORA,
     "mixed": [*MIXED, *ADAMW],
 }
 SAME = {
@@ -51,6 +54,14 @@ SAME = {
     **{f"ifa checkpoint_blocks zero {stage}": ["--model.checkpoint_blocks=true"] for stage in (0, 1, 2, 3)},
     **{f"ifa compile zero {stage}": ["--model.compile=kernels"] for stage in (0, 1, 2)},
     **{f"layers decayed and frozen zero {stage}": [] for stage in (0, 1, 2, 3)},
+    # DeepSpeed before 0.19.3 raised CheckpointError for frozen layers with the first of these and ZeRO 3.
+    **{
+        f"{name} checkpoint_blocks zero {stage}": ["--model.checkpoint_blocks=true"]
+        for name in ("layers", "head", "lora")
+        for stage in (2, 3)
+    },
+    **{f"head zero {stage}": [] for stage in (0, 3)},
+    **{f"lora zero {stage}": [] for stage in (0, 1, 2, 3)},
     **{f"mixed in micro-batches of {size} zero 0": [f"--train.micro_batch_size={size}"] for size in (2, 4)},
 }
 NEAR = {f"ifa bf16 zero {stage}": ["--deepspeed.precision=bf16"] for stage in (0, 1, 2, 3)}
