@@ -14,6 +14,9 @@ from dist_train.ranges import AT_LEAST_1, FINITE, NOT_NEGATIVE, POSITIVE, SHARE,
 
 TagOrder = Literal["given", "shuffle", "frequency"]
 DataDevice = Literal["auto", "cpu", "gpu"]
+Crop = Literal["squash", "random_resized"]
+EvalCrop = Literal["squash", "center"]
+AutoAugment = Literal["none", "randaugment", "trivialaugment"]
 Head = Literal["cls", "mean", "ifa", "last_n", "all_layers", "attentive"]
 HeadInit = Literal["reference", "zero", "default", "mean"]
 LoraTargets = Literal["all", "attention"]
@@ -46,9 +49,22 @@ class DataConfig:
     second. Found again by set, backbone and its weights. Nothing may augment the images. None: every image is decoded
     and run through the backbone in every epoch."""
     image_size: Annotated[int, Range(1, 2**15)] = 128
-    """Side of the square image that the model sees, pixels; other shapes are squashed to it."""
+    """Side of the square image that the model sees, pixels; see crop and eval_crop for how other shapes get there."""
     crop_margin: Annotated[int, Range(0, 2**15)] = 32
-    """Training images are squashed to squares of image_size + crop_margin and randomly cropped to image_size."""
+    """With crop squash: training images are squashed to squares of image_size + crop_margin and randomly cropped to
+    image_size."""
+    crop: Crop = "squash"
+    """What training sees of an image. squash: as crop_margin says. random_resized: a box of random area and aspect,
+    resized to image_size (torchvision's RandomResizedCrop)."""
+    crop_scale: Annotated[tuple[float, float], Range(0, 1, above=True)] = (0.08, 1.0)
+    """With crop random_resized: least and largest share of the image's area."""
+    crop_ratio: Annotated[tuple[float, float], POSITIVE] = (0.75, 4 / 3)
+    """With crop random_resized: least and largest width of the box by its height."""
+    eval_crop: EvalCrop = "squash"
+    """What evaluation and prediction see. squash: the whole image, squashed to image_size. center: the middle of the
+    image resized with its aspect kept (torchvision's Resize and CenterCrop)."""
+    eval_crop_pct: Annotated[float, Range(0, 1, above=True)] = 0.875
+    """With eval_crop center: the shorter side is resized to image_size divided by this."""
     flip: bool = True
     """Flip training images left-right with probability one half."""
     brightness: Annotated[float, STRENGTH] = 0.1
@@ -60,6 +76,22 @@ class DataConfig:
     """Saturation factor of training images is uniform in [1 - s, 1 + s]."""
     hue: Annotated[float, Range(0, 0.5)] = 0.1
     """Hue shift of training images is uniform in [-h, h], in turns of the colour circle (0.1 = 36 degrees)."""
+    auto_augment: AutoAugment = "none"
+    """Random operations on training images before the colour jitter, as torchvision has them. randaugment:
+    randaugment_ops of 14 operations, all at randaugment_magnitude; trivialaugment: one at a random magnitude."""
+    randaugment_ops: Annotated[int, Range(1, 14)] = 2
+    """With auto_augment randaugment: operations for each image."""
+    randaugment_magnitude: Annotated[int, Range(0, 30)] = 9
+    """With auto_augment randaugment: their strength, 0 to 30."""
+    grey: Annotated[float, STRENGTH] = 0.0
+    """Share of the training images that lose their colours."""
+    blur: Annotated[float, STRENGTH] = 0.0
+    """Share of the training images that are blurred (torchvision's GaussianBlur, kernel of 9 pixels)."""
+    blur_sigma: Annotated[tuple[float, float], POSITIVE] = (0.1, 2.0)
+    """Least and largest standard deviation of the blur, pixels."""
+    erasing: Annotated[float, STRENGTH] = 0.0
+    """Share of the training images of which a box becomes data.mean (torchvision's RandomErasing: 2 to 33 % of the
+    area, height 0.3 to 3.3 times the width)."""
     mixup: Annotated[float, NOT_NEGATIVE] = 0.0
     """Alpha of mixup (Zhang et al. 2018): neighbours in the batch are blended in a ratio from Beta(alpha, alpha); 0 is
     off. With cutmix too, each pair takes one of the two with probability one half."""

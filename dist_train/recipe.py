@@ -216,8 +216,10 @@ def _check_feature_cache(recipe: Recipe) -> None:
         raise UseError("data.feature_cache keeps the features of a frozen backbone: use model.freeze backbone with it")
     if recipe.model.text_tokens:
         raise UseError("data.feature_cache keeps features of images alone: use model.text_tokens 0, or no cache")
-    off: dict[str, float | bool] = {"crop_margin": 0, "flip": False}
-    off |= dict.fromkeys(("brightness", "contrast", "saturation", "hue", "mixup", "cutmix"), 0)
+    off: dict[str, float | bool | str] = {"crop_margin": 0, "flip": False, "crop": "squash", "auto_augment": "none"}
+    off |= dict.fromkeys(
+        ("brightness", "contrast", "saturation", "hue", "mixup", "cutmix", "grey", "blur", "erasing"), 0
+    )
     on = [f"data.{key} {str(value).lower()}" for key, value in off.items() if getattr(data, key) != value]
     if on:
         raise UseError(

@@ -23,7 +23,7 @@ from dist_train.data.manifest import SplitInfo
 from dist_train.data.plan import Need, Positions
 from dist_train.data.readahead import open_shards
 from dist_train.data.remote import IsStopped, never_stopped
-from dist_train.data.sample import BadSample, Kind, NotWhereListed, check_image, check_size, find_sample
+from dist_train.data.sample import BadSample, Kind, NotWhereListed, check_image, check_size, find_sample, size_of_plain
 from dist_train.data.shard import Shard
 
 _NOTHING = TensorCPU(np.empty(0, np.uint8))
@@ -35,12 +35,14 @@ class _OpenShard:
 
     images: None before the first look, then a view into the mapping, or empty where there is a problem and the class 0.
     They are DALI's own views: to make one each time a sample comes would cost as much as all else that is done for it.
-    tags: of the samples whose tags were asked for. odd: the places of images that are not plain.
+    sizes: (height, width) of the images, where they are asked for. tags: of the samples whose tags were asked for. odd:
+    the places of images that are not plain.
     """
 
     shard: Shard
     images: list[TensorCPU | None]
     labels: list[int]
+    sizes: list[tuple[int, int]]
     tags: dict[int, str] = field(default_factory=dict)
     problems: dict[int, str] = field(default_factory=dict)
     odd: set[int] = field(default_factory=set)
@@ -51,7 +53,8 @@ class FetchedBatch:
     """Samples as they lie in the shards: encoded images (DALI's views into the mapping), class ids, lines of tags.
 
     problems: by place in the batch, why a sample cannot be used; its image is empty and its class 0. odd: the places of
-    images that DALI is not to see before they are converted.
+    images that DALI is not to see before they are converted. sizes: (B, 2), height and width of the images, upright,
+    where they were asked for; 0 for those to be converted and those with a problem.
     """
 
     images: list[TensorCPU]
@@ -59,6 +62,7 @@ class FetchedBatch:
     texts: list[str]
     problems: dict[int, str] = field(default_factory=dict)
     odd: list[int] = field(default_factory=list)
+    sizes: NDArray[np.int32] | None = None
 
 
 class ShardFetcher:
@@ -66,7 +70,7 @@ class ShardFetcher:
 
     config: what it says of the cache and of max_pixels. baked: side of the square that every image was resized to, or
     None. ranks: of this node, which share the cache. threads: that convert odd images. texts_only: nobody will look at
-    the images, so neither does this.
+    the images, so neither does this. with_sizes: batches have their images' sizes.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class ShardFetcher:
         ranks: int = 1,
         threads: int = 1,
         texts_only: bool = False,
+        with_sizes: bool = False,
     ) -> None:
         config = config or DataConfig()
         self.split = split
@@ -87,6 +92,7 @@ class ShardFetcher:
         self.max_pixels = config.max_pixels
         self.baked = baked
         self.texts_only = texts_only
+        self.with_sizes = with_sizes
         self.shards = open_shards(root, config, split.shards, ranks)
         self._kinds: dict[int, bytearray] = {}  # of images, by shard and place, also of shards let go
         self._converters = ThreadPoolExecutor(threads, "convert")
@@ -128,7 +134,7 @@ class ShardFetcher:
     def fetch(self, positions: Positions, with_text: bool) -> FetchedBatch:
         """The samples at `positions`, in order. Raises WorkError naming a shard that cannot be read at all."""
         images: list[TensorCPU] = []
-        labels, texts, odd = [], [], []
+        labels, texts, odd, sizes = [], [], [], []
         problems = {}
         # What this loop does is done for every sample of a run: look up what the first look found, and no more.
         for i, (number, place) in enumerate(zip(positions.shard.tolist(), positions.place.tolist(), strict=True)):
@@ -138,13 +144,16 @@ class ShardFetcher:
                 opened, image = self._look_at(opened, number, place, with_text)
             images.append(image)
             labels.append(opened.labels[place])
+            if self.with_sizes:
+                sizes.append(opened.sizes[place])
             if opened.problems and place in opened.problems:
                 problems[i] = opened.problems[place]
             if opened.odd and place in opened.odd:
                 odd.append(i)
             if with_text:
                 texts.append("" if i in problems else opened.tags[place])
-        return FetchedBatch(images, np.array(labels, np.int64), texts, problems, odd)
+        known = np.array(sizes, np.int32) if self.with_sizes else None
+        return FetchedBatch(images, np.array(labels, np.int64), texts, problems, odd, known)
 
     def convert(self, positions: Positions, batch: FetchedBatch, places: Sequence[int]) -> None:
         """Put what DALI reads into the given places of a batch; what has no picture becomes one of its problems.
@@ -162,18 +171,20 @@ class ShardFetcher:
                     opened.problems[place], opened.images[place] = converted, _NOTHING
                     opened.odd.discard(place)
             else:
-                batch.images[i] = converted
+                batch.images[i], size = converted
+                if batch.sizes is not None:
+                    batch.sizes[i] = size
                 if opened is not None:
                     opened.odd.add(place)
 
-    def _converted(self, encoded: NDArray[np.uint8]) -> TensorCPU | str:
-        """The image as DALI reads it, or why there is none."""
+    def _converted(self, encoded: NDArray[np.uint8]) -> tuple[TensorCPU, tuple[int, int]] | str:
+        """The image as DALI reads it, with its height and width, or why there is none."""
         try:
             image = decode(encoded.tobytes(), self.max_pixels)
             check_size(*image.size, self.baked)
         except (BadImage, BadSample) as problem:
             return str(problem)
-        return TensorCPU(np.frombuffer(to_ppm(image), np.uint8))
+        return TensorCPU(np.frombuffer(to_ppm(image), np.uint8)), (image.height, image.width)
 
     def name(self, number: int, place: int) -> str:
         """How messages call a sample: SHARD:KEY, or SHARD:PLACE where the key is not known."""
@@ -190,6 +201,8 @@ class ShardFetcher:
                 kinds[place] = kinds[place] or check_image(opened.shard, place, found, self.max_pixels, self.baked)
             if kinds[place] == Kind.ODD:
                 opened.odd.add(place)
+            elif self.with_sizes:
+                opened.sizes[place] = size_of_plain(opened.shard, found)
             start, size = found.image
             image, opened.labels[place] = TensorCPU(opened.shard.content[start : start + size]), found.label
             if with_text:
@@ -204,5 +217,5 @@ class ShardFetcher:
 
     def _open_shard(self, number: int, trust_index: bool = True) -> _OpenShard:
         shard, samples = self.shards.open(number, self._stopped, trust_index), self.split.shards[number].samples
-        self._open[number] = _OpenShard(shard, [None] * samples, [0] * samples)
+        self._open[number] = _OpenShard(shard, [None] * samples, [0] * samples, [(0, 0)] * samples)
         return self._open[number]

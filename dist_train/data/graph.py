@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, math, types
 
 from dist_train.config import DataConfig
-from dist_train.data.augment import Augmentation
+from dist_train.data.augment import Augmentation, needs_sizes
+from dist_train.data.crops import Regions
 
 
 def crop_input(augmentation: Augmentation, cut_only: bool) -> NDArray[Any]:
@@ -23,11 +24,24 @@ def crop_input(augmentation: Augmentation, cut_only: bool) -> NDArray[Any]:
     return np.ascontiguousarray(augmentation.crop, np.int32 if cut_only else np.float32)
 
 
+def region_inputs(regions: Regions, on_gpu: bool) -> dict[str, NDArray[Any]]:
+    """What the graphs take of regions, (B, 2) each: the part to cut out, and for the GPU's what of it is resized."""
+    inputs: dict[str, NDArray[Any]] = {"begin": regions.begin, "extent": regions.extent}
+    if on_gpu:
+        start = regions.start - regions.origin
+        inputs |= {"start": start.astype(np.float32), "end": (start + regions.length).astype(np.float32)}
+    return inputs
+
+
 def cpu_graph(config: DataConfig, train: bool, cut_only: bool) -> Any:
     """Decoded pixels, (H, W, 3) uint8: cut to size if `cut_only`, else of what the resize of a region reads, together
-    with where that begins and the size of the whole image; without `train` the whole image."""
+    with where that begins and the size of the whole image; without `train` the whole image. Where the region depends on
+    the image's size, it is an input, and only what it reads is decoded."""
     size, square = config.image_size, config.image_size + config.crop_margin
     encoded = _encoded()
+    if needs_sizes(config, train):
+        begin, extent = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("begin", "extent"))
+        return fn.decoders.image_slice(encoded, begin, extent, axis_names="HW", output_type=types.RGB)
     if not train:
         return fn.decoders.image(encoded, output_type=types.RGB)
     if cut_only:
@@ -52,6 +66,14 @@ def gpu_graph(config: DataConfig, train: bool, cut_only: bool, device: str = "gp
     size, square = config.image_size, config.image_size + config.crop_margin
     decoder = "mixed" if device == "gpu" else "cpu"
     image = fn.decoders.image(_encoded(), device=decoder, output_type=types.RGB, jpeg_fancy_upsampling=True)
+    if needs_sizes(config, train):
+        begin, extent = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("begin", "extent"))
+        start, end = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("start", "end"))
+        image = fn.slice(image, start=begin, shape=extent, axis_names="HW", device=device)
+        interpolation = types.INTERP_TRIANGULAR
+        return fn.resize(
+            image, device=device, size=[size, size], interp_type=interpolation, roi_start=start, roi_end=end
+        )
     if cut_only:  # in evaluation all there is: no other operator then says that the batch is one tensor
         crop = fn.external_source(name="crop", dtype=types.INT32, ndim=1) if train else [0, 0]
         return fn.slice(image, start=crop, shape=[size, size], axis_names="HW", device=device)

@@ -20,7 +20,7 @@ from nvidia.dali.tensors import TensorCPU
 from torch import Tensor
 
 from dist_train.config import DataConfig
-from dist_train.data.augment import draw_augmentation, no_augmentation
+from dist_train.data.augment import draw_augmentation, has_operations, needs_sizes, no_augmentation
 from dist_train.data.background import Batch, made_ahead
 from dist_train.data.device import decoding_gpu
 from dist_train.data.fetch import FetchedBatch, ShardFetcher
@@ -68,7 +68,9 @@ class _Loader:
         self._noted_odd = False
         self._kept: ImagePipeline | None = None  # for the next iteration: on a GPU, DALI takes 1.6 s to build one
         if self.device_id is None:
-            load_compiled_passes()  # here, so that the first batch does not wait for it
+            load_compiled_passes(
+                self.train and has_operations(config)
+            )  # here, so that the first batch does not wait for it
         self.fetcher = ShardFetcher(
             config.shards,
             manifest.split(split),
@@ -77,6 +79,7 @@ class _Loader:
             baked=manifest.baked_size(),
             ranks=place.local_world_size,
             threads=self.threads,
+            with_sizes=needs_sizes(config, self.train),
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -139,14 +142,16 @@ class _Loader:
         )
 
     def _feed(self, pipeline: ImagePipeline, positions: Positions, fetched: FetchedBatch) -> None:
-        images, bad = fetched.images, self.bad.among(positions.sample)
+        images, sizes, bad = fetched.images, fetched.sizes, self.bad.among(positions.sample)
         if bad.any():
             images = [self._stand_in if left_out else image for left_out, image in zip(bad, images, strict=True)]
+            if sizes is not None:
+                sizes = np.where(bad[:, None], np.int32(self._stand_in_side), sizes)
         if self.train:
-            parameters = draw_augmentation(self.config, self.seed, positions.epoch, positions.sample)
+            parameters = draw_augmentation(self.config, self.seed, positions.epoch, positions.sample, sizes)
         else:
             parameters = no_augmentation(len(images))
-        pipeline.feed(images, parameters)
+        pipeline.feed(images, parameters, sizes)
 
     def _finish(self, images: Tensor, positions: Positions, fetched: FetchedBatch) -> Batch:
         weights = torch.from_numpy(~self.bad.among(positions.sample))
@@ -202,7 +207,9 @@ class _Loader:
                 one = slice(i, i + 1)
                 probe = probe or self._pipeline(batch_size=1, depth=1)
                 try:
-                    self._feed(probe, positions[one], FetchedBatch(fetched.images[one], fetched.labels[one], []))
+                    sizes = None if fetched.sizes is None else fetched.sizes[one]
+                    alone = FetchedBatch(fetched.images[one], fetched.labels[one], [], sizes=sizes)
+                    self._feed(probe, positions[one], alone)
                     probe.take()
                 except UndecodableError as failure:
                     probe.close()
@@ -230,14 +237,17 @@ class _Loader:
         name = self.fetcher.name(int(positions.shard[i]), int(positions.place[i]))
         self.bad.add(int(positions.sample[i]), name, int(positions.epoch[i]), reason)
 
+    @property
+    def _stand_in_side(self) -> int:
+        return self.manifest.baked_size() or self.config.image_size
+
     @cached_property
     def _stand_in(self) -> TensorCPU:
         """A grey image in the place of one that cannot be used; it has weight 0."""
         from PIL import Image
 
-        side = self.manifest.baked_size() or self.config.image_size
         file = io.BytesIO()
-        Image.new("RGB", (side, side), (128, 128, 128)).save(file, "JPEG")
+        Image.new("RGB", (self._stand_in_side,) * 2, (128, 128, 128)).save(file, "JPEG")
         return TensorCPU(np.frombuffer(file.getvalue(), np.uint8))
 
 

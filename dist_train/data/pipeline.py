@@ -3,7 +3,8 @@
 Where to crop, whether to flip and how to change the colours come in as per-sample arguments (`augment.py`); DALI's own
 random generators are not used. Crop and resize are one step: cutting image_size of (image_size + crop_margin) from the
 resized square is the same as resizing that share of the original. Images baked to that square are cut without any
-resampling. `graph.py` has what DALI does of it; `colour.py` and `colour_triton.py` change the colours.
+resampling. `graph.py` has what DALI does of it; `colour.py` and `colour_triton.py` change the colours; `operations.py`
+and `operations_torch.py` have what comes before (RandAugment) and after (blur, erasing).
 """
 
 from __future__ import annotations
@@ -27,27 +28,36 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 from dist_train.config import DataConfig
-from dist_train.data.augment import Augmentation, colour_parameters
-from dist_train.data.graph import cpu_graph, crop_input, gpu_graph
+from dist_train.data.augment import Augmentation, blur_kernels, colour_parameters, needs_sizes
+from dist_train.data.auto_augment import affine_maps
+from dist_train.data.crops import Regions, regions_of_boxes, regions_of_centres
+from dist_train.data.graph import cpu_graph, crop_input, gpu_graph, region_inputs
 
 
-def load_compiled_passes() -> None:
+def load_compiled_passes(operations: bool = False) -> None:
     """Load what the CPU pipeline computes with, once a process: it takes a second, which a GPU's process can save.
+    operations: also those of RandAugment, blur and erasing.
 
     The compiled code is kept beside the source or in the user's cache; where neither can be written, as by a user
     without a home in a container, in a folder of the user's own among the temporary files.
     """
     try:
-        import dist_train.data.colour
-        import dist_train.data.resize
+        _import_compiled_passes(operations)
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
         import numba
 
         numba.config.CACHE_DIR = str(_own_temporary_folder())
-        import dist_train.data.colour
-        import dist_train.data.resize  # noqa: F401
+        _import_compiled_passes(operations)
+
+
+def _import_compiled_passes(operations: bool) -> None:
+    import dist_train.data.colour
+    import dist_train.data.resize
+
+    if operations:
+        import dist_train.data.operations  # noqa: F401
 
 
 def _own_temporary_folder() -> Path:
@@ -73,10 +83,11 @@ class UndecodableError(RuntimeError):
 class ImagePipeline:
     """Decodes and augments batches given in order; keeps up to `depth` of them under way.
 
-    train: random crop, flip and colour, else a plain resize. baked: side in pixels of the square that every image of
-    the set was resized to, or None. device_id: the GPU, or None for the CPU. depth: batches under way; there must be at
-    least that many in all. Use: `feed` a batch `depth` times, then alternate `take` and `feed`; `close` in the end.
-    A batch with an undecodable image raises UndecodableError in `feed` or `take`; the object is then unusable.
+    train: random crop, flip and all that follows, else a resize, of the whole or of the centre. baked: side in pixels
+    of the square that every image of the set was resized to, or None. device_id: the GPU, or None for the CPU. depth:
+    batches under way; there must be at least that many in all. Use: `feed` a batch `depth` times, then alternate `take`
+    and `feed`; `close` in the end. A batch with an undecodable image raises UndecodableError in `feed` or `take`; the
+    object is then unusable.
     """
 
     def __init__(
@@ -94,9 +105,11 @@ class ImagePipeline:
         self.device_id = device_id
         self.depth = depth
         self._size, self._square = config.image_size, config.image_size + config.crop_margin
-        self._cut_only = baked == (self._square if train else self._size)
+        self._eval_share = config.eval_crop_pct
+        self._by_size = needs_sizes(config, train)
+        self._cut_only = not self._by_size and baked == (self._square if train else self._size)
         self._fed = 0
-        self._under_way: deque[Augmentation] = deque()
+        self._under_way: deque[tuple[Augmentation, Regions | None]] = deque()
         self._workers = threads
         self._threads = ThreadPoolExecutor(threads)
         self._memory = _Memory((batch_size, 3, self._size, self._size), depth + config.prefetch)
@@ -114,15 +127,27 @@ class ImagePipeline:
         )
         self._pipeline.build()
 
-    def feed(self, images: Sequence[TensorCPU | NDArray[np.uint8]], augmentation: Augmentation) -> None:
-        """Hand in one batch: encoded images, which must stay unchanged until taken, and their parameters."""
+    def feed(
+        self,
+        images: Sequence[TensorCPU | NDArray[np.uint8]],
+        augmentation: Augmentation,
+        sizes: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Hand in one batch: encoded images, which must stay unchanged until taken, and their parameters.
+
+        sizes: (B, 2), height and width, upright; needed where `needs_sizes` says so.
+        """
         # Lists of DALI's own are taken as they are: looking into any other costs feed_input 10 us an image.
         views = [image if isinstance(image, TensorCPU) else TensorCPU(image) for image in images]
         encoded = TensorListCPU(views, contiguous=False)  # type: ignore[call-overload]  # which its stub lacks
         self._pipeline.feed_input("images", encoded)
-        if self.train:
+        regions = self._regions_by_size(augmentation, sizes) if self._by_size else None
+        if regions is not None:
+            for name, values in region_inputs(regions, self.device_id is not None).items():
+                self._pipeline.feed_input(name, TensorListCPU(values))
+        elif self.train:
             self._pipeline.feed_input("crop", TensorListCPU(crop_input(augmentation, self._cut_only)))
-        self._under_way.append(augmentation)
+        self._under_way.append((augmentation, regions))
         self._fed += 1
         if self._fed >= self.depth:  # DALI's first schedule_run starts `depth` batches at once
             with _undecodable():
@@ -141,18 +166,25 @@ class ImagePipeline:
 
     def _take_on_gpu(self, device_id: int) -> torch.Tensor:
         """Change the colours of what DALI decoded and resized."""
+        from dist_train.data import operations_torch
         from dist_train.data.colour_torch import fastest_colour_change
 
         device = torch.device("cuda", device_id)
         stream = torch.cuda.current_stream(device)
         with _undecodable():
             (output,) = self._pipeline.share_outputs(cuda_stream=stream)
-        parameters = torch.from_numpy(colour_parameters(self._under_way.popleft()))
+        augmentation, _ = self._under_way.popleft()
+        parameters = torch.from_numpy(colour_parameters(augmentation))
+        pixels = torch.from_dlpack(output.as_tensor())
+        if operations := _operation_parameters(augmentation, self._size):
+            pixels = operations_torch.apply_operations(pixels, *operations)
         tensor = fastest_colour_change(device, self._size)(
-            torch.from_dlpack(output.as_tensor()),
+            pixels,
             parameters.pin_memory().to(device, non_blocking=True),
             *(tuple(values.tolist()) for values in self._normalise),
         )
+        if last := _last_parameters(augmentation):
+            operations_torch.blur_and_erase(tensor, *last)
         # DALI does not say in which order with the stream's work its memory is used again. Only the thread that makes
         # batches waits here.
         stream.synchronize()
@@ -160,13 +192,13 @@ class ImagePipeline:
         return tensor
 
     def _take_on_cpu(self) -> torch.Tensor:
-        """Resize and colour what DALI decoded, the batch shared out among the threads."""
+        """Resize, augment and colour what DALI decoded, the batch shared out among the threads."""
         from dist_train.data.colour import change_colours
         from dist_train.data.resize import resize_region
 
         with _undecodable():
             outputs = self._pipeline.share_outputs()
-        augmentation = self._under_way.popleft()
+        augmentation, regions = self._under_way.popleft()
         batch = len(augmentation.flip)
         parameters, target = colour_parameters(augmentation), self._memory.take(batch)
         if self._cut_only:
@@ -174,20 +206,39 @@ class ImagePipeline:
         else:
             pixels = np.empty((batch, self._size, self._size, 3), np.uint8)
             decoded = [np.asarray(image) for image in outputs[0]]
-            start, length, origin, full = self._regions(decoded, augmentation, outputs[1:])
+            if regions is not None:
+                start, length, origin, full = regions.start, regions.length, regions.origin, regions.full
+            else:
+                start, length, origin, full = self._regions(decoded, augmentation, outputs[1:])
+        operations, last = _operation_parameters(augmentation, self._size), _last_parameters(augmentation)
+        if operations or last:
+            from dist_train.data.operations import apply_operations, blur_and_erase
+        if operations and self._cut_only:
+            pixels = pixels.copy()  # operations work in place, and the memory is DALI's
 
         def part(first: int, end: int) -> None:
             if not self._cut_only:
                 for i in range(first, end):
                     resize_region(decoded[i], origin[i], full[i], start[i], length[i], pixels[i])
             some = slice(first, end)
+            if operations:
+                apply_operations(pixels[some], *(values[some] for values in operations))
             change_colours(pixels[some], parameters[some], *self._normalise, target[some])
+            if last:
+                blur_and_erase(target[some], *(values[some] for values in last))
 
         bounds = [batch * i // self._workers for i in range(self._workers + 1)]
         for done in [self._threads.submit(part, *ends) for ends in pairwise(bounds)]:
             done.result()
         self._pipeline.release_outputs()
         return torch.from_numpy(target)
+
+    def _regions_by_size(self, augmentation: Augmentation, sizes: NDArray[np.int32] | None) -> Regions:
+        if self.train:
+            return regions_of_boxes(augmentation.box)
+        if sizes is None:
+            raise ValueError("data.eval_crop center needs the images' sizes")
+        return regions_of_centres(sizes, self._size, self._eval_share)
 
     def _regions(
         self, decoded: list[NDArray[np.uint8]], augmentation: Augmentation, places: Sequence[Any]
@@ -199,6 +250,22 @@ class ImagePipeline:
             return nothing.astype(np.float64), full.astype(np.float64), nothing, full
         origin, full = (np.asarray(place.as_tensor()) for place in places)
         return augmentation.crop / self._square * full, self._size / self._square * full, origin, full
+
+
+def _operation_parameters(augmentation: Augmentation, side: int) -> tuple[NDArray[Any], ...]:
+    """What `apply_operations` takes beside the images, (B, ...) each; empty if there is nothing to do."""
+    operations, magnitudes = augmentation.operations, augmentation.magnitudes
+    if not operations.size:
+        return ()
+    return augmentation.flip, operations, magnitudes, affine_maps(operations, magnitudes, side)
+
+
+def _last_parameters(augmentation: Augmentation) -> tuple[NDArray[Any], ...]:
+    """What `blur_and_erase` takes beside the images, (B, ...) each; empty if there is nothing to do."""
+    blurred = augmentation.blur > 0
+    if not blurred.any() and not augmentation.erased.any():
+        return ()
+    return blurred, blur_kernels(np.where(blurred, augmentation.blur, 1)), augmentation.erased
 
 
 class _Memory:

@@ -25,14 +25,15 @@ class ImageReader:
 
     def read(self, data: bytes) -> Tensor:
         """(1, 3, S, S), normalised, on the device. Raises BadImage."""
-        if plain_size(data, self._config.max_pixels) is not None:
+        size = plain_size(data, self._config.max_pixels)
+        if size is not None:
             try:
-                return self._decode(data)
+                return self._decode(data, size)
             except UndecodableError:
                 pass  # as the loader does, what DALI refuses is converted
-        converted = to_ppm(decode(data, self._config.max_pixels))
+        image = decode(data, self._config.max_pixels)
         try:
-            return self._decode(converted)
+            return self._decode(to_ppm(image), image.size)
         except UndecodableError as error:
             raise BadImage("cannot decode", error.reason()) from None
 
@@ -42,13 +43,15 @@ class ImageReader:
             self._pipeline.close()
             self._pipeline = None
 
-    def _decode(self, encoded: bytes) -> Tensor:
+    def _decode(self, encoded: bytes, size: tuple[int, int]) -> Tensor:
+        """size: (width, height)."""
         if self._pipeline is None:
             self._pipeline = ImagePipeline(
                 self._config, train=False, baked=None, batch_size=1, threads=1, device_id=self._device_id, depth=1
             )
         try:
-            self._pipeline.feed([TensorCPU(np.frombuffer(encoded, np.uint8))], no_augmentation(1))
+            sizes = np.array([size[::-1]], np.int32)
+            self._pipeline.feed([TensorCPU(np.frombuffer(encoded, np.uint8))], no_augmentation(1), sizes)
             return self._pipeline.take()
         except UndecodableError:  # which leaves the pipeline unusable
             self.close()

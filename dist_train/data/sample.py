@@ -77,6 +77,12 @@ def check_image(shard: Shard, place: int, found: Found, max_pixels: int, baked: 
     return Kind.PLAIN
 
 
+def size_of_plain(shard: Shard, found: Found) -> tuple[int, int]:
+    """(height, width) of an image that `check_image` has found plain; it is upright."""
+    stream = CodeStream(_read(shard, found.image))
+    return stream.height, stream.width
+
+
 def plain_size(encoded: bytes, max_pixels: int) -> tuple[int, int] | None:
     """(width, height) of an image that DALI may have as it is, by its header alone; None for one to be converted.
 
