@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,21 @@ class Evaluation:
         """Share of samples whose class was among the first five."""
         return int(self.top5_correct.sum()) / self.samples
 
+    @property
+    def score(self) -> float:
+        """By which the best checkpoint is chosen."""
+        return self.top1
+
+    def figures(self) -> dict[str, Any]:
+        """As metrics.jsonl and summary.json hold it."""
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "loss": self.loss,
+            "samples": self.samples,
+            "bad_samples": self.bad_samples,
+        }
+
     def class_mean(self, classes: Tensor | None = None) -> float:
         """Mean of the classes' own accuracies, over those seen (of `classes`, ids, if given)."""
         chosen = self.seen > 0
@@ -52,7 +68,7 @@ class Evaluation:
         return float((self.correct[chosen].double() / self.seen[chosen]).mean())
 
 
-def _padded(batch: Batch, size: int) -> Batch:
+def padded(batch: Batch, size: int) -> Batch:
     """The batch with zeros behind its samples, `size` samples in all."""
     missing = size - len(batch.labels)
     if missing == 0:
@@ -61,9 +77,10 @@ def _padded(batch: Batch, size: int) -> Batch:
     def pad(tensor: Tensor) -> Tensor:
         return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
 
-    ids, mask = (None if text is None else pad(text) for text in (batch.text_ids, batch.text_mask))
+    optional = (batch.text_ids, batch.text_mask, batch.tags)
+    ids, mask, tags = (None if part is None else pad(part) for part in optional)
     samples = np.concatenate([batch.samples, np.full(missing, -1)])
-    return Batch(pad(batch.images), pad(batch.labels), pad(batch.weights), ids, mask, samples)
+    return Batch(pad(batch.images), pad(batch.labels), pad(batch.weights), ids, mask, samples, tags)
 
 
 @torch.no_grad()
@@ -77,7 +94,7 @@ def evaluate(forward: Forward, loader: EvalLoader, expected_samples: int) -> Eva
     sums: tuple[Tensor, Tensor, Tensor] | None = None
     for batch in loader:
         # All passes have one shape: a compiled model would be compiled again for a short last batch.
-        logits = forward(_padded(batch, loader.batch_size))[: len(batch.labels)].float()
+        logits = forward(padded(batch, loader.batch_size))[: len(batch.labels)].float()
         if sums is None:
             counts = torch.zeros(3, classes, dtype=torch.int64, device=logits.device)
             sums = counts, torch.zeros_like(counts[0, 0], dtype=torch.float64), torch.zeros_like(counts[0, 0])
