@@ -71,6 +71,15 @@ def _number(text: str) -> int:
     return int(text)
 
 
+def _threshold(text: str) -> str:
+    try:
+        if text == "best" or 0 <= float(text) <= 1:
+            return text
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be best or a probability from 0 to 1, not {text!r}")
+
+
 def _path_or_url(text: str) -> str:
     return expanded("--shards", text)
 
@@ -91,13 +100,13 @@ def _command_parser() -> argparse.ArgumentParser:
         "(default: the paper's, and timm's families)",
     )
 
-    evaluate = commands.add_parser("evaluate", help="accuracy of a run on a split")
+    evaluate = commands.add_parser("evaluate", help="accuracy of a run on a split, or how well it finds tags")
     evaluate.add_argument("run", type=Path, help="run folder")
     evaluate.add_argument("--split", default="test")
     evaluate.add_argument(
         "--shards", type=_path_or_url, help="another shard set of the same classes (default: the run's)"
     )
-    evaluate.add_argument("--csv", type=Path, help="per-class table (default: RUN/evaluation_SPLIT.csv)")
+    evaluate.add_argument("--csv", type=Path, help="per-class or per-tag table (default: RUN/evaluation_SPLIT.csv)")
     evaluate.add_argument("--batch-size", type=_number, help="samples of one pass (default: the run's)")
 
     predict = commands.add_parser("predict", help="classes of image files")
@@ -109,6 +118,13 @@ def _command_parser() -> argparse.ArgumentParser:
         help="tags of the images, for a model that reads them: separated by commas, else by blanks",
     )
     predict.add_argument("--top", type=_number, default=5, help="classes named for each image")
+    predict.add_argument(
+        "--threshold",
+        type=_threshold,
+        metavar="0.5|best",
+        help="instead of the --top, all tags at or above this probability, or above each tag's own that was chosen on "
+        "val; for a run with data.labels tags",
+    )
 
     grid = commands.add_parser("grid", help="a picture of predictions on a split, right and wrong")
     grid.add_argument("run", type=Path, help="run folder")
@@ -147,7 +163,7 @@ def _run(options: argparse.Namespace) -> int:
         return _say_evaluation(*evaluate(trained, options.split, options.shards, options.batch_size), options)
     if options.command == "predict":
         bad = 0
-        for path, best in predict(trained, options.images, options.tags, options.top):
+        for path, best in predict(trained, options.images, options.tags, options.top, options.threshold):
             if isinstance(best, WorkError):
                 print(best, file=sys.stderr)
                 bad = 1

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from dist_train.ranges import AT_LEAST_1, FINITE, NOT_NEGATIVE, POSITIVE, SHARE, STRENGTH, Range
 
+Labels = Literal["class", "tags"]
 TagOrder = Literal["given", "shuffle", "frequency"]
 DataDevice = Literal["auto", "cpu", "gpu"]
 Crop = Literal["squash", "random_resized"]
@@ -109,7 +110,13 @@ class DataConfig:
     """Order of a sample's tags before they are cut at model.text_tokens: as given; in training shuffled again for each
     sample and epoch, as given in evaluation; or the most frequent of the train split first."""
     tag_vocabulary: Annotated[int, AT_LEAST_1] = 4096
-    """Most frequent tags that data.tokenizer `tags` and data.tag_order `frequency` know; the run folder's tags.txt."""
+    """Most frequent tags that data.labels `tags`, data.tokenizer `tags` and data.tag_order `frequency` know; the run
+    folder's tags.txt."""
+    tag_min_count: Annotated[int, AT_LEAST_1] = 1
+    """Tags on fewer samples of the train split than this are not among them."""
+    labels: Labels = "class"
+    """What the model predicts. class: the one class of an image. tags: which of the tag_vocabulary most frequent tags
+    of the train split an image has, each on its own (multi-label); an image with none of them counts as one without."""
     streams: Annotated[int, NOT_NEGATIVE] = 0
     """Contiguous ranges an epoch is read in at once; must divide train.batch_size. A rank reads only its part of
     the data where the number of ranks divides the streams. 0: the largest divisor up to 64, or batch_size / 8."""
@@ -220,12 +227,14 @@ class OptimConfig:
     lr_reference_batch: Annotated[int, AT_LEAST_1] = 64
     """Batch size at which lr_scaling changes nothing."""
     label_smoothing: Annotated[float, SHARE] = 0.0
-    """Share of the target spread evenly over all classes."""
+    """Share of the target spread evenly over all classes, or over all tags (timm's rule for its BCE)."""
     class_weights: ClassWeights = "none"
     """Weigh the loss of a sample by its class: by 1 / n, n the class's images over all splits (the manifest counts no
     others), or by 1 / effective number (1 - beta^n) / (1 - beta) (Cui et al. 2019). The mean over the images is 1."""
     class_weights_beta: Annotated[float, SHARE] = 0.999
     """Beta of class_weights effective, in [0, 1): towards 0 all classes weigh the same, towards 1 as with inverse."""
+    positive_weight: Annotated[float, POSITIVE] = 1.0
+    """With data.labels tags: weight of the loss of a tag that an image has, against that of a tag that it has not."""
     clip_norm: Annotated[float, NOT_NEGATIVE] = 0.0
     """Gradients are scaled down to this global L2 norm; 0 does not clip."""
 
@@ -253,6 +262,9 @@ class TrainConfig:
     """Samples of one evaluation pass on one rank."""
     eval_every: Annotated[int, AT_LEAST_1] = 1
     """Epochs between two evaluations on val (the last epoch is always evaluated)."""
+    threshold: Annotated[float, Range(0, 1)] = 0.5
+    """With data.labels tags: probability from which on a tag counts as predicted in an evaluation. Precision, recall
+    and F1 are told for it, and for the thresholds, one a tag, that give the highest F1 on val."""
     log_every: Annotated[int, AT_LEAST_1] = 10
     """Steps between two logged steps."""
     stop_after_steps: Annotated[int, NOT_NEGATIVE] = 0

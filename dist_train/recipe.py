@@ -77,6 +77,7 @@ def problems(
             lambda: check_run_folder(Path(recipe.train.run), resume),
             lambda: _check_wandb(recipe),
             lambda: _check_tokenizer(recipe),
+            lambda: _check_labels(recipe),
             lambda: _check_batch(recipe, world_size),
             lambda: choose_streams(recipe.train.batch_size, recipe.data.streams),
         ]
@@ -214,6 +215,8 @@ def _check_feature_cache(recipe: Recipe) -> None:
         raise UseError(f"data.feature_cache {folder}: must be a folder, not a URL")
     if recipe.model.freeze != "backbone":
         raise UseError("data.feature_cache keeps the features of a frozen backbone: use model.freeze backbone with it")
+    if data.labels != "class":
+        raise UseError("data.feature_cache goes with the classes of images alone: use data.labels class, or no cache")
     if recipe.model.text_tokens:
         raise UseError("data.feature_cache keeps features of images alone: use model.text_tokens 0, or no cache")
     off: dict[str, float | bool | str] = {"crop_margin": 0, "flip": False, "crop": "squash", "auto_augment": "none"}
@@ -240,6 +243,21 @@ def _check_tokenizer(recipe: Recipe) -> None:
         read_vocabulary(recipe.data.tokenizer)
 
 
+def _check_labels(recipe: Recipe) -> None:
+    if recipe.data.labels == "class":
+        if recipe.optim.positive_weight != 1:
+            raise UseError("optim.positive_weight weighs tags: it needs data.labels tags")
+    elif recipe.model.text_tokens:
+        raise UseError(
+            "with data.labels tags a model that reads tags would read its answer: set model.text_tokens to 0"
+        )
+    elif recipe.optim.class_weights != "none":
+        raise UseError(
+            "optim.class_weights weighs samples by their class: with data.labels tags set it to none; "
+            "optim.positive_weight weighs tags"
+        )
+
+
 def _check_batch(recipe: Recipe, world_size: int) -> None:
     micro_batch = micro_batch_of(recipe.train.batch_size, world_size, recipe.train.micro_batch_size)
     if recipe.train.skip_bad_steps and micro_batch * world_size < recipe.train.batch_size:
@@ -261,7 +279,7 @@ def _check_samples(recipe: Recipe, manifest: Manifest) -> None:
     if not samples:
         raise UseError("the split to train on holds no samples")
     check_schedule(recipe.optim, count_steps(recipe.train.epochs, samples, recipe.train.batch_size))
-    if recipe.model.text_tokens:
+    if recipe.model.text_tokens or recipe.data.labels == "tags":
         check_has_tags(recipe.data, manifest)
 
 

@@ -31,6 +31,7 @@ KEYS = {
     "data.mean": "img_mean image_mean normalize_mean pixel_mean",
     "data.std": "img_std image_std normalize_std pixel_std",
     "data.tokenizer": "tokenizer_name vocab vocab_file",
+    "data.labels": "multilabel multi_label multi_label_classification problem_type label_type task_type",
     "data.shuffle_window": "shuffle_buffer shuffle_buffer_size buffer_size shuffle",
     "data.threads": "workers num_workers dataloader_num_workers n_workers nworkers num_threads",
     "data.prefetch": "prefetch_factor dataloader_prefetch_factor prefetch_batches",
@@ -58,6 +59,7 @@ KEYS = {
     "optim.lr_reference_batch": "lr_base_size base_batch_size",
     "optim.label_smoothing": "smoothing label_smoothing_factor label_smooth ls",
     "optim.class_weights": "class_weight weighted_loss balanced class_balance loss_weights",
+    "optim.positive_weight": "pos_weight positive_weights bce_pos_weight",
     "optim.clip_norm": "clip clip_grad max_grad_norm gradient_clip_val gradient_clipping grad_clip clip_grad_norm "
     "max_norm grad_clip_norm",
     "train.run": "output output_dir out_dir save_dir log_dir logging_dir default_root_dir run_name experiment run_dir "
@@ -73,6 +75,7 @@ KEYS = {
     "per_gpu_eval_batch_size vbs",
     "train.eval_every": "eval_interval val_interval check_val_every_n_epoch validate_every eval_steps eval_strategy "
     "evaluation_strategy val_check_interval eval_freq val_every eval_epochs",
+    "train.threshold": "prediction_threshold decision_threshold bce_target_thresh multi_label_threshold",
     "train.log_every": "log_interval logging_steps log_every_n_steps print_freq log_freq log_steps log_every_steps",
     "train.stop_after_steps": "max_steps total_steps num_steps train_steps max_iters iterations num_training_steps",
     "train.keep_checkpoints": "save_total_limit checkpoint_hist save_top_k keep_last keep_n max_checkpoints",

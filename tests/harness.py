@@ -66,13 +66,14 @@ def write_shard_set(
     splits: dict[str, Sequence[int]],
     size: tuple[int, int] = (48, 40),
     baked: int | None = None,
-    text: bool = False,
+    text: bool | Callable[[int], str] = False,
     replace: dict[int, bytes] | None = None,
     classes: int = CLASSES,
 ) -> Path:
     """A set whose splits have shards of the given counts. Sample n has picture n and class n mod `classes`.
 
-    baked: the pictures are squares of that side and the manifest says so. replace: other bytes for some images.
+    baked: the pictures are squares of that side and the manifest says so. text: whether samples have tags; or from a
+    sample's number to its tags. replace: other bytes for some images.
     """
     root.mkdir(parents=True, exist_ok=True)
     size = (baked, baked) if baked else size
@@ -85,7 +86,8 @@ def write_shard_set(
             for n in range(number, number + count):
                 members = {"jpg": (replace or {}).get(n, jpeg_bytes(n, *size)), "cls": str(n % classes).encode()}
                 if text:
-                    members["txt"] = f"red hair {'cat ears ' * (n % 3)}smile".encode()
+                    tags = text(n) if callable(text) else f"red hair {'cat ears ' * (n % 3)}smile"
+                    members["txt"] = tags.encode()
                 samples.append(members)
             path = root / f"{split}-{k:06d}.tar"
             write_tar(path, samples, number)
@@ -94,7 +96,7 @@ def write_shard_set(
         described[split] = SplitInfo(sum(counts), tuple(shards))
     infos = tuple(ClassInfo(f"class {i}", len(range(i, number, classes))) for i in range(classes))
     transform = f"resize {baked}x{baked}" if baked else None
-    write_manifest(root, Manifest(infos, described, transform, text, tool="tests"))
+    write_manifest(root, Manifest(infos, described, transform, bool(text), tool="tests"))
     return root
 
 

@@ -36,7 +36,8 @@ class Batch:
 
     images: (B, 3, S, S) float32, normalised. labels: (B,) int64. weights: (B,) float32, 0 for the stand-in of a sample
     that cannot be used, else 1. text_ids, text_mask: (B, T) int64 and bool, or None. All on the loader's device.
-    samples: (B,) indexes in the manifest's order.
+    samples: (B,) indexes in the manifest's order. tags: (B, tags) bool, which tags a sample has, where the model is to
+    predict them (data.labels tags); else None.
     """
 
     images: Tensor
@@ -45,6 +46,12 @@ class Batch:
     text_ids: Tensor | None
     text_mask: Tensor | None
     samples: NDArray[np.int64]
+    tags: Tensor | None = None
+
+    @property
+    def targets(self) -> Tensor:
+        """What the model is to predict: the tags where they are there, else the labels."""
+        return self.labels if self.tags is None else self.tags
 
 
 MakeBatches = Callable[[IsStopped], Generator[Batch, None, None]]

@@ -30,6 +30,7 @@ from dist_train.data.plan import EpochPlan, Need, Positions, evaluation_batches,
 from dist_train.data.quarantine import Quarantine
 from dist_train.data.remote import IsStopped
 from dist_train.data.tags import shuffle_tags
+from dist_train.data.targets import TagTargets
 from dist_train.data.tokenizer import TagTokenizer
 from dist_train.place import Place
 from dist_train.ranges import check_section
@@ -55,12 +56,13 @@ class _Loader:
         batch_size: int,
         tokenizer: TagTokenizer | None,
         quarantine: Path | None,
+        tag_targets: TagTargets | None,
     ) -> None:
         check_section("data", config)
-        if tokenizer is not None:
+        if tokenizer is not None or tag_targets is not None:
             check_has_tags(config, manifest)
         self.config, self.manifest, self.place = config, manifest, place
-        self.batch_size, self.tokenizer, self.split = batch_size, tokenizer, split
+        self.batch_size, self.tokenizer, self.split, self.tag_targets = batch_size, tokenizer, split, tag_targets
         self._texts_read, self._texts_are_looked_at = 0, place.rank == 0
         self.bad = Quarantine(quarantine, split, config.max_bad_samples, place.rank)
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
@@ -121,7 +123,8 @@ class _Loader:
                 pipeline.close()
 
     def _fetch(self, positions: Positions) -> FetchedBatch:
-        fetched = self.fetcher.fetch(positions, self.tokenizer is not None)
+        with_text = self.tokenizer is not None or self.tag_targets is not None
+        fetched = self.fetcher.fetch(positions, with_text)
         if fetched.odd:
             self._note_odd(positions, fetched.odd[0])
             left_out = self.bad.among(positions.sample)
@@ -171,6 +174,7 @@ class _Loader:
             ids,
             mask,
             positions.sample,
+            on_device(self.tag_targets(fetched.texts)) if self.tag_targets else None,
         )
 
     def _tokens(self, tokenizer: TagTokenizer, positions: Positions, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -272,9 +276,17 @@ class TrainLoader(_Loader):
         samples_consumed: int = 0,
         tokenizer: TagTokenizer | None = None,
         quarantine: Path | None = None,
+        tag_targets: TagTargets | None = None,
     ) -> None:
         super().__init__(
-            config, manifest, "train", place, batch_size=micro_batch, tokenizer=tokenizer, quarantine=quarantine
+            config,
+            manifest,
+            "train",
+            place,
+            batch_size=micro_batch,
+            tokenizer=tokenizer,
+            quarantine=quarantine,
+            tag_targets=tag_targets,
         )
         self.seed = seed
         self.plan = EpochPlan(self.fetcher.split.shard_samples, batch_size, seed, config.streams, config.shuffle_window)
@@ -324,9 +336,17 @@ class EvalLoader(_Loader):
         batch_size: int,
         tokenizer: TagTokenizer | None = None,
         quarantine: Path | None = None,
+        tag_targets: TagTargets | None = None,
     ) -> None:
         super().__init__(
-            config, manifest, split, place, batch_size=batch_size, tokenizer=tokenizer, quarantine=quarantine
+            config,
+            manifest,
+            split,
+            place,
+            batch_size=batch_size,
+            tokenizer=tokenizer,
+            quarantine=quarantine,
+            tag_targets=tag_targets,
         )
         self.batches = evaluation_batches(self.fetcher.split.shard_samples, batch_size, place.rank, place.world_size)
 

@@ -130,11 +130,17 @@ class Manifest:
 
 def check_has_tags(config: DataConfig, manifest: Manifest) -> None:
     """Raise UseError if the shard set has no tags."""
-    if not manifest.text:
+    if manifest.text:
+        return
+    if config.labels == "tags":
         raise UseError(
-            f"model.text_tokens asks for tags, but the shard set {config.shards} has none; "
-            "build it with tags or set model.text_tokens to 0"
+            f"data.labels asks for tags, but the shard set {config.shards} has none; "
+            "build it with tags or set data.labels to class"
         )
+    raise UseError(
+        f"model.text_tokens asks for tags, but the shard set {config.shards} has none; "
+        "build it with tags or set model.text_tokens to 0"
+    )
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:

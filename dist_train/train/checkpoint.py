@@ -2,7 +2,8 @@
 
 RUN/checkpoints/step-00000123/ holds
     state.json              where the run stood: step, samples consumed, seed, manifest digest, best result; the names
-                            of the classes; the recipe; fp16's loss scale
+                            of the classes (or tags, and the thresholds for them that were chosen on val, if it was
+                            evaluated there); the recipe; fp16's loss scale
     weights.safetensors     the weights, float32, names as in the model
     optimizer.safetensors   the optimizer's state by KEY/NAME of the parameter
     extra.safetensors       the averaged weights, if the run has such (train.ema), likewise
@@ -54,6 +55,7 @@ from dist_train.train.engine_state import gather_state, read_loss_scale, restore
 _COMPUTES_NOTHING = {
     *(f"data.{key}" for key in ("shards", "cache", "cache_gb", "digest", "feature_cache", "threads", "prefetch")),
     *(f"train.{key}" for key in ("run", "eval_batch_size", "log_every", "stop_after_steps", "keep_checkpoints")),
+    "train.threshold",
     *(f"train.{key}" for key in ("timeout_s", "profile_steps", "wandb_project")),
     *(f"model.{key}" for key in ("weights", "pos_resize", "head_init", "checkpoint_blocks", "compile")),
     *(f"deepspeed.{key}" for key in ("zero_stage", "offload")),
@@ -64,7 +66,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RunState:
-    """Where a run stands between two optimizer steps. best_top1 and best_step are of the val split, -1 before any."""
+    """Where a run stands between two optimizer steps. best_top1 and best_step are of the val split, -1 before any; of a
+    model that predicts tags, best_top1 is the mAP."""
 
     step: int
     samples_consumed: int
@@ -167,6 +170,9 @@ def _check_same_run(checkpoint: Path, state: RunState, expected: RunState, recip
     before, now = _recipes(checkpoint, recipe)
     # By these the rest of the epoch would have samples that it had already; by the optimizer its state means nothing.
     pairs += [(key, before.get(key), now[key]) for key in ("data.streams", "data.shuffle_window", "optim.name")]
+    pairs.append(("data.labels", before.get("data.labels", "class"), now["data.labels"]))
+    if recipe.data.labels == "tags":
+        pairs += [(key, before.get(key), now[key]) for key in ("data.tag_vocabulary", "data.tag_min_count")]
     for name, saved, wanted in pairs:
         if saved != wanted:
             raise UseError(
@@ -210,10 +216,17 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")  # the interpreter waits for it at its end
         self._writing: Future[None] | None = None
 
-    def save(self, engine: Engine, state: RunState, extra: dict[str, Tensor] | None = None) -> None:
+    def save(
+        self,
+        engine: Engine,
+        state: RunState,
+        extra: dict[str, Tensor] | None = None,
+        thresholds: dict[str, list[float]] | None = None,
+    ) -> None:
         """Take the state and begin to write the checkpoint; all ranks call this together.
 
-        extra: further tensors by name, of rank 0, that `read_extra` gives back. Of the older checkpoints the newest
+        extra: further tensors by name, of rank 0, that `read_extra` gives back. thresholds: of the tags, for the `raw`
+        and the `averaged` weights, that `read_thresholds` gives back. Of the older checkpoints the newest
         train.keep_checkpoints - 1 and the best stay; newer ones, of a past that was left by resuming before them, go.
         Raises WorkError on rank 0 where the former checkpoint failed or the file system has no room for this one.
         """
@@ -227,6 +240,8 @@ class CheckpointWriter:
             "recipe": recipe_to_dict(self._recipe),
             "loss_scale": read_loss_scale(engine),
         }
+        if thresholds:
+            document["thresholds"] = thresholds
         files = {WEIGHTS_NAME: weights, OPTIMIZER_NAME: optimizer}
         if extra:
             files[EXTRA_NAME] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in extra.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,21 @@ class Evaluation:
         """Share of samples whose class was among the first five."""
         return int(self.top5_correct.sum()) / self.samples
 
+    @property
+    def score(self) -> float:
+        """By which the best checkpoint is chosen."""
+        return self.top1
+
+    def figures(self) -> dict[str, Any]:
+        """As metrics.jsonl and summary.json hold it."""
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "loss": self.loss,
+            "samples": self.samples,
+            "bad_samples": self.bad_samples,
+        }
+
     def class_mean(self, classes: Tensor | None = None) -> float:
         """Mean of the classes' own accuracies, over those seen (of `classes`, ids, if given)."""
         chosen = self.seen > 0
@@ -62,9 +78,10 @@ def padded(batch: Batch, size: int) -> Batch:
     def pad(tensor: Tensor) -> Tensor:
         return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
 
-    ids, mask = (None if text is None else pad(text) for text in (batch.text_ids, batch.text_mask))
+    optional = (batch.text_ids, batch.text_mask, batch.tags)
+    ids, mask, tags = (None if part is None else pad(part) for part in optional)
     samples = np.concatenate([batch.samples, np.full(missing, -1)])
-    return Batch(pad(batch.images), pad(batch.labels), pad(batch.weights), ids, mask, samples)
+    return Batch(pad(batch.images), pad(batch.labels), pad(batch.weights), ids, mask, samples, tags)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a recipe's model reads: its shard set, and its tags as tokens."""
+"""What a recipe's model reads: its shard set, and its tags as tokens; and what it predicts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from torch import Tensor
 
 from dist_train.config import Recipe
 from dist_train.data.manifest import Manifest, read_manifest
+from dist_train.data.targets import TagTargets
 from dist_train.data.tokenizer import TagTokenizer
-from dist_train.data.vocabulary import TAGS_NAME, WHOLE_TAGS, find_frequent_tags, read_frequent_tags
-from dist_train.files import write_atomically
+from dist_train.data.vocabulary import WHOLE_TAGS, find_frequent_tags, read_frequent_tags, write_tags
+from dist_train.errors import UseError
+from dist_train.models.saved import read_class_names
 from dist_train.place import Place
 from dist_train.recipe import check_digest
+from dist_train.train.ranks import from_rank_zero
 
 
 def read_shard_set(recipe: Recipe) -> Manifest:
@@ -37,12 +40,38 @@ def begin_tokenizer(recipe: Recipe, manifest: Manifest, place: Place, resumed: b
     frequency matters, and writes them into the run folder."""
     if needs_frequent_tags(recipe) and not resumed:
         if place.rank == 0:
-            run = Path(recipe.train.run)
-            run.mkdir(parents=True, exist_ok=True)
-            tags = find_frequent_tags(recipe.data, manifest)
-            write_atomically(run / TAGS_NAME, "".join(f"{tag}\n" for tag in tags).encode())
+            write_tags(Path(recipe.train.run), find_frequent_tags(recipe.data, manifest))
         torch.distributed.barrier()
     return build_tokenizer(recipe, Path(recipe.train.run))
+
+
+def begin_outputs(recipe: Recipe, manifest: Manifest, place: Place, checkpoint: Path | None) -> list[str]:
+    """Names of what the model predicts, in the order of its outputs: the classes of the set, or tags.
+
+    All ranks call this together. Rank 0 of a new run first counts the tags and writes them into the run folder; a
+    resumed one has those of its checkpoint. Raises UseError where no tag is frequent enough.
+    """
+    if recipe.data.labels == "class":
+        return manifest.class_names
+    if checkpoint is not None:
+        return from_rank_zero(lambda: read_class_names(checkpoint), place)
+    return from_rank_zero(lambda: _count_tags(recipe, manifest), place)
+
+
+def _count_tags(recipe: Recipe, manifest: Manifest) -> list[str]:
+    tags = find_frequent_tags(recipe.data, manifest)
+    if not tags:
+        raise UseError(
+            f"data.labels tags: no tag is on data.tag_min_count {recipe.data.tag_min_count} images of "
+            f"{recipe.data.shards}'s train split; use a lower one"
+        )
+    write_tags(Path(recipe.train.run), tags)
+    return tags
+
+
+def tag_targets(recipe: Recipe, outputs: list[str]) -> TagTargets | None:
+    """What gives the samples' targets where the model predicts tags; outputs: those tags."""
+    return TagTargets(outputs) if recipe.data.labels == "tags" else None
 
 
 def needs_frequent_tags(recipe: Recipe) -> bool:

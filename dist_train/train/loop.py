@@ -21,6 +21,7 @@ from dist_train.data.loader import Batch, EvalLoader, TrainLoader
 from dist_train.data.manifest import Manifest, read_manifest
 from dist_train.data.plan import micro_batch_of
 from dist_train.data.quarantine import QUARANTINE_NAME
+from dist_train.data.targets import TagTargets
 from dist_train.data.tokenizer import TagTokenizer
 from dist_train.errors import UseError
 from dist_train.models.saved import read_averaged_weights
@@ -39,8 +40,9 @@ from dist_train.train.ema import WeightAverage
 from dist_train.train.engine import Engine, init_process_group, torch_device
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
 from dist_train.train.features import feature_eval_loader, feature_train_loader, prepare_features
-from dist_train.train.inputs import begin_tokenizer
+from dist_train.train.inputs import begin_outputs, begin_tokenizer, tag_targets
 from dist_train.train.meters import StepTrace, device_name
+from dist_train.train.multilabel import CHOOSE, TagEvaluation, chosen_thresholds, evaluate_tags, thresholds_to_keep
 from dist_train.train.precision import compute_dtype
 from dist_train.train.ranks import (
     StopSignal,
@@ -97,12 +99,13 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
     if place.rank == 0 and (untrained := manifest.untrained_classes()):
         log.warning("%s: %s", recipe.data.shards, untrained)
     tokenizer = begin_tokenizer(recipe, manifest, place, resumed=checkpoint is not None)
+    outputs = begin_outputs(recipe, manifest, place, checkpoint)
     train_loader(recipe, manifest, place, tokenizer)  # says whether the cache has room before the model is built
 
     # ------------------------------------------------------------------ model
     # A resumed run has its weights in the checkpoint: those that it started from may be gone.
     start = recipe if checkpoint is None else replace(recipe, model=replace(recipe.model, weights="none"))
-    model, report = initial_model(start, manifest.class_names, tokenizer.vocab_size if tokenizer else 0)
+    model, report = initial_model(start, outputs, tokenizer.vocab_size if tokenizer else 0)
     described = report.summary() if checkpoint is None else "weights of the checkpoint"
     log.info("%s, %s head: %s", recipe.model.backbone, recipe.model.head, described)
     total_steps = count_steps(recipe.train.epochs, manifest.split("train").samples, recipe.train.batch_size)
@@ -140,7 +143,9 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
             log.warning("from step %d on the recipe is another one: %s", state.step + 1, ", ".join(changes))
         if note := manifest.resize_note(recipe.data.image_size, recipe.data.crop_margin):
             log.info("%s: %s", recipe.data.shards, note)
-        job = _Run(recipe, place, manifest, tokenizer, total_steps, state, train_step, average, record, stop, started)
+        job = _Run(
+            recipe, place, manifest, tokenizer, outputs, total_steps, state, train_step, average, record, stop, started
+        )
         job.features = features
         complete = job.go()
     if complete:
@@ -155,6 +160,8 @@ class _Run:
     place: Place
     manifest: Manifest
     tokenizer: TagTokenizer | None
+    outputs: list[str]
+    """Names of the classes, or of the tags that are predicted."""
     total_steps: int
     state: RunState
     train_step: TrainStep
@@ -162,7 +169,7 @@ class _Run:
     record: RunRecord
     stop: StopSignal
     started: float
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    evaluations: dict[str, Evaluation | TagEvaluation] = field(default_factory=dict)
     """The last of each split, of the averaged weights as SPLIT_ema."""
     throughput: list[float] = field(default_factory=list)
     eval_loaders: dict[str, EvalLoader | FeatureEvalLoader] = field(default_factory=dict)
@@ -174,7 +181,8 @@ class _Run:
         self.meter = self.train_step.meter
         self.dtype = compute_dtype(self.recipe.deepspeed)
         self.samples = self.manifest.split("train").samples
-        self.writer = CheckpointWriter(self.run, self.recipe, self.manifest.class_names)
+        self.tag_targets = tag_targets(self.recipe, self.outputs)
+        self.writer = CheckpointWriter(self.run, self.recipe, self.outputs)
         self.trace = StepTrace(self.recipe.train.profile_steps, self.run, self.place.rank)
         modules = self.train_step.engine.module.modules()
         self.has_batch_statistics = any(isinstance(module, _BatchNorm) for module in modules)
@@ -186,7 +194,7 @@ class _Run:
         self.meter.measure_peak(self.dtype, self.place.world_size)
         consumed = state.samples_consumed
         if self.features is None:
-            batches = iter(train_loader(recipe, self.manifest, self.place, self.tokenizer, consumed))
+            batches = iter(train_loader(recipe, self.manifest, self.place, self.tokenizer, consumed, self.tag_targets))
         else:
             batches = iter(feature_train_loader(self.features, recipe, self.manifest, self.place, consumed))
         loss_since_log = torch.zeros((), device=self.train_step.engine.device)
@@ -259,9 +267,11 @@ class _Run:
         state = self.state
         if evaluated and "val" in self.manifest.splits:
             self.measure("val")
-            if self.evaluations["val"].top1 > state.best_top1:
-                state.best_top1, state.best_step = self.evaluations["val"].top1, state.step
-        self.writer.save(self.train_step.engine, state, None if self.average is None else self.average.state())
+            if self.evaluations["val"].score > state.best_top1:
+                state.best_top1, state.best_step = self.evaluations["val"].score, state.step
+        averaged = None if self.average is None else self.average.state()
+        thresholds = thresholds_to_keep(self.evaluations) if evaluated else None
+        self.writer.save(self.train_step.engine, state, averaged, thresholds)
         self.meter.measure_peak(self.dtype, self.place.world_size)
 
     def measure(self, split: str) -> None:
@@ -278,15 +288,20 @@ class _Run:
                 batch_size=self.recipe.train.eval_batch_size,
                 tokenizer=self.tokenizer,
                 quarantine=self.run / QUARANTINE_NAME,
+                tag_targets=self.tag_targets,
             )
         loader, step = self.eval_loaders[split], self.train_step
-        result = self.evaluations[split] = evaluate_split(loader, step.engine, step.forward)
-        self.record.evaluation(evaluation_figures(split, self.state.step, result))
-        if self.average is not None:
-            name = f"{split}_ema"
-            with self.average.applied():
-                result = self.evaluations[name] = evaluate_split(loader, step.engine, step.forward)
+
+        def record_as(name: str) -> None:
+            of_val = self.evaluations.get(name.replace(split, "val", 1))
+            result = evaluate_split(loader, step.engine, step.forward, self.recipe.train.threshold, of_val)
+            self.evaluations[name] = result
             self.record.evaluation(evaluation_figures(name, self.state.step, result))
+
+        record_as(split)
+        if self.average is not None:
+            with self.average.applied():
+                record_as(f"{split}_ema")
 
     def finish(self) -> None:
         """Evaluate on test and write the summary."""
@@ -310,7 +325,7 @@ class _Run:
                 "text_tokens": recipe.model.text_tokens,
                 "parameters": self.train_step.parameters,
                 "evaluations": {split: evaluation_figures(split, state.step, result) for split, result in evaluations},
-                "best_val_top1": state.best_top1,
+                f"best_val_{'top1' if self.tag_targets is None else 'map'}": state.best_top1,
                 "best_step": state.best_step,
                 "seconds": round(time.perf_counter() - self.started, 1),
                 "images_per_s": sorted(self.throughput)[len(self.throughput) // 2] if self.throughput else None,
@@ -323,7 +338,12 @@ class _Run:
 
 
 def train_loader(
-    recipe: Recipe, manifest: Manifest, place: Place, tokenizer: TagTokenizer | None, samples_consumed: int = 0
+    recipe: Recipe,
+    manifest: Manifest,
+    place: Place,
+    tokenizer: TagTokenizer | None,
+    samples_consumed: int = 0,
+    targets: TagTargets | None = None,
 ) -> TrainLoader:
     """This rank's micro-batches from a position in the run on."""
     return TrainLoader(
@@ -336,6 +356,7 @@ def train_loader(
         samples_consumed=samples_consumed,
         tokenizer=tokenizer,
         quarantine=Path(recipe.train.run) / QUARANTINE_NAME,
+        tag_targets=targets,
     )
 
 
@@ -359,22 +380,27 @@ def nothing_to_do(run: Path, step: int, total_steps: int, recipe: Recipe) -> str
     return None
 
 
-def evaluate_split(loader: EvalLoader | FeatureEvalLoader, model: Engine, forward: Forward) -> Evaluation:
-    """Evaluate the model on a loader's split, in eval mode."""
+def evaluate_split(
+    loader: EvalLoader | FeatureEvalLoader,
+    model: Engine,
+    forward: Forward,
+    threshold: float,
+    of_val: Evaluation | TagEvaluation | None,
+) -> Evaluation | TagEvaluation:
+    """Evaluate the model on a loader's split, in eval mode. For tags: at train.threshold, and at thresholds that are
+    chosen on val or, on another split, were chosen in `of_val`."""
     model.eval()
-    result = evaluate(forward, loader, loader.manifest.split(loader.split).samples)
+    samples = loader.manifest.split(loader.split).samples
+    result: Evaluation | TagEvaluation
+    if isinstance(loader, FeatureEvalLoader) or loader.tag_targets is None:
+        result = evaluate(forward, loader, samples)
+    else:
+        tuned = CHOOSE if loader.split == "val" else chosen_thresholds(of_val)
+        result = evaluate_tags(forward, loader, samples, threshold, tuned)
     model.train()
     return result
 
 
-def evaluation_figures(split: str, step: int, result: Evaluation) -> dict[str, Any]:
+def evaluation_figures(split: str, step: int, result: Evaluation | TagEvaluation) -> dict[str, Any]:
     """An evaluation as metrics.jsonl and summary.json hold it."""
-    return {
-        "split": split,
-        "step": step,
-        "top1": result.top1,
-        "top5": result.top5,
-        "loss": result.loss,
-        "samples": result.samples,
-        "bad_samples": result.bad_samples,
-    }
+    return {"split": split, "step": step, **result.figures()}

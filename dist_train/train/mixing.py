@@ -24,7 +24,8 @@ _RATIO, _ANGLE, _CHOICE, _ROW, _COLUMN = range(5)
 
 @dataclass(frozen=True)
 class Mix:
-    """What the samples of a mixed batch are: share (B,) of its own label each, the rest of its partner's (B,)."""
+    """What the samples of a mixed batch are: share (B,) of its own label each, the rest of its partner's (B,); or of
+    its own tags and its partner's (B, tags)."""
 
     partner_labels: Tensor
     share: Tensor
@@ -70,7 +71,7 @@ def mix_neighbours(config: DataConfig, batch: Batch, seed: int, step: int, posit
         own = torch.where(per_sample(cut).view(-1, 1, 1, 1) > 0, (~inside).to(own.dtype), own)
     partner = batch.images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     mixed = replace(batch, images=torch.lerp(partner, batch.images, own))
-    return mixed, Mix(batch.labels.view(-1, 2).flip(1).flatten(), share)
+    return mixed, Mix(batch.targets.unflatten(0, (-1, 2)).flip(1).flatten(0, 1), share)
 
 
 def _boxes(alpha: float, size: int, seed: int, step: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:

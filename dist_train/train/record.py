@@ -93,10 +93,10 @@ class RunRecord:
         if (figures["split"], figures["step"]) not in self._evaluated:
             self._write(figures, figures["split"])
         left_out = ", %(bad_samples)d bad ones left out" if figures["bad_samples"] else ""
+        of_tags = "mAP %(map).4f  F1 %(f1_micro).4f micro, %(f1_macro).4f macro"
+        result = of_tags if "map" in figures else "top-1 %(top1).4f  top-5 %(top5).4f"
         log.info(
-            "%(split)s after step %(step)d: top-1 %(top1).4f  top-5 %(top5).4f  loss %(loss).4f  "
-            f"over %(samples)d samples{left_out}",
-            figures,
+            f"%(split)s after step %(step)d: {result}  loss %(loss).4f  over %(samples)d samples{left_out}", figures
         )
 
     def summary(self, figures: dict[str, Any]) -> None:

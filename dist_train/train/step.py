@@ -103,7 +103,7 @@ class TrainStep:
         return loss
 
     def _loss(self, batch: Batch, mix: Mix | None) -> Tensor:
-        return self.objective(self.forward(batch).float(), batch.labels, batch.weights, mix)
+        return self.objective(self.forward(batch).float(), batch.targets, batch.weights, mix)
 
 
 def make_forward(model: Engine | Classifier, recipe: Recipe, device: torch.device) -> Forward:

@@ -14,13 +14,15 @@ from dist_train.data.loader import EvalLoader
 from dist_train.train.checkpoint import read_state
 from dist_train.train.evaluate import Evaluation
 from dist_train.train.evaluate import evaluate as evaluate_batches
+from dist_train.use.multilabel import evaluate_run, predicts_tags, tag_table, targets_of
 from dist_train.use.trained import TrainedModel, set_to_look_at
 
 
 def evaluate(
     trained: TrainedModel, split: str = "test", shards: str | None = None, batch_size: int | None = None
 ) -> tuple[dict[str, Any], str]:
-    """How good a model is on a split: the figures that `dist-train evaluate` prints, and a CSV table of the classes.
+    """How good a model is on a split: the figures that `dist-train evaluate` prints, and a CSV table of the classes, or
+    of the tags.
 
     shards: another set of the same classes; None: the run's. batch_size: samples of one pass; None: the run's.
     """
@@ -28,10 +30,21 @@ def evaluate(
     if note := manifest.resize_note(data.image_size, data.crop_margin):
         print(f"{data.shards}: {note}", file=sys.stderr)
     batch_size = batch_size or trained.recipe.train.eval_batch_size
-    loader = EvalLoader(data, manifest, split, trained.place, batch_size=batch_size, tokenizer=trained.tokenizer)
+    loader = EvalLoader(
+        data,
+        manifest,
+        split,
+        trained.place,
+        batch_size=batch_size,
+        tokenizer=trained.tokenizer,
+        tag_targets=targets_of(trained),
+    )
+    chosen = {"checkpoint": str(trained.checkpoint), "step": read_state(trained.checkpoint).step}
+    if predicts_tags(trained):
+        of_tags = evaluate_run(trained, loader)
+        return {"split": split, **chosen, **of_tags.figures()}, tag_table(of_tags, trained.class_names)
     result = evaluate_batches(trained.forward, loader, manifest.split(split).samples)
     counts = [info.count for info in manifest.classes]
-    chosen = {"checkpoint": str(trained.checkpoint), "step": read_state(trained.checkpoint).step}
     figures = {"split": split, **chosen, **_describe(result, torch.tensor(counts))}
     return figures, _class_table(result, trained.class_names, counts)
 

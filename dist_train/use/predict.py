@@ -14,26 +14,33 @@ from dist_train.data.loader import Batch
 from dist_train.data.reader import ImageReader
 from dist_train.data.tags import tag_line
 from dist_train.errors import UseError, WorkError
+from dist_train.use.multilabel import probabilities_of, tags_above, thresholds_for
 from dist_train.use.trained import TrainedModel
 
 
 def predict(
-    trained: TrainedModel, images: Iterable[Path], tags: str = "", top: int = 5
+    trained: TrainedModel, images: Iterable[Path], tags: str = "", top: int = 5, threshold: str | None = None
 ) -> Iterator[tuple[Path, list[tuple[str, float]] | WorkError]]:
     """Each image file with its `top` most probable classes and their probabilities, or with why it has none.
 
-    tags: of all the images, for a model that reads them.
+    tags: of all the images, for a model that reads them. threshold: for a model that predicts tags, instead of `top`:
+    all that are at or above a probability, as `0.5`, or above their own that was chosen on val, `best`.
     """
+    thresholds = None if threshold is None else thresholds_for(trained, threshold)
     if tags and trained.tokenizer is None:
         raise UseError(f"--tags: the model of {trained.run} reads no tags (model.text_tokens is 0)")
     tags = _known_tags(trained, tags)
     reader = ImageReader(trained.recipe.data, trained.place.device_id)
     for path in images:
         try:
-            best = _predict_file(trained, reader, path, tags).topk(min(top, len(trained.class_names)))
+            probability = _predict_file(trained, reader, path, tags)
         except WorkError as error:
             yield path, error
             continue
+        if thresholds is not None:
+            yield path, tags_above(trained, probability, thresholds)
+            continue
+        best = probability.topk(min(top, len(trained.class_names)))
         names = [trained.class_names[number] for number in best.indices.tolist()]
         yield path, list(zip(names, best.values.tolist(), strict=True))
 
@@ -64,4 +71,4 @@ def _predict_file(trained: TrainedModel, reader: ImageReader, path: Path, tags: 
         ids, mask = (part.to(images.device) for part in trained.tokenizer([tags]))
     none = torch.zeros(1, dtype=torch.int64)
     batch = Batch(images, none, torch.ones(1), ids, mask, none.numpy())
-    return trained.forward(batch)[0].float().softmax(dim=0).cpu()
+    return probabilities_of(trained, trained.forward(batch))[0].cpu()

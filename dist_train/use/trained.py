@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dist_train.config import DataConfig, DeepSpeedConfig, Recipe
-from dist_train.data.manifest import Manifest, read_manifest
+from dist_train.data.manifest import Manifest, check_has_tags, read_manifest
 from dist_train.data.tokenizer import TagTokenizer
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import Classifier, build_model
@@ -32,6 +32,7 @@ class TrainedModel:
     forward: Forward
     tokenizer: TagTokenizer | None
     class_names: list[str]
+    """Of the model's outputs, in order; with data.labels tags these are tags."""
     checkpoint: Path
     averaged: bool
     """Whether it has the averaged weights of train.ema."""
@@ -66,13 +67,16 @@ def load_trained(run: Path, recipe: Recipe, which: str = "auto", averaged: bool 
 
 
 def set_to_look_at(trained: TrainedModel, other: str | None) -> tuple[DataConfig, Manifest]:
-    """The run's set, or another that was asked for, which must have the run's classes. Raises UseError where the run's
+    """The run's set, or another that was asked for, which must have the run's classes, or tags if the run predicts
+    those. Raises UseError where the run's
     own is not the one any more that the model was trained on."""
     asked_for = other is not None
     shards = other if other is not None else trained.recipe.data.shards
     manifest = read_manifest(shards)
     ours, theirs = len(trained.class_names), len(manifest.classes)
-    if asked_for and manifest.class_names != trained.class_names:
+    if trained.recipe.data.labels == "tags":
+        check_has_tags(replace(trained.recipe.data, shards=shards), manifest)
+    elif asked_for and manifest.class_names != trained.class_names:
         raise UseError(
             f"{shards} has {theirs} classes, {trained.checkpoint} was trained on "
             f"{ours}{'' if theirs != ours else ' others'}; evaluate on a set of the same classes"

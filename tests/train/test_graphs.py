@@ -75,6 +75,12 @@ def figures(run: Path) -> list[tuple[Any, ...]]:
             "optim.class_weights": "inverse",
             "optim.label_smoothing": 0.1,
         },
+        "tags, mixing, smoothing": {
+            "data.labels": "tags",
+            "data.mixup": 0.4,
+            "optim.positive_weight": 2,
+            "optim.label_smoothing": 0.1,
+        },
         "frozen layers": {"model.freeze": "3", "optim.layer_decay": 0.5},
         "running statistics": {"model.backbone": "resnet18", "model.head": "cls", "data.image_size": 16},
         "bf16": {"deepspeed.precision": "bf16", "train.micro_batch_size": 12},

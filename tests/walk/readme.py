@@ -64,6 +64,12 @@ WALK: dict[str, Run | Skip] = {
     "python launch/supervise.py -- launch/multinode.sh": Skip("trains on node1 and node2; tests/multinode has two"),
     "python launch/supervise.py -- deepspeed": Skip("the launcher has run above; tests/train/test_staying_alive.py"),
     "deepspeed launch/train.py --config launch/recipes/paper/table6.yaml": Skip("DAF and a ViT-B's weights, days"),
+    "python -m shards demo data/tags": Run("--pictures 400 --characters 5", ("data/tags/manifest.json",)),
+    "dist-train train --config launch/recipes/tags.yaml": Run(
+        "--train.epochs 1 --optim.warmup_steps 1", ("runs/tags/summary.json",)
+    ),
+    "dist-train evaluate runs/tags": Run(makes=("runs/tags/evaluation_test.csv",)),
+    "dist-train grid runs/tags": Run(makes=("runs/tags/predictions.png",)),
     "dist-train train --config launch/recipes/mine.yaml --data.shards s3:": Skip("a bucket; tests/data/test_remote.py"),
     'pip install -e ".[benchmarks]"': Skip("the environment is there and a test installs nothing"),
     "python -m benchmarks loader": Run(
