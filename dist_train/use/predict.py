@@ -131,7 +131,7 @@ class _Reading:
                 texts[i] = self._tags_of(picture, first + i)
         ids, mask = tokenizer(texts)
         if self.sidecars:
-            self.without_known_tags += [first + i for i in tokenizer.without_known_tags(texts[: len(some)], ids)]
+            self.without_known_tags += [first + i for i in tokenizer.without_known_tags(texts, ids)]
         return ids.to(device), mask.to(device)
 
     def _tags_of(self, picture: Picture, number: int) -> str:
