@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError, run_command, written
@@ -15,6 +15,10 @@ from dist_train.files import write_atomically
 from dist_train.output import keep_stdout, say
 from dist_train.parse import expanded, parse_recipe, recipe_from_run
 from dist_train.recipe import check, ranks_of_this_job
+
+if TYPE_CHECKING:
+    from dist_train.use.predict import Prediction
+    from dist_train.use.trained import TrainedModel
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,11 +115,18 @@ def _command_parser() -> argparse.ArgumentParser:
 
     predict = commands.add_parser("predict", help="classes of image files")
     predict.add_argument("run", type=Path, help="run folder")
-    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    predict.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of them, with all folders below"
+    )
     predict.add_argument(
         "--tags",
         default="",
         help="tags of the images, for a model that reads them: separated by commas, else by blanks",
+    )
+    predict.add_argument(
+        "--tags-from-sidecars",
+        action="store_true",
+        help="the tags of photo.jpg are in photo.txt or photo.tags beside it, for a model that reads them",
     )
     predict.add_argument("--top", type=_number, default=5, help="classes named for each image")
     predict.add_argument(
@@ -124,6 +135,10 @@ def _command_parser() -> argparse.ArgumentParser:
         metavar="0.5|best",
         help="instead of the --top, all tags at or above this probability, or above each tag's own that was chosen on "
         "val; for a run with data.labels tags",
+    )
+    predict.add_argument("--csv", type=Path, help="write a table of all images to this file instead of printing them")
+    predict.add_argument(
+        "--batch-size", type=_number, default=32, help="images decoded and computed together (default: 32)"
     )
 
     grid = commands.add_parser("grid", help="a picture of predictions on a split, right and wrong")
@@ -155,26 +170,59 @@ def _run(options: argparse.Namespace) -> int:
     from dist_train.use.evaluate import evaluate
     from dist_train.use.export import export
     from dist_train.use.grid import grid
-    from dist_train.use.predict import predict
     from dist_train.use.trained import load_trained
 
     trained = load_trained(options.run, recipe, options.checkpoint, options.ema)
     if options.command == "evaluate":
         return _say_evaluation(*evaluate(trained, options.split, options.shards, options.batch_size), options)
     if options.command == "predict":
-        bad = 0
-        for path, best in predict(trained, options.images, options.tags, options.top, options.threshold):
-            if isinstance(best, WorkError):
-                print(best, file=sys.stderr)
-                bad = 1
-            else:
-                say(path, *(f"  {probability:.4f}  {name}" for name, probability in best))
-        return bad
+        return _say_predictions(trained, options)
     if options.command == "grid":
         say(grid(trained, options.split, options.shards, options.output))
     else:
         say(export(trained, options.file))
     return 0
+
+
+def _say_predictions(trained: TrainedModel, options: argparse.Namespace) -> int:
+    """Print the predictions, or write them to --csv. Returns 1 where an image has none, which is said on stderr."""
+    from tqdm import tqdm
+
+    from dist_train.use.pictures import pictures
+    from dist_train.use.predict import predict, write_csv
+
+    asked = pictures(options.images)
+    top = min(options.top, len(trained.class_names))
+    answers = predict(
+        trained,
+        asked,
+        options.tags,
+        top,
+        threshold=options.threshold,
+        tags_from_sidecars=options.tags_from_sidecars,
+        batch_size=options.batch_size,
+    )
+
+    def naming_failures(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
+        for prediction in predictions:
+            if prediction.error is not None:
+                tqdm.write(prediction.error, file=sys.stderr)
+            yield prediction
+
+    if options.csv is not None:
+        bar = tqdm(answers, total=len(asked), unit=" images", disable=None, file=sys.stderr)
+        failed = write_csv(naming_failures(bar), options.csv, top)
+        print(
+            f"{options.csv}: {len(asked):,} images{f', {failed:,} of them failed' if failed else ''}", file=sys.stderr
+        )
+        return int(failed > 0)
+    failed = 0
+    for prediction in naming_failures(answers):
+        failed += prediction.error is not None
+        pairs = zip(prediction.probabilities, prediction.names, strict=True)
+        if prediction.error is None:
+            say(prediction.path, *(f"  {probability:.4f}  {name}" for probability, name in pairs))
+    return int(failed > 0)
 
 
 def _say_evaluation(figures: dict[str, Any], table: str, options: argparse.Namespace) -> int:

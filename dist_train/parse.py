@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from dist_train.config import SECTIONS, Recipe, recipe_from_dict
+from dist_train.config import SECTIONS, Recipe, recipe_from_dict, recipe_to_dict
 from dist_train.errors import UseError
 from dist_train.ranges import check_ranges
 from dist_train.synonyms import advice_for_key, advice_for_section
@@ -50,7 +50,7 @@ def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
     for name, value in _options(arguments):
         if name == "--config":
             path = Path(value)
-            given = _typed(parser.parse_object, _expanded_document(_read_recipe_file(path), path), str(path))
+            given = _typed(parser.parse_object, _expanded_document(_read_recipe_file(path), str(path)), str(path))
         else:
             given = _typed(parser.parse_args, [name if name in _ALONE else f"{name}={value}"], "the command line")
         resume = given.get("resume", resume)
@@ -59,6 +59,32 @@ def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
     recipe = recipe_from_dict(values)
     check_ranges(recipe)
     return recipe, resume
+
+
+def recipe_from_python(
+    recipe: str | os.PathLike[str] | Recipe | Mapping[str, Any] | None, overrides: Mapping[str, Any]
+) -> Recipe:
+    """A recipe as Python gives it, with the same checks and messages as `parse_recipe`.
+
+    recipe: a file, a recipe, a mapping, or None for the defaults. A mapping, and the overrides, have values by
+    section ({"train": {"epochs": 1}}) or by dotted keys ({"train.epochs": 1}).
+    """
+    parser = recipe_parser()
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    if isinstance(recipe, Recipe):
+        where, document = "the recipe", recipe_to_dict(recipe)
+    elif isinstance(recipe, str | os.PathLike):
+        where = expanded("the recipe", os.fspath(recipe))
+        document = _read_recipe_file(Path(where))
+    else:
+        where, document = "the recipe", _document_of("the recipe", recipe or {})
+    for source, entries in ((where, document), ("the call", _document_of("the call", overrides))):
+        given = _typed(parser.parse_object, _expanded_document(entries, source), source)
+        for section in values:
+            values[section] |= given.get(section, {})
+    result = recipe_from_dict(values)
+    check_ranges(result)
+    return result
 
 
 def recipe_from_run(run: Path) -> Recipe:
@@ -198,16 +224,53 @@ def _read_recipe_file(path: Path) -> dict[str, dict[str, Any]]:
     document = {} if document is None else document
     if not isinstance(document, dict):
         raise UseError(f"{path}: not a recipe, which has the sections {', '.join(SECTIONS)}")
+    return _checked_document(document, str(path))
+
+
+def _checked_document(document: dict[Any, Any], where: str) -> dict[str, dict[str, Any]]:
+    """The sections that have keys. Raises UseError for what no recipe has."""
     for section, entries in document.items():
         if section not in SECTIONS:
             advice = advice_for_section(str(section), SECTIONS, KNOWN_KEYS)
-            raise UseError(f"{path}: unknown section '{section}'; {advice or 'there are ' + ', '.join(SECTIONS)}")
+            raise UseError(f"{where}: unknown section '{section}'; {advice or 'there are ' + ', '.join(SECTIONS)}")
         if not isinstance(entries, dict | None):
-            raise UseError(f"{path}: '{section}' is a section, whose keys stand below it, and not {entries!r}")
+            raise UseError(f"{where}: '{section}' is a section, whose keys stand below it, and not {entries!r}")
         for key, value in (entries or {}).items():
-            _check_key(f"{section}.{key}", str(path))
-            _check_plain(f"{section}.{key}", value, path)
+            _check_key(f"{section}.{key}", where)
+            _check_plain(f"{section}.{key}", value, where)
     return {section: entries for section, entries in document.items() if entries}
+
+
+def _document_of(where: str, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What Python gives, by section or by dotted keys, as the document of a file would be. Raises UseError."""
+    document: dict[Any, Any] = {}
+    for name, value in given.items():
+        section, dot, key = str(name).partition(".")
+        if dot:
+            entries = {key: value}
+        elif isinstance(value, Mapping):
+            entries = dict(value)
+        else:
+            document[section] = value  # which is told below
+            continue
+        kept = document.setdefault(section, {})
+        for key, value in entries.items():
+            if key in kept:
+                raise UseError(f"{where}: {section}.{key} is given twice; keep one")
+            kept[key] = _as_in_a_file(f"{section}.{key}", value)
+    return _checked_document(document, where)
+
+
+def _as_in_a_file(key: str, value: Any) -> Any:
+    """A value of Python as YAML has it: paths are text, tuples lists, numbers of NumPy numbers."""
+    if isinstance(value, list | tuple):
+        return [_as_in_a_file(key, entry) for entry in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item"):
+        value = value.item()
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number and key in _TEXT_KEYS else value
 
 
 def _keep_text(loader: _Loader, root: yaml.MappingNode) -> None:
@@ -224,19 +287,19 @@ def _keep_text(loader: _Loader, root: yaml.MappingNode) -> None:
                     entries.value[i] = (key, text)
 
 
-def _check_plain(key: str, value: Any, path: Path) -> None:
+def _check_plain(key: str, value: Any, where: str) -> None:
     for entry in value if isinstance(value, list) else [value]:
         if isinstance(entry, float) and not math.isfinite(entry):
-            raise UseError(f"{path}: {key} is {entry}; it must be a finite number")
+            raise UseError(f"{where}: {key} is {entry}; it must be a finite number")
         if not isinstance(entry, str | int | float | None):
-            raise UseError(f"{path}: {key} is {type(entry).__name__} {entry}; it must be a text, a number or a list")
+            raise UseError(f"{where}: {key} is {type(entry).__name__} {entry}; it must be a text, a number or a list")
 
 
-def _expanded_document(document: dict[str, dict[str, Any]], path: Path) -> dict[str, dict[str, Any]]:
+def _expanded_document(document: dict[str, dict[str, Any]], where: str) -> dict[str, dict[str, Any]]:
     def value(key: str, written: Any) -> Any:
         if key in _OPTIONAL_KEYS and isinstance(written, str) and written.lower() in ("none", "null"):
             return None
-        return expanded(f"{path}: {key}", written) if key in PATH_KEYS and isinstance(written, str) else written
+        return expanded(f"{where}: {key}", written) if key in PATH_KEYS and isinstance(written, str) else written
 
     return {
         section: {key: value(f"{section}.{key}", written) for key, written in entries.items()}

@@ -135,6 +135,11 @@ def decode(data: bytes, max_pixels: int = DataConfig.max_pixels) -> Image.Image:
         if bare is None or error.reason == "decompression bomb":
             raise
         image = _load(bare, max_pixels)
+    return as_seen(image)
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """A loaded image as `decode` gives it: upright, RGB, 8 bits a channel, on white. Raises BadImage."""
     try:
         turn = _TO_UPRIGHT.get(_orientation(image))
         rgb = _to_rgb(image)

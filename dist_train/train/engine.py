@@ -56,6 +56,14 @@ def init_process_group(timeout_s: float = 1800) -> Place:
     )
 
 
+def leave_process_group() -> None:
+    """Leave the process group, so that this process can join another one."""
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()  # which forgets what DeepSpeed has kept of it, too
+    else:
+        torch.distributed.destroy_process_group()
+
+
 def _meet(backend: str, timeout_s: float, device: torch.device) -> None:
     patience = timedelta(seconds=max(timeout_s, _START_S))  # hosts take unequally long to import
     try:

@@ -37,7 +37,7 @@ from dist_train.train.checkpoint import (
     recipe_changes,
 )
 from dist_train.train.ema import WeightAverage
-from dist_train.train.engine import Engine, init_process_group, torch_device
+from dist_train.train.engine import Engine, init_process_group, leave_process_group, torch_device
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
 from dist_train.train.features import feature_eval_loader, feature_train_loader, prepare_features
 from dist_train.train.inputs import begin_outputs, begin_tokenizer, tag_targets
@@ -61,11 +61,12 @@ from dist_train.train.step import TrainStep
 log = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, resume: str = "none") -> None:
+def train(recipe: Recipe, resume: str = "none") -> int | None:
     """Run a recipe; every rank calls this. resume: none, auto (the newest complete checkpoint), or a checkpoint.
 
     Ends normally when the run is complete, when train.stop_after_steps is reached, or after SIGTERM, SIGUSR1 or SIGHUP,
-    having saved a checkpoint; after Ctrl-C, having saved one too, by KeyboardInterrupt.
+    having saved a checkpoint; after Ctrl-C, having saved one too, by KeyboardInterrupt. Returns the signal that has
+    come to this process meanwhile, if any.
     """
     place = init_process_group(recipe.train.timeout_s)
     start_console_log(place.rank)
@@ -80,10 +81,11 @@ def train(recipe: Recipe, resume: str = "none") -> None:
     finally:
         # NCCL has warnings for a group that is left behind. A rank that fails alone does not wait there for the others.
         if place.device_id is not None and (done or place.world_size == 1):
-            torch.distributed.destroy_process_group()
+            leave_process_group()
     # So that a script does not begin its next command. Of several ranks only the first says so, which ends last.
     if stop.interrupted and place.rank == 0:
         raise KeyboardInterrupt
+    return stop.received
 
 
 def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: StopSignal) -> None:

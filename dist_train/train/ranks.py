@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType, TracebackType
@@ -93,12 +94,16 @@ class StopSignal:
     def __init__(self, timeout_s: float) -> None:
         self.interrupted = False
         """Whether it was Ctrl-C."""
+        self.received: int | None = None
+        """The signal that has come last to this process."""
         self._received = False
         self._timeout = timedelta(seconds=timeout_s)
         self._before: dict[signal.Signals, Any] = {}
         self._group: Any = None
 
     def __enter__(self) -> StopSignal:
+        if threading.current_thread() is not threading.main_thread():  # which alone may ask for signals
+            return self
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._receive)
@@ -112,6 +117,7 @@ class StopSignal:
             signal.signal(number, self._before[number])
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
         if number == signal.SIGINT:
             if self.interrupted:
                 raise KeyboardInterrupt

