@@ -177,6 +177,11 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def read_evaluations(run: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl of a run folder says of evaluations, in the order in which they were made."""
+    return [entry for entry in _read_metrics(run / METRICS_NAME) if "split" in entry]
+
+
 def _keep_former_recipe(run: Path, step: int, recipe: dict[str, Any] | None) -> None:
     for file in run.glob("recipe-until-step-*.yaml"):
         if int(file.stem.rpartition("-")[2]) > step:  # of a past that was left by resuming before it

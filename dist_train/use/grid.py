@@ -10,6 +10,7 @@ import torch
 from dist_train.data.loader import EvalLoader
 from dist_train.errors import written
 from dist_train.files import write_atomically
+from dist_train.train.pictures import contact_sheet, to_pixels
 from dist_train.use.trained import TrainedModel, set_to_look_at
 
 
@@ -18,25 +19,16 @@ def grid(trained: TrainedModel, split: str = "test", shards: str | None = None, 
 
     output: a PNG file; None: RUN/predictions.png. The others are as for `evaluate`.
     """
-    from PIL import Image, ImageDraw
-
     data, manifest = set_to_look_at(trained, shards)
     loader = EvalLoader(data, manifest, split, trained.place, batch_size=48, tokenizer=trained.tokenizer)
     batch = next(iter(loader))
     with torch.no_grad():
         predicted = trained.forward(batch).argmax(dim=1).tolist()
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
-    pixels = ((batch.images.cpu() * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
-    columns, side, caption = 8, 128, 34
-    picture = Image.new("RGB", (columns * side, -(-len(pixels) // columns) * (side + caption)), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, image in enumerate(pixels):
-        x, y = i % columns * side, i // columns * (side + caption)
-        picture.paste(Image.fromarray(image).resize((side, side)), (x, y))
-        label = int(batch.labels[i])
-        colour = "darkgreen" if predicted[i] == label else "crimson"
-        draw.text((x + 3, y + side + 2), trained.class_names[predicted[i]][:20], fill=colour)
-        draw.text((x + 3, y + side + 17), f"is {trained.class_names[label][:17]}", fill="grey")
+    captions = []
+    for label, guess in zip(batch.labels.tolist(), predicted, strict=True):
+        colour = "darkgreen" if guess == label else "crimson"
+        captions.append([(trained.class_names[guess], colour), (f"is {trained.class_names[label]}", "grey")])
+    picture = contact_sheet(list(to_pixels(batch.images, data)), captions)
     file = io.BytesIO()
     picture.save(file, "PNG")
     output = output or trained.run / "predictions.png"
