@@ -1,4 +1,4 @@
-"""The command `dist-train`: train, doctor, evaluate, predict, grid, export."""
+"""The command `dist-train`: train, doctor, evaluate, predict, grid, export, demo."""
 
 from __future__ import annotations
 
@@ -124,7 +124,14 @@ def _command_parser() -> argparse.ArgumentParser:
     export.add_argument("--public", action="store_true", help="what --hub makes is public")
     export.add_argument("--licence", help="of the model, for its card, as the hub names it: apache-2.0, cc-by-nc-4.0")
 
-    for command in (evaluate, predict, grid, export):
+    demo = commands.add_parser("demo", help="a page in the browser: predictions, and where the model looks")
+    demo.add_argument("run", type=Path, help="run folder")
+    demo.add_argument("--port", type=_number, default=7860)
+    demo.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: everyone's (default: this machine alone)"
+    )
+
+    for command in (evaluate, predict, grid, export, demo):
         command.add_argument(
             "--checkpoint",
             default="auto",
@@ -139,6 +146,8 @@ def _run(options: argparse.Namespace) -> int:
     recipe = recipe_from_run(options.run)
     if options.command == "export":
         _check_export(options)
+    if options.command == "demo" and importlib.util.find_spec("gradio") is None:
+        raise UseError("demo: needs gradio; pip install 'dist-train[page]'")
     # Importing torch and DALI takes seconds: what is wrong above is told before.
     from dist_train.use.evaluate import evaluate
     from dist_train.use.grid import grid
@@ -159,6 +168,12 @@ def _run(options: argparse.Namespace) -> int:
         return bad
     if options.command == "grid":
         say(grid(trained, options.split, options.shards, options.output))
+    elif options.command == "demo":
+        from dist_train.use.page import serve
+
+        page = serve(trained, options.port, options.host)
+        say(f"http://{options.host}:{options.port}")
+        page.block_thread()
     else:
         _export(trained, options)
     return 0

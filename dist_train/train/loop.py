@@ -6,8 +6,9 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ from dist_train.train.checkpoint import (
     load_weights,
     recipe_changes,
 )
+from dist_train.train.confusion import ConfusionCounts
 from dist_train.train.ema import WeightAverage
 from dist_train.train.engine import Engine, init_process_group, torch_device
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
 from dist_train.train.inputs import begin_tokenizer
 from dist_train.train.meters import StepTrace, device_name
+from dist_train.train.pictures import MOST_CLASSES
 from dist_train.train.precision import compute_dtype
 from dist_train.train.ranks import (
     StopSignal,
@@ -176,7 +179,13 @@ class _Run:
         """Make the steps that are left. Returns whether the run is complete, or was stopped."""
         recipe, state, writer = self.recipe, self.state, self.writer
         self.meter.measure_peak(self.dtype, self.place.world_size)
-        batches = iter(train_loader(recipe, self.manifest, self.place, self.tokenizer, state.samples_consumed))
+        batches: Iterator[Batch] = iter(
+            train_loader(recipe, self.manifest, self.place, self.tokenizer, state.samples_consumed)
+        )
+        if state.step == 0:
+            first = next(batches)
+            self.record.first_batch(first, recipe.data, self.manifest.class_names)
+            batches = chain([first], batches)
         loss_since_log = torch.zeros((), device=self.train_step.engine.device)
         self.meter.reset()
         while state.step < self.total_steps:
@@ -264,14 +273,21 @@ class _Run:
                 tokenizer=self.tokenizer,
                 quarantine=self.run / QUARANTINE_NAME,
             )
-        loader, step = self.eval_loaders[split], self.train_step
-        result = self.evaluations[split] = evaluate_split(loader, step.engine, step.forward)
-        self.record.evaluation(evaluation_figures(split, self.state.step, result))
+        self._measure(split, self.eval_loaders[split])
         if self.average is not None:
-            name = f"{split}_ema"
             with self.average.applied():
-                result = self.evaluations[name] = evaluate_split(loader, step.engine, step.forward)
-            self.record.evaluation(evaluation_figures(name, self.state.step, result))
+                self._measure(f"{split}_ema", self.eval_loaders[split])
+
+    def _measure(self, name: str, loader: EvalLoader) -> None:
+        """Evaluate the weights that the model has; at the end of the run with the confusion matrix."""
+        step, names = self.train_step, self.manifest.class_names
+        confusion = None
+        if self.state.step == self.total_steps and len(names) <= MOST_CLASSES:
+            confusion = ConfusionCounts(len(names))
+        result = evaluate_split(loader, step.engine, step.forward, None if confusion is None else confusion.add)
+        self.evaluations[name] = result
+        counts = None if confusion is None else confusion.over_ranks()
+        self.record.evaluation(evaluation_figures(name, self.state.step, result), counts, names)
 
     def finish(self) -> None:
         """Evaluate on test and write the summary."""
@@ -344,10 +360,12 @@ def nothing_to_do(run: Path, step: int, total_steps: int, recipe: Recipe) -> str
     return None
 
 
-def evaluate_split(loader: EvalLoader, model: Engine, forward: Forward) -> Evaluation:
-    """Evaluate the model on a loader's split, in eval mode."""
+def evaluate_split(
+    loader: EvalLoader, model: Engine, forward: Forward, each: Callable[[Batch, torch.Tensor], None] | None = None
+) -> Evaluation:
+    """Evaluate the model on a loader's split, in eval mode. each: as for `evaluate`."""
     model.eval()
-    result = evaluate(forward, loader, loader.fetcher.split.samples)
+    result = evaluate(forward, loader, loader.fetcher.split.samples, each)
     model.train()
     return result
 

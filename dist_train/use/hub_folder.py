@@ -74,7 +74,7 @@ def push_to_hub(trained: TrainedModel, name: str, licence: str | None = None, pu
         except (OSError, RuntimeError, ValueError) as error:  # of huggingface_hub, and of what it talks HTTP with
             raise WorkError(f"--hub {name}: not uploaded ({_first_line(error)})") from None
         except Exception as error:
-            if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
+            if not type(error).__module__.startswith(("http", "requests")):
                 raise
             raise WorkError(f"--hub {name}: the hub cannot be reached ({_first_line(error)})") from None
     return f"{made}: loads by timm.create_model('hf-hub:{made.repo_id}', pretrained=True)"
