@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from websockets.sync.client import ClientConnection, connect
+import aiohttp
 
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -24,8 +25,8 @@ FLAGS = (
 class Browser:
     """One page of it. `requested` has the URL of every request that the page made."""
 
-    def __init__(self, connection: ClientConnection) -> None:
-        self._connection = connection
+    def __init__(self, runner: asyncio.Runner, connection: aiohttp.ClientWebSocketResponse) -> None:
+        self._runner, self._connection = runner, connection
         self._number = 0
         self.requested: list[str] = []
         for domain in ("Network", "Page", "DOM", "Runtime"):
@@ -33,10 +34,13 @@ class Browser:
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Do what the protocol calls `method`; returns its result."""
+        return self._runner.run(self._call(method, parameters))
+
+    async def _call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         self._number += 1
-        self._connection.send(json.dumps({"id": self._number, "method": method, "params": parameters}))
+        await self._connection.send_json({"id": self._number, "method": method, "params": parameters})
         while True:
-            message = json.loads(self._connection.recv(timeout=120))
+            message = await self._connection.receive_json(timeout=120)
             if message.get("method") == "Network.requestWillBeSent":
                 self.requested.append(message["params"]["request"]["url"])
             if message.get("id") == self._number:
@@ -77,6 +81,14 @@ class Browser:
         return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
 
 
+async def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession()
+
+
+async def _awaited(connect: Any) -> aiohttp.ClientWebSocketResponse:
+    return await connect
+
+
 @contextmanager
 def chromium(program: str, profile: Path) -> Iterator[Browser]:
     """A browser with an empty profile in a folder."""
@@ -88,7 +100,10 @@ def chromium(program: str, profile: Path) -> Iterator[Browser]:
             address = found[1].replace("ws://", "http://")
             with urlopen(f"{address}/json/list") as answer:
                 (page,) = [entry for entry in json.load(answer) if entry["type"] == "page"]
-            with connect(page["webSocketDebuggerUrl"], max_size=None) as connection:
-                yield Browser(connection)
+            with asyncio.Runner() as runner:
+                session = runner.run(_session())
+                connect = session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0)
+                yield Browser(runner, runner.run(_awaited(connect)))
+                runner.run(session.close())
         finally:
             process.terminate()

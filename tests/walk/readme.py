@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.harness import REPOSITORY
 
-_PAGES = ("shards", "training", "nodes", "checkpoints", "tags", "paper", "benchmarks", "architecture", "extending")
+_PAGES = ("shards", "training", "nodes", "checkpoints", "export", "tags", "paper", "benchmarks", "architecture", "extending")
 DOCUMENTS = ("README.md", *(f"docs/{page}.md" for page in _PAGES), "CONTRIBUTING.md")
 """In the order in which they are walked through."""
 
@@ -51,7 +51,12 @@ WALK: dict[str, Run | Skip] = {
     "deepspeed launch/train.py --config launch/recipes/mine.yaml": Run(SMALL_RUN, ("runs/mine-all-gpus/summary.json",)),
     "dist-train evaluate": Run(makes=("runs/mine/evaluation_test.csv",)),
     "dist-train predict": Run(),
-    "dist-train export": Run(makes=("weights.safetensors",)),
+    "dist-train export runs/mine weights": Run(makes=("weights.safetensors",)),
+    "dist-train export runs/mine model.onnx": Run(makes=("model.onnx",)),
+    "dist-train export runs/mine flowers": Run(makes=("flowers/config.json",)),
+    "dist-train export runs/mine --hub": Skip("an account of the hub; tests/use/test_exports.py has a hub of its own"),
+    "dist-train demo": Skip("ends with Ctrl-C; tests/use/test_page.py opens the page"),
+    'pip install "dist-train[': Skip("the environment is there and a test installs nothing"),
     "cp launch/hostfile.example": Run(makes=("hostfile",)),
     "dist-train doctor --hostfile": Skip("asks the hosts node1 and node2; tests/multinode has two"),
     "launch/multinode.sh": Skip("trains on node1 and node2; tests/multinode has two"),
