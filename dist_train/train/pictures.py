@@ -14,7 +14,7 @@ from dist_train.config import DataConfig
 
 MOST_CLASSES = 2000
 """A matrix of more classes is not drawn, nor written cell by cell."""
-_NUMBERED, _SIDE, _LARGEST_CELL = 20, 1200, 30
+_NUMBERED, _SIDE, _LARGEST_CELL = 50, 1200, 30
 """Classes up to which cells have numbers; pixels of a large matrix; of a cell of a small one."""
 _RIGHT, _WRONG = (20, 80, 160), (200, 40, 20)
 _NAME = 22
@@ -51,13 +51,14 @@ def confusion_picture(counts: NDArray[np.int64], names: Sequence[str]) -> Image.
     """A confusion matrix (C, C), samples of true class (row) and predicted class (column), at most MOST_CLASSES.
 
     A cell is the darker the larger its share of its row (by the square root, so that single errors among thousands of
-    classes are seen), blue on the diagonal and red beside it. Up to 20 classes have their numbers in it. As many names
+    classes are seen), blue on the diagonal and red beside it. Up to 50 classes have their numbers in it. As many names
     as there is room for stand at both sides; one that the font lacks letters for is called by its class id.
     """
     classes = len(counts)
     cell = min(_LARGEST_CELL, max(2, _SIDE // classes)) if classes <= _SIDE else 1
     share = np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
-    depth = np.where(counts > 0, np.maximum(share, 0.25), 0)[..., None]
+    faintest = 0.25 if cell < 8 else 0.12  # of a cell that is not empty
+    depth = np.where(counts > 0, np.maximum(share, faintest), 0)[..., None]
     colour = np.where(np.eye(classes, dtype=bool)[..., None], _RIGHT, _WRONG)
     pixels = (255 + depth * (colour - 255)).astype(np.uint8).repeat(cell, axis=0).repeat(cell, axis=1)
     font = ImageFont.load_default(11)
