@@ -163,8 +163,10 @@ def model_card(trained: TrainedModel, hub_name: str | None, licence: str | None)
     for section, keys in _OF_THIS_MACHINE.items():
         for key in keys:
             settings[section].pop(key, None)
-    if os.sep in recipe.model.weights:
-        settings["model"]["weights"] = Path(recipe.model.weights).name
+    for entries in settings.values():
+        for key, value in entries.items():
+            if isinstance(value, str) and os.sep in value:  # nor where something lay
+                entries[key] = Path(value).name
     source = f"hf-hub:{hub_name}" if hub_name else "local-dir:FOLDER"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
