@@ -63,11 +63,11 @@ class Viewer:
 
 
 def _sentence(name: str, probability: float, fall: float) -> str:
-    """In Markdown, in which a class's name is text."""
+    """In HTML, in which a class's name is text."""
     left = probability * math.exp(-max(fall, 0))
     return (
-        f"Red: what counts for <b>{html.escape(name)}</b>. Where it is reddest, covering a quarter of the image's side "
-        f"lowers the probability from {probability:.0%} to about {left:.0%}."
+        f"Red: what counts for <b>{html.escape(name)}</b>. Covering the reddest part lowers its probability from "
+        f"{probability:.0%} to about {left:.0%}."
     )
 
 
@@ -97,7 +97,9 @@ def build_page(trained: TrainedModel) -> Any:
                 button = gradio.Button("Predict", variant="primary")
             with gradio.Column():
                 prediction = gradio.Label(num_top_classes=_SHOWN, label="Prediction")
-                looked = gradio.Image(label="Where the model looks", interactive=False, format="png")
+                looked = gradio.Image(
+                    label="Where the model looks", interactive=False, format="png", buttons=["download", "fullscreen"]
+                )
                 about = gradio.HTML()
         outputs = [prediction, looked, about]
         button.click(answer, inputs, outputs, api_name="predict")
