@@ -196,18 +196,13 @@ def _check_export(options: argparse.Namespace) -> None:
 
 
 def _export(trained: TrainedModel, options: argparse.Namespace) -> None:
-    from dist_train.use.export import export
-    from dist_train.use.hub_folder import export_hub_folder, push_to_hub
+    if options.file is not None:
+        from dist_train.use.formats import export_as
 
-    if options.file is not None and options.file.suffix == ".onnx":
-        from dist_train.use.onnx_file import export_onnx
-
-        say(export_onnx(trained, options.file))
-    elif options.file is not None and options.file.suffix == ".safetensors":
-        say(export(trained, options.file))
-    elif options.file is not None:
-        say(export_hub_folder(trained, options.file, options.licence))
+        say(export_as(trained, options.file, options.licence))
     if options.hub is not None:
+        from dist_train.use.hub_folder import push_to_hub
+
         say(push_to_hub(trained, options.hub, options.licence, options.public))
 
 
