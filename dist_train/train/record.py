@@ -105,7 +105,7 @@ class RunRecord:
 
     def first_batch(self, batch: Batch, data: DataConfig, class_names: Sequence[str]) -> None:
         """Show what the first step of the run trains on: images as they were augmented, with their classes."""
-        if self.active:
+        if self.active and batch.images.ndim == 4:  # else features in their place, which nobody can look at
             pixels = to_pixels(batch.images[:_PICTURES], data)
             captions = [[(class_names[label], "black")] for label in batch.labels[:_PICTURES].tolist()]
             self._picture("train/first_batch", contact_sheet(list(pixels), captions), step=1)
