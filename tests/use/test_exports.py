@@ -216,9 +216,10 @@ print(json.dumps(found))
     ids=lambda changes: " ".join(map(str, changes.values())) or "cls",
 )
 def test_timm_alone_predicts_from_the_folder_what_dist_train_predicts(
-    shards: Path, photos: list[Path], tmp_path: Path, capsys: Any, changes: dict[str, object]
+    run: Path, shards: Path, photos: list[Path], tmp_path: Path, capsys: Any, changes: dict[str, object]
 ) -> None:
-    run = train(shards, tmp_path / "run", **changes)
+    if changes:
+        run = train(shards, tmp_path / "run", **changes)
     folder = tmp_path / "model"
     assert main(["export", str(run), str(folder), "--licence", "cc-by-4.0"]) == 0
     assert f"timm.create_model('local-dir:{folder}', pretrained=True)" in capsys.readouterr().out

@@ -12,8 +12,10 @@ from urllib.parse import urlparse
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from dist_train.cli import main
+from dist_train.config import Recipe, recipe_to_dict
 from dist_train.data.loader import Batch
 from dist_train.parse import recipe_from_run
 from dist_train.use.look import find_importance, overlay
@@ -58,8 +60,8 @@ def test_what_decides_is_found_and_nothing_else(row: int, column: int) -> None:
 def test_without_gradio_the_extra_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards = write_shard_set(tmp_path / "set", {"train": [12]}, baked=20)
-    assert harness.train(shards, tmp_path / "run", train__epochs=1) == 0
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(Recipe())))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["demo", str(tmp_path / "run")]) == 2
     assert "demo: needs gradio; pip install 'dist-train[page]'" in harness.error_line(capsys.readouterr().err)
