@@ -1,8 +1,9 @@
-"""The command `dist-train`: train, doctor, models, evaluate, predict, grid, export."""
+"""The command `dist-train`: train, doctor, models, evaluate, predict, grid, export, demo."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -110,7 +111,12 @@ def _command_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--shards", type=_path_or_url, help="another shard set of the same classes (default: the run's)"
     )
-    evaluate.add_argument("--csv", type=Path, help="per-class or per-tag table (default: RUN/evaluation_SPLIT.csv)")
+    evaluate.add_argument(
+        "--csv",
+        type=Path,
+        help="per-class or per-tag table (default: RUN/evaluation_SPLIT.csv); for classes the confusion matrix, its "
+        "picture and the most confused pairs are written beside it",
+    )
     evaluate.add_argument("--batch-size", type=_number, help="samples of one pass (default: the run's)")
 
     predict = commands.add_parser("predict", help="classes of image files")
@@ -147,11 +153,28 @@ def _command_parser() -> argparse.ArgumentParser:
     grid.add_argument("--shards", type=_path_or_url, help="another shard set of the same classes (default: the run's)")
     grid.add_argument("--output", type=Path, help="PNG file (default: RUN/predictions.png)")
 
-    export = commands.add_parser("export", help="plain weights as safetensors, in timm's names")
+    export = commands.add_parser("export", help="the model for other programs: ONNX, timm's hub format, plain weights")
     export.add_argument("run", type=Path, help="run folder")
-    export.add_argument("file", type=Path, help="FILE.safetensors")
+    export.add_argument(
+        "file",
+        type=Path,
+        nargs="?",
+        metavar="FILE.onnx|FILE.safetensors|FOLDER",
+        help="ONNX with preprocessing and classes inside; plain weights in timm's names; or a new folder in the format "
+        "that timm loads by local-dir:FOLDER, with a model card",
+    )
+    export.add_argument("--hub", metavar="USER/NAME", help="upload that folder to the Hugging Face hub, as private")
+    export.add_argument("--public", action="store_true", help="what --hub makes is public")
+    export.add_argument("--licence", help="of the model, for its card, as the hub names it: apache-2.0, cc-by-nc-4.0")
 
-    for command in (evaluate, predict, grid, export):
+    demo = commands.add_parser("demo", help="a page in the browser: predictions, and where the model looks")
+    demo.add_argument("run", type=Path, help="run folder")
+    demo.add_argument("--port", type=_number, default=7860)
+    demo.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: everyone's (default: this machine alone)"
+    )
+
+    for command in (evaluate, predict, grid, export, demo):
         command.add_argument(
             "--checkpoint",
             default="auto",
@@ -164,11 +187,12 @@ def _command_parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     recipe = recipe_from_run(options.run)
-    if options.command == "export" and options.file.suffix != ".safetensors":
-        raise UseError(f"{options.file}: name the file .safetensors")
+    if options.command == "export":
+        _check_export(options)
+    if options.command == "demo" and importlib.util.find_spec("gradio") is None:
+        raise UseError("demo: needs gradio; pip install 'dist-train[page]'")
     # Importing torch and DALI takes seconds: what is wrong above is told before.
     from dist_train.use.evaluate import evaluate
-    from dist_train.use.export import export
     from dist_train.use.grid import grid
     from dist_train.use.trained import load_trained
 
@@ -179,8 +203,14 @@ def _run(options: argparse.Namespace) -> int:
         return _say_predictions(trained, options)
     if options.command == "grid":
         say(grid(trained, options.split, options.shards, options.output))
+    elif options.command == "demo":
+        from dist_train.use.page import serve
+
+        page = serve(trained, options.port, options.host)
+        say(f"http://{options.host}:{options.port}")
+        page.block_thread()
     else:
-        say(export(trained, options.file))
+        _export(trained, options)
     return 0
 
 
@@ -225,16 +255,48 @@ def _say_predictions(trained: TrainedModel, options: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
-def _say_evaluation(figures: dict[str, Any], table: str, options: argparse.Namespace) -> int:
-    """Print the figures, also where the table cannot be written: that is an error only if --csv asked for it."""
-    path = options.csv or options.run / f"evaluation_{options.split}.csv"
+def _check_export(options: argparse.Namespace) -> None:
+    file = options.file
+    if file is None and options.hub is None:
+        raise UseError("export: name FILE.onnx, FILE.safetensors or a new FOLDER, or --hub USER/NAME")
+    if file is not None and file.suffix not in (".onnx", ".safetensors", "") and not file.is_dir():
+        raise UseError(f"{file}: name a file .onnx or .safetensors, or a new folder without a dot")
+    if file is not None and file.suffix == ".onnx":
+        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UseError(f"{file}: needs {', '.join(missing)}; pip install 'dist-train[onnx]'")
+    if options.public and options.hub is None:
+        raise UseError("--public: is said of --hub USER/NAME")
+    if options.licence and options.hub is None and (file is None or file.suffix):
+        raise UseError("--licence: is written into a folder's model card; name a FOLDER or --hub USER/NAME")
+
+
+def _export(trained: TrainedModel, options: argparse.Namespace) -> None:
+    if options.file is not None:
+        from dist_train.use.formats import export_as
+
+        say(export_as(trained, options.file, options.licence))
+    if options.hub is not None:
+        from dist_train.use.hub_folder import push_to_hub
+
+        say(push_to_hub(trained, options.hub, options.licence, options.public))
+
+
+def _say_evaluation(figures: dict[str, Any], files: dict[str, bytes], options: argparse.Namespace) -> int:
+    """Print the figures, also where the files cannot be written: that is an error only if --csv asked for them."""
+    table = options.csv or options.run / f"evaluation_{options.split}.csv"
     unwritten = None
+    paths = {}
     try:
-        with written(path, "--csv FILE puts it elsewhere"):
-            write_atomically(path, table.encode())
+        for ending, content in files.items():
+            path = table if ending == ".csv" else table.with_name(table.stem + ending)
+            with written(path, "--csv FILE puts it elsewhere"):
+                write_atomically(path, content)
+            paths[ending] = str(path)
     except WorkError as error:
         unwritten = error
-    say(json.dumps(figures | {"csv": None if unwritten else str(path)}, indent=1))
+    names = {".csv": "csv", "_confusion.csv": "confusion", "_confusion.png": "picture", "_confused.html": "confused"}
+    say(json.dumps(figures | {name: paths.get(ending) for ending, name in names.items()}, indent=1))
     if unwritten and options.csv:
         raise unwritten
     if unwritten:

@@ -5,7 +5,9 @@ As a line is cut at model.text_tokens, the order of its tags decides which are l
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +74,17 @@ class TagTokenizer:
         """Places of the lines that have tags, none of which the model knows; ids: what `texts` became, (B, tokens)."""
         unknown = torch.isin(ids, self._says_nothing).all(dim=1).tolist()
         return [i for i, nothing in enumerate(unknown) if nothing and texts[i].strip()]
+
+    def describe(self) -> dict[str, Any]:
+        """What makes ids and mask of a line of tags, for another program, as JSON has it.
+
+        `tags`, in order, have the ids from 2 on; a tag that is not among them has 1, padding 0. Else `tokenizer` is
+        what the tokenizers library reads, and in `sort_by` are the tags that come first, in this order, if any do.
+        """
+        if self._whole_tags:
+            return {"tokens": self.tokens, "tags": list(self._rank), "sort_by_frequency": self._by_frequency}
+        encoder = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        return {"tokens": self.tokens, "tokenizer": encoder, "sort_by": list(self._rank) if self._by_frequency else []}
 
     def _ids_of_whole_tags(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         ids = torch.zeros(len(texts), self.tokens, dtype=torch.int64)

@@ -85,8 +85,15 @@ def padded(batch: Batch, size: int) -> Batch:
 
 
 @torch.no_grad()
-def evaluate(forward: Forward, loader: EvalLoader | FeatureEvalLoader, expected_samples: int) -> Evaluation:
+def evaluate(
+    forward: Forward,
+    loader: EvalLoader | FeatureEvalLoader,
+    expected_samples: int,
+    each: Callable[[Batch, Tensor], None] | None = None,
+) -> Evaluation:
     """Evaluate over all ranks (each calls this); `forward` gives the logits of a batch.
+
+    each: is shown every batch of this rank with its logits (B, classes), float32.
 
     A sample that cannot be used is not counted but reported. Raises WorkError if the samples counted and reported are
     not `expected_samples`, or none could be used.
@@ -100,6 +107,8 @@ def evaluate(forward: Forward, loader: EvalLoader | FeatureEvalLoader, expected_
             counts = torch.zeros(3, classes, dtype=torch.int64, device=logits.device)
             sums = counts, torch.zeros_like(counts[0, 0], dtype=torch.float64), torch.zeros_like(counts[0, 0])
         counts, loss_sum, bad = sums
+        if each is not None:
+            each(batch, logits)
         valid = batch.weights > 0
         best = logits.topk(min(5, classes), dim=1).indices
         hits = (best == batch.labels[:, None]) & valid[:, None]

@@ -6,8 +6,9 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from dist_train.train.checkpoint import (
     load_weights,
     recipe_changes,
 )
+from dist_train.train.confusion import ConfusionCounts
 from dist_train.train.ema import WeightAverage
 from dist_train.train.engine import Engine, init_process_group, leave_process_group, torch_device
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
@@ -43,6 +45,7 @@ from dist_train.train.features import feature_eval_loader, feature_train_loader,
 from dist_train.train.inputs import begin_outputs, begin_tokenizer, tag_targets
 from dist_train.train.meters import StepTrace, device_name
 from dist_train.train.multilabel import CHOOSE, TagEvaluation, chosen_thresholds, evaluate_tags, thresholds_to_keep
+from dist_train.train.pictures import MOST_CLASSES
 from dist_train.train.precision import compute_dtype
 from dist_train.train.ranks import (
     StopSignal,
@@ -195,10 +198,15 @@ class _Run:
         recipe, state, writer = self.recipe, self.state, self.writer
         self.meter.measure_peak(self.dtype, self.place.world_size)
         consumed = state.samples_consumed
+        batches: Iterator[Batch]
         if self.features is None:
             batches = iter(train_loader(recipe, self.manifest, self.place, self.tokenizer, consumed, self.tag_targets))
         else:
             batches = iter(feature_train_loader(self.features, recipe, self.manifest, self.place, consumed))
+        if state.step == 0:
+            first = next(batches)
+            self.record.first_batch(first, recipe.data, self.manifest.class_names)
+            batches = chain([first], batches)
         loss_since_log = torch.zeros((), device=self.train_step.engine.device)
         self.meter.reset()
         while state.step < self.total_steps:
@@ -292,18 +300,24 @@ class _Run:
                 quarantine=self.run / QUARANTINE_NAME,
                 tag_targets=self.tag_targets,
             )
-        loader, step = self.eval_loaders[split], self.train_step
-
-        def record_as(name: str) -> None:
-            of_val = self.evaluations.get(name.replace(split, "val", 1))
-            result = evaluate_split(loader, step.engine, step.forward, self.recipe.train.threshold, of_val)
-            self.evaluations[name] = result
-            self.record.evaluation(evaluation_figures(name, self.state.step, result))
-
-        record_as(split)
+        self._measure(split, split, self.eval_loaders[split])
         if self.average is not None:
             with self.average.applied():
-                record_as(f"{split}_ema")
+                self._measure(split, f"{split}_ema", self.eval_loaders[split])
+
+    def _measure(self, split: str, name: str, loader: EvalLoader | FeatureEvalLoader) -> None:
+        """Evaluate the weights that the model has; at the end of the run with the confusion matrix of its classes."""
+        step, names = self.train_step, self.manifest.class_names
+        confusion = None
+        last = self.state.step == self.total_steps or split == "test"  # which a run is measured on but once
+        if last and self.tag_targets is None and len(names) <= MOST_CLASSES:
+            confusion = ConfusionCounts(len(names))
+        of_val = self.evaluations.get(name.replace(split, "val", 1))
+        each = None if confusion is None else confusion.add
+        result = evaluate_split(loader, step.engine, step.forward, self.recipe.train.threshold, of_val, each)
+        self.evaluations[name] = result
+        counts = None if confusion is None else confusion.over_ranks()
+        self.record.evaluation(evaluation_figures(name, self.state.step, result), counts, names)
 
     def finish(self) -> None:
         """Evaluate on test and write the summary."""
@@ -388,14 +402,15 @@ def evaluate_split(
     forward: Forward,
     threshold: float,
     of_val: Evaluation | TagEvaluation | None,
+    each: Callable[[Batch, torch.Tensor], None] | None = None,
 ) -> Evaluation | TagEvaluation:
     """Evaluate the model on a loader's split, in eval mode. For tags: at train.threshold, and at thresholds that are
-    chosen on val or, on another split, were chosen in `of_val`."""
+    chosen on val or, on another split, were chosen in `of_val`. For classes: each as for `evaluate`."""
     model.eval()
     samples = loader.manifest.split(loader.split).samples
     result: Evaluation | TagEvaluation
     if isinstance(loader, FeatureEvalLoader) or loader.tag_targets is None:
-        result = evaluate(forward, loader, samples)
+        result = evaluate(forward, loader, samples, each)
     else:
         tuned = CHOOSE if loader.split == "val" else chosen_thresholds(of_val)
         result = evaluate_tags(forward, loader, samples, threshold, tuned)

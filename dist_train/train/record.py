@@ -13,26 +13,38 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import yaml
+from PIL.Image import Image
+from torch import Tensor
 
-from dist_train.config import Recipe, recipe_to_dict
+from dist_train.config import DataConfig, Recipe, recipe_to_dict
 from dist_train.errors import WorkError
 from dist_train.files import write_atomically
 from dist_train.machine import ask_git, gpu_names, processor_name, software
 from dist_train.recipe import METRICS_NAME
+from dist_train.train.pictures import confusion_picture, contact_sheet, to_pixels
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from dist_train.data.background import Batch
 
 RECIPE_NAME = "recipe.yaml"
 SUMMARY_NAME = "summary.json"
 WANDB_NAME = "wandb.json"
+BOARD_NAME = "tensorboard"
+_PICTURES = 32
+"""Of the first batch, in TensorBoard."""
 _PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda120", "timm", "transformers", "numpy", "dist-train")
 log = logging.getLogger("dist_train")
 
@@ -70,8 +82,13 @@ class RunRecord:
             self._evaluated = {(entry["split"], entry["step"]) for entry in kept if "split" in entry}
             self._metrics = opened.enter_context(open(run / METRICS_NAME, "a", encoding="utf-8"))
             opened.enter_context(_quiet_board_thread())
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+            if resumed_step == 0:  # nothing that an earlier start has left counts
+                for file in (run / BOARD_NAME).glob("events.out.tfevents.*"):
+                    file.unlink()
+            self._board = SummaryWriter(str(run / BOARD_NAME), purge_step=resumed_step + 1)
             opened.callback(self._board.close)
+            if resumed_step == 0:
+                _write_hyperparameters(self._board, recipe)
             self._opened = opened.pop_all()
 
     def step(self, figures: dict[str, Any], total_steps: int, epochs: int) -> None:
@@ -86,11 +103,26 @@ class RunRecord:
             figures | {"steps": total_steps, "epochs": epochs, "left": left},
         )
 
-    def evaluation(self, figures: dict[str, Any]) -> None:
-        """Record an evaluation and print its line. One that stands in the record already is not written again."""
+    def first_batch(self, batch: Batch, data: DataConfig, class_names: Sequence[str]) -> None:
+        """Show what the first step of the run trains on: images as they were augmented, with their classes."""
+        if self.active and batch.images.ndim == 4:  # else features in their place, which nobody can look at
+            pixels = to_pixels(batch.images[:_PICTURES], data)
+            captions = [[(class_names[label], "black")] for label in batch.labels[:_PICTURES].tolist()]
+            self._picture("train/first_batch", contact_sheet(list(pixels), captions), step=1)
+
+    def evaluation(
+        self, figures: dict[str, Any], confusion: Tensor | None = None, class_names: Sequence[str] = ()
+    ) -> None:
+        """Record an evaluation and print its line. One that stands in the record already is not written again.
+
+        confusion: (C, C), samples by true and predicted class, to be shown as a picture.
+        """
         if not self.active:
             return
         if (figures["split"], figures["step"]) not in self._evaluated:
+            if confusion is not None:
+                picture = confusion_picture(confusion.numpy(), class_names)
+                self._picture(f"{figures['split']}/confusion", picture, figures["step"])
             self._write(figures, figures["split"])
         left_out = ", %(bad_samples)d bad ones left out" if figures["bad_samples"] else ""
         of_tags = "mAP %(map).4f  F1 %(f1_micro).4f micro, %(f1_macro).4f macro"
@@ -118,6 +150,9 @@ class RunRecord:
     ) -> None:
         self.close()
 
+    def _picture(self, name: str, picture: Image, step: int) -> None:
+        self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+
     def _write(self, figures: dict[str, Any], group: str) -> None:
         self._metrics.write(json.dumps(figures) + "\n")
         self._metrics.flush()
@@ -126,6 +161,21 @@ class RunRecord:
             self._board.add_scalar(name, value, figures["step"])
         if self._wandb is not None:
             self._wandb.log(group, values, figures["step"])
+
+
+def _write_hyperparameters(board: SummaryWriter, recipe: Recipe) -> None:
+    """What TensorBoard's table of hyperparameters has of the run: the recipe's keys, and the last values of the curves
+    that are its result."""
+    from torch.utils.tensorboard.summary import hparams
+
+    keys = {
+        f"{section}.{key}": value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+        for section, entries in recipe_to_dict(recipe).items()
+        for key, value in entries.items()
+    }
+    metrics = dict.fromkeys(("train/loss", "val/top1", "val/loss", "test/top1", "test/loss"))
+    for summary in hparams(keys, metrics)[:2]:  # the third says that the run has ended
+        board._get_file_writer().add_summary(summary)
 
 
 class _LogFile(logging.FileHandler):
@@ -175,6 +225,11 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     if cut:
         log.warning("%s: %d %s left out, cut when it was written", path, cut, "line is" if cut == 1 else "lines are")
     return entries
+
+
+def read_evaluations(run: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl of a run folder says of evaluations, in the order in which they were made."""
+    return [entry for entry in _read_metrics(run / METRICS_NAME) if "split" in entry]
 
 
 def _keep_former_recipe(run: Path, step: int, recipe: dict[str, Any] | None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from typing import Any
 
@@ -15,14 +13,15 @@ from dist_train.train.checkpoint import read_state
 from dist_train.train.evaluate import Evaluation
 from dist_train.train.evaluate import evaluate as evaluate_batches
 from dist_train.use.multilabel import evaluate_run, predicts_tags, tag_table, targets_of
+from dist_train.use.report import ClassScores, OutcomeCollector, class_table, report_files
 from dist_train.use.trained import TrainedModel, set_to_look_at
 
 
 def evaluate(
     trained: TrainedModel, split: str = "test", shards: str | None = None, batch_size: int | None = None
-) -> tuple[dict[str, Any], str]:
-    """How good a model is on a split: the figures that `dist-train evaluate` prints, and a CSV table of the classes, or
-    of the tags.
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """How good a model is on a split: the figures that `dist-train evaluate` prints, and the files that it writes, by
+    the ends of their names: `.csv`, a table of the classes or of the tags, and for classes what `report_files` makes.
 
     shards: another set of the same classes; None: the run's. batch_size: samples of one pass; None: the run's.
     """
@@ -42,11 +41,17 @@ def evaluate(
     chosen = {"checkpoint": str(trained.checkpoint), "step": read_state(trained.checkpoint).step}
     if predicts_tags(trained):
         of_tags = evaluate_run(trained, loader)
-        return {"split": split, **chosen, **of_tags.figures()}, tag_table(of_tags, trained.class_names)
-    result = evaluate_batches(trained.forward, loader, manifest.split(split).samples)
+        figures = {"split": split, **chosen, **of_tags.figures()}
+        return figures, {".csv": tag_table(of_tags, trained.class_names).encode()}
+    collector = OutcomeCollector()
+    result = evaluate_batches(trained.forward, loader, manifest.split(split).samples, collector.add)
+    outcomes = collector.outcomes()
+    scores = ClassScores.of(outcomes, len(trained.class_names))
     counts = [info.count for info in manifest.classes]
-    figures = {"split": split, **chosen, **_describe(result, torch.tensor(counts))}
-    return figures, _class_table(result, trained.class_names, counts)
+    figures = {"split": split, **chosen, **_describe(result, torch.tensor(counts)), "macro_f1": scores.macro_f1()}
+    table = class_table(trained.class_names, counts, result.top5_correct.tolist(), scores)
+    title = f"{trained.run.name}, {split}: {result.samples:,} samples, top-1 {result.top1:.4f}"
+    return figures, {".csv": table.encode(), **report_files(data, manifest, split, outcomes, title, scores)}
 
 
 def _describe(result: Evaluation, class_counts: Tensor) -> dict[str, Any]:
@@ -62,13 +67,3 @@ def _describe(result: Evaluation, class_counts: Tensor) -> dict[str, Any]:
         "most_frequent_tenth_of_classes_top1": result.class_mean(by_count[:tenth]),
         "least_frequent_tenth_of_classes_top1": result.class_mean(by_count[-tenth:]),
     }
-
-
-def _class_table(result: Evaluation, names: list[str], counts: list[int]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["class_id", "class", "images_in_set", "samples", "correct", "top5_correct", "top1"])
-    rows = zip(names, counts, result.seen.tolist(), result.correct.tolist(), result.top5_correct.tolist(), strict=True)
-    for number, (name, count, seen, correct, top5) in enumerate(rows):
-        writer.writerow([number, name, count, seen, correct, top5, f"{correct / seen:.4f}" if seen else ""])
-    return text.getvalue()

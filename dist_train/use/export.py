@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 
@@ -12,8 +13,34 @@ from dist_train.files import write_atomically
 from dist_train.models.backbones import timm_name, vit_shape
 from dist_train.models.build import to_timm_state_dict
 from dist_train.models.heads import HEADS
-from dist_train.train.checkpoint import read_state
+from dist_train.models.saved import read_step
 from dist_train.use.trained import TrainedModel
+
+
+def describe(trained: TrainedModel) -> dict[str, Any]:
+    """What one must know to use a model elsewhere: its classes, what images are to it and, with text, what makes ids of
+    tags."""
+    recipe = trained.recipe
+    described: dict[str, Any] = {
+        "classes": trained.class_names,
+        "image_size": recipe.data.image_size,
+        "resize": "the whole image, squashed to a square; bilinear, antialiased",
+        "mean": recipe.data.mean,
+        "std": recipe.data.std,
+        "backbone": recipe.model.backbone,
+        "head": recipe.model.head,
+        "text_tokens": recipe.model.text_tokens,
+        "weights": "averaged" if trained.averaged else "raw",
+        "step": read_step(trained.checkpoint),
+    }
+    if trained.tokenizer is not None:
+        described["tokenizer"] = trained.tokenizer.describe()
+    return described
+
+
+def metadata_texts(described: dict[str, Any]) -> dict[str, str]:
+    """Metadata as both formats have it: text as it is, everything else as JSON."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
 
 
 def export(trained: TrainedModel, file: Path) -> str:
@@ -25,24 +52,13 @@ def export(trained: TrainedModel, file: Path) -> str:
     name, arguments = timm_name(recipe.model.backbone, recipe.data.image_size)
     arguments |= {"num_classes": len(trained.class_names) if recipe.model.head == "cls" else 0}
     tensors = {key: tensor.cpu().contiguous() for key, tensor in {**weights, **extra}.items()}
-    metadata = {
-        "backbone": recipe.model.backbone,
-        "head": recipe.model.head,
-        "text_tokens": recipe.model.text_tokens,
+    described = describe(trained) | {
         "timm": {"model": name, **arguments},
-        "classes": trained.class_names,
-        "image_size": recipe.data.image_size,
-        "resize": "the whole image, squashed to a square",
-        "mean": recipe.data.mean,
-        "std": recipe.data.std,
         "norm_eps": recipe.model.norm_eps if vit_shape(recipe.model.backbone) else None,
-        "weights": "averaged" if trained.averaged else "raw",
-        "step": read_state(trained.checkpoint).step,
     }
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     with written(file, "choose another"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, save(tensors, texts))
+        write_atomically(file, save(tensors, metadata_texts(described)))
     call = f"timm.create_model({', '.join([repr(name), *(f'{key}={value}' for key, value in arguments.items())])})"
     if not extra:
         return f"{file}: {len(weights)} tensors that load into {call}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_train.data.loader import Batch, EvalLoader
 from dist_train.errors import written
 from dist_train.files import write_atomically
+from dist_train.train.pictures import contact_sheet, to_pixels
 from dist_train.use.multilabel import captions, targets_of
 from dist_train.use.trained import TrainedModel, set_to_look_at
 
@@ -22,8 +23,6 @@ def grid(trained: TrainedModel, split: str = "test", shards: str | None = None, 
 
     output: a PNG file; None: RUN/predictions.png. The others are as for `evaluate`.
     """
-    from PIL import Image, ImageDraw
-
     data, manifest = set_to_look_at(trained, shards)
     targets = targets_of(trained)
     loader = EvalLoader(
@@ -32,24 +31,16 @@ def grid(trained: TrainedModel, split: str = "test", shards: str | None = None, 
     batch = next(iter(loader))
     with torch.no_grad():
         logits = trained.forward(batch)
-    lines = _class_captions(trained, logits, batch) if batch.tags is None else captions(trained, logits, batch.tags)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
-    pixels = ((batch.images.cpu() * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
-    columns, side, most = (8, 128, 1) if batch.tags is None else (4, 256, 3)  # most: rows of text for each line
-    width = side // 6 - 1  # characters
-    caption = 4 + 15 * most * len(lines[0])
-    picture = Image.new("RGB", (columns * side, -(-len(pixels) // columns) * (side + caption)), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, image in enumerate(pixels):
-        x, y = i % columns * side, i // columns * (side + caption)
-        picture.paste(Image.fromarray(image).resize((side, side)), (x, y))
+    pixels = list(to_pixels(batch.images, data))
+    if batch.tags is None:
+        picture = contact_sheet(pixels, _class_captions(trained, logits, batch))
+    else:
+        side, most = 256, 3  # most: rows of text for each line
         wrapped = [
-            (row[:width], colour)
-            for text, colour in lines[i]
-            for row in (wrap(text, width)[:most] if most > 1 else [text])
+            [(row, colour) for text, colour in lines for row in wrap(text, side // 6 - 1)[:most]]
+            for lines in captions(trained, logits, batch.tags)
         ]
-        for row, (text, colour) in enumerate(wrapped):
-            draw.text((x + 3, y + side + 2 + 15 * row), text, fill=colour)
+        picture = contact_sheet(pixels, wrapped, columns=4, side=side)
     file = io.BytesIO()
     picture.save(file, "PNG")
     output = output or trained.run / "predictions.png"
