@@ -12,6 +12,7 @@ from typing import Any
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError, run_command, written
 from dist_train.files import write_atomically
+from dist_train.image_folder import with_shard_set
 from dist_train.output import keep_stdout, say
 from dist_train.parse import expanded, parse_recipe, recipe_from_run
 from dist_train.recipe import check, ranks_of_this_job
@@ -47,7 +48,8 @@ def run_training(arguments: list[str], begin: Callable[[], None] = lambda: None)
     recipe, resume = parse_recipe(arguments)
     begin()
     check(recipe, ranks_of_this_job(), resume=resume)  # importing what follows takes seconds
-    from dist_train.train.loop import train
+    recipe = with_shard_set(recipe)
+    from dist_train.train.loop import train  # which checks again, with the set
 
     train(recipe, resume)
 

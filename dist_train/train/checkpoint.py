@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dist_train.config import Recipe, recipe_to_dict
+from dist_train.config import Monitor, Recipe, recipe_to_dict
 from dist_train.data.manifest import Manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.files import sync, write_atomically
@@ -64,7 +64,11 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RunState:
-    """Where a run stands between two optimizer steps. best_top1 and best_step are of the val split, -1 before any."""
+    """Where a run stands between two optimizer steps.
+
+    Of the best evaluation on val: best_step, -1 before any, its top-1, and its value of what train.monitor names.
+    evaluations_since_best: how many have followed it.
+    """
 
     step: int
     samples_consumed: int
@@ -77,6 +81,9 @@ class RunState:
     manifest_digest: str
     best_top1: float = -1.0
     best_step: int = -1
+    monitor: Monitor = "top1"
+    best_value: float | None = None
+    evaluations_since_best: int = 0
 
     @classmethod
     def at_start(cls, recipe: Recipe, manifest: Manifest, world_size: int) -> RunState:
@@ -91,6 +98,7 @@ class RunState:
             precision=recipe.deepspeed.precision,
             num_classes=len(manifest.classes),
             manifest_digest=manifest.digest,
+            monitor=recipe.train.monitor,
         )
 
 
@@ -107,11 +115,14 @@ def checkpoint_to_resume(run: Path, resume: str) -> Path | None:
 def read_state(checkpoint: Path) -> RunState:
     """The state of a checkpoint. Raises WorkError naming the file if it is damaged."""
     try:
-        return RunState(**read_document(checkpoint)["state"])
+        state = RunState(**read_document(checkpoint)["state"])
     except TypeError as error:
         raise WorkError(
             f"{checkpoint / STATE_NAME}: cannot be read ({error}); was it written by another version?"
         ) from None
+    if state.best_step >= 0 and state.best_value is None:  # from before there was train.monitor
+        state.best_value = state.best_top1
+    return state
 
 
 def load_weights(model: nn.Module, checkpoint: Path, expected: RunState, recipe: Recipe) -> RunState:
@@ -125,6 +136,9 @@ def load_weights(model: nn.Module, checkpoint: Path, expected: RunState, recipe:
     _check_same_run(checkpoint, state, expected, recipe)
     _check_same_model(checkpoint, model, recipe)
     model.load_state_dict(read_weights(checkpoint))
+    if state.monitor != expected.monitor:  # what was best by the one says nothing of the other
+        state = replace(state, monitor=expected.monitor, best_value=None, best_top1=-1.0, best_step=-1)
+        state.evaluations_since_best = 0
     now = replace(state, world_size=expected.world_size, zero_stage=expected.zero_stage, precision=expected.precision)
     if now != state:
         log.info("%s was written by %s; continuing with %s", checkpoint, _topology(state), _topology(now))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import torch
@@ -11,9 +12,11 @@ from dist_train.config import Recipe
 from dist_train.data.manifest import Manifest, read_manifest
 from dist_train.data.tokenizer import TagTokenizer
 from dist_train.data.vocabulary import TAGS_NAME, WHOLE_TAGS, find_frequent_tags, read_frequent_tags
+from dist_train.errors import UseError
 from dist_train.files import write_atomically
 from dist_train.place import Place
 from dist_train.recipe import check_digest
+from dist_train.train.ranks import gather
 
 
 def read_shard_set(recipe: Recipe) -> Manifest:
@@ -21,6 +24,17 @@ def read_shard_set(recipe: Recipe) -> Manifest:
     manifest = read_manifest(recipe.data.shards)
     check_digest(recipe.data, manifest)
     return manifest
+
+
+def check_same_set(manifest: Manifest, shards: str, place: Place) -> None:
+    """Raise UseError where some host has another shard set than the host of rank 0; all ranks call this together."""
+    first, *others = gather((socket.gethostname(), manifest.digest), place)
+    for host, digest in others:
+        if digest != first[1]:
+            raise UseError(
+                f"data.shards {shards}: {host} has a set of digest {digest[:12]} there, {first[0]} one of "
+                f"{first[1][:12]}; copy the same images, or the same set, to all hosts"
+            )
 
 
 def build_tokenizer(recipe: Recipe, run: Path) -> TagTokenizer | None:
