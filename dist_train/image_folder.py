@@ -81,5 +81,5 @@ def with_shard_set(recipe: Recipe) -> Recipe:
 
 
 def _end_with_parent() -> None:
-    """In the process that is about to be the builder: a launcher that kills the ranks must not leave builders behind."""
+    """Runs in the process that is about to be the builder: who kills the ranks must not leave builders behind."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,18 @@ PATH_KEYS = ("data.shards", "data.cache", "data.tokenizer", "model.weights", "tr
 _TEXT_KEYS = [key for key, field in _FIELDS.items() if field.type in ("str", "str | None")]
 _OPTIONAL_KEYS = [key for key, field in _FIELDS.items() if field.type == "str | None"]
 _VARIABLE = re.compile(r"\$(\$|[A-Za-z_]\w*|\{[^}]*\}?)")
-_ALONE = ("-h", "--help")
-_WITH_VALUE = ("--config", "--resume", "--local_rank")
+_ALONE = ("-h", "--help", "--dry-run")
+_WITH_VALUE = ("--config", "--resume", "--local_rank", "--price-per-hour")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `dist-train train` is asked for. price_per_hour: of all machines of the run together."""
+
+    recipe: Recipe
+    resume: str = "none"
+    dry_run: bool = False
+    price_per_hour: float | None = None
 
 
 def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
@@ -41,21 +51,32 @@ def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
     Raises UseError for an unknown key, naming what was probably meant, a repeated one, and a value of the wrong kind
     or outside of its range. Paths come back with `~` and variables expanded.
     """
+    asked = parse_training(arguments)
+    if asked.dry_run:
+        raise UseError("the command line: --dry-run belongs to the training")
+    return asked.recipe, asked.resume
+
+
+def parse_training(arguments: list[str]) -> Training:
+    """The same, and what belongs to the training alone: `[--dry-run [--price-per-hour PRICE]]`."""
     parser = recipe_parser()
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    resume = "none"
+    resume, dry_run, price = "none", False, None
     for name, value in _options(arguments):
         if name == "--config":
             path = Path(value)
             given = _typed(parser.parse_object, _expanded_document(_read_recipe_file(path), path), str(path))
         else:
             given = _typed(parser.parse_args, [name if name in _ALONE else f"{name}={value}"], "the command line")
-        resume = given.get("resume", resume)
+        resume, dry_run = given.get("resume", resume), given.get("dry_run", dry_run)
+        price = given.get("price_per_hour", price)
         for section in values:
             values[section] |= given.get(section, {})
     recipe = recipe_from_dict(values)
     check_ranges(recipe)
-    return recipe, resume
+    if price is not None and not (dry_run and 0 <= price < math.inf):
+        raise UseError(f"the command line: --price-per-hour {price} must be 0 or more, and belongs to --dry-run")
+    return Training(recipe, resume, dry_run, price)
 
 
 def recipe_from_run(run: Path) -> Recipe:
@@ -78,6 +99,12 @@ def recipe_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--resume", default="none", help="auto (the newest checkpoint of the run), none, a step, or a folder"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="make a few steps, say what memory, time and money the run will take, and leave nothing behind",
+    )
+    parser.add_argument("--price-per-hour", type=float, help="with --dry-run: of all machines of the run together")
     # The deepspeed launcher hands every rank its number this way; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     for section, kind in SECTIONS.items():

@@ -57,9 +57,8 @@ def problems(
     """What cannot be, what takes no time to find out first.
 
     world_size: ranks of the run. device: cpu or cuda; None for this machine's. manifest: of data.shards; None where it
-    is not read yet: then it is if it is in a folder; at a URL, which may be slow, and where a set must be built of images
-    first, what follows from it is left out.
-    resume: as `train` takes it.
+    is not read yet: then it is if it is in a folder; at a URL, which may be slow, and where a set must be built of
+    images first, what follows from it is left out. resume: as `train` takes it.
     """
     in_range = next(_refusals([lambda: check_ranges(recipe)]), None)
     if in_range is not None:  # nothing can be computed from such numbers
@@ -229,7 +228,7 @@ def _check_samples(recipe: Recipe, manifest: Manifest) -> None:
         raise UseError("the split to train on holds no samples")
     if recipe.train.patience and "val" not in manifest.splits:
         raise UseError(
-            "train.patience counts evaluations on val, and the shard set has no such split; use 0, or build one with val"
+            "train.patience counts evaluations on val, and the shard set has no such split; use 0, or add one"
         )
     check_schedule(recipe.optim, count_steps(recipe.train.epochs, samples, recipe.train.batch_size))
     if recipe.model.text_tokens:

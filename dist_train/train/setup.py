@@ -39,8 +39,8 @@ def run_in_a_line(recipe: Recipe, manifest: Manifest, place: Place) -> str:
     where = f"{ranks}{f' on {hosts} hosts' if hosts > 1 else ''}, {device_name(torch_device(place))}"
     counts = ", ".join(f"{info.samples:,} {split}" for split, info in manifest.splits.items())
     return (
-        f"{where}; {recipe.deepspeed.precision}, ZeRO {recipe.deepspeed.zero_stage}; {len(manifest.classes):,} classes, "
-        f"{counts} samples; run folder {recipe.train.run}"
+        f"{where}; {recipe.deepspeed.precision}, ZeRO {recipe.deepspeed.zero_stage}; "
+        f"{len(manifest.classes):,} classes, {counts} samples; run folder {recipe.train.run}"
     )
 
 

@@ -125,5 +125,5 @@ def test_hosts_with_other_sets_are_refused(tmp_path: Path, monkeypatch: pytest.M
     manifest = read_manifest(write_shard_set(tmp_path / "set", {"train": [4]}))
     inputs.check_same_set(manifest, "my_images", Place())
     monkeypatch.setattr(inputs, "gather", lambda mine, place: [mine, ("node2", "f" * 64)])
-    with pytest.raises(UseError, match="data.shards my_images: node2 has a set of digest ffffffffffff there"):
+    with pytest.raises(UseError, match=r"data\.shards my_images: node2 has a set of digest ffffffffffff there"):
         inputs.check_same_set(manifest, "my_images", Place(world_size=2))
