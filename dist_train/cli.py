@@ -1,4 +1,4 @@
-"""The command `dist-train`: train, lr, doctor, evaluate, predict, grid, export."""
+"""The command `dist-train`: train, lr, recipes, doctor, evaluate, predict, grid, export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dist_train.errors import UseError, WorkError, run_command, written
 from dist_train.files import write_atomically
 from dist_train.image_folder import with_shard_set
 from dist_train.output import keep_stdout, say
-from dist_train.parse import expanded, parse_recipe, parse_training, recipe_from_run
+from dist_train.parse import RECIPES, expanded, find_recipe, own_recipes, parse_recipe, parse_training, recipe_from_run
 from dist_train.recipe import check, ranks_of_this_job
 
 
@@ -129,6 +129,9 @@ def _command_parser() -> argparse.ArgumentParser:
 
     commands.add_parser("lr", help="try out learning rates: a range test of a recipe, with a picture")
 
+    recipes = commands.add_parser("recipes", help="the recipes that come along, for --config; or the text of one")
+    recipes.add_argument("name", nargs="?", help="such as finetune/dinov2_small.yaml (default: list all)")
+
     commands.add_parser("doctor", help="say before a run what would fail in it, on every host of a hostfile")
 
     evaluate = commands.add_parser("evaluate", help="accuracy of a run on a split")
@@ -171,7 +174,22 @@ def _command_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _say_recipes(name: str | None) -> int:
+    if name is None:
+        for recipe in own_recipes():
+            first = (RECIPES / recipe).read_text(encoding="utf-8").partition("\n")[0]
+            say(f"{recipe:<32} {first.lstrip('# ')}")
+        return 0
+    path = find_recipe(name)
+    if not path.is_file():
+        raise UseError(f"recipes {name}: there is none of this name; `dist-train recipes` lists them")
+    say(path.read_text(encoding="utf-8").rstrip("\n"))
+    return 0
+
+
 def _run(options: argparse.Namespace) -> int:
+    if options.command == "recipes":
+        return _say_recipes(options.name)
     recipe = recipe_from_run(options.run)
     if options.command == "export" and options.file.suffix != ".safetensors":
         raise UseError(f"{options.file}: name the file .safetensors")

@@ -27,6 +27,8 @@ _FIELDS = {f"{section}.{field.name}": field for section, kind in SECTIONS.items(
 KNOWN_KEYS = list(_FIELDS)
 PATH_KEYS = ("data.shards", "data.cache", "data.tokenizer", "model.weights", "train.run", "deepspeed.config")
 """Keys whose value may be a path or a URL: `~` and `$NAME` in it are expanded."""
+RECIPES = Path(__file__).parent / "recipes"
+"""The recipes that come along: launch/recipes of the checkout, by a link."""
 
 _TEXT_KEYS = [key for key, field in _FIELDS.items() if field.type in ("str", "str | None")]
 _OPTIONAL_KEYS = [key for key, field in _FIELDS.items() if field.type == "str | None"]
@@ -64,7 +66,7 @@ def parse_training(arguments: list[str]) -> Training:
     resume, dry_run, price = "none", False, None
     for name, value in _options(arguments):
         if name == "--config":
-            path = Path(value)
+            path = find_recipe(value)
             given = _typed(parser.parse_object, _expanded_document(_read_recipe_file(path), path), str(path))
         else:
             given = _typed(parser.parse_args, [name if name in _ALONE else f"{name}={value}"], "the command line")
@@ -77,6 +79,21 @@ def parse_training(arguments: list[str]) -> Training:
     if price is not None and not (dry_run and 0 <= price < math.inf):
         raise UseError(f"the command line: --price-per-hour {price} must be 0 or more, and belongs to --dry-run")
     return Training(recipe, resume, dry_run, price)
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe file of that path; where there is none, that of this name among those that come along."""
+    path = Path(name)
+    if path.exists() or path.is_absolute():
+        return path
+    own = [RECIPES / name, RECIPES / f"{name}.yaml"]
+    return next((file for file in own if file.is_file()), path)
+
+
+def own_recipes() -> list[str]:
+    """Names of the recipes that come along, for --config."""
+    files = sorted(RECIPES.rglob("*.yaml")) if RECIPES.is_dir() else []
+    return [str(file.relative_to(RECIPES)) for file in files if file.name != "rows.yaml"]  # of the paper's, no recipe
 
 
 def recipe_from_run(run: Path) -> Recipe:
@@ -95,7 +112,11 @@ def recipe_parser() -> jsonargparse.ArgumentParser:
     """The parser of a recipe's arguments; what it says of a key is the text below the key in its section."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog="dist-train train", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a recipe; may be given several times")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="a recipe: a file, or a name of `dist-train recipes`; may be given several times",
+    )
     parser.add_argument(
         "--resume", default="none", help="auto (the newest checkpoint of the run), none, a step, or a folder"
     )
@@ -214,7 +235,8 @@ def _read_recipe_file(path: Path) -> dict[str, dict[str, Any]]:
             _keep_text(loader, root)
         document = {} if root is None else loader.construct_document(root)
     except OSError as error:
-        raise UseError(f"--config {path}: cannot be read ({error.strerror})") from None
+        hint = "" if path.exists() else "; `dist-train recipes` lists those that come along"
+        raise UseError(f"--config {path}: cannot be read ({error.strerror}){hint}") from None
     except _Repeated as error:
         raise UseError(f"{path}, {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
