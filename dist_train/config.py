@@ -23,7 +23,7 @@ Schedule = Literal["constant", "constant_epoch", "cosine"]
 LrScaling = Literal["none", "linear", "sqrt"]
 ClassWeights = Literal["none", "inverse", "effective"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "bf16_autocast", "fp16"]
-Monitor = Literal["top1", "top5", "class_mean", "loss"]
+Monitor = Literal["auto", "top1", "top5", "class_mean", "loss"]
 ZeroStage = Literal[0, 1, 2, 3]
 Offload = Literal["none", "optimizer", "parameters"]
 
@@ -202,8 +202,9 @@ class TrainConfig:
     """Samples of one evaluation pass on one rank."""
     eval_every: Annotated[int, AT_LEAST_1] = 1
     """Epochs between two evaluations on val (the last epoch is always evaluated)."""
-    monitor: Monitor = "top1"
-    """What decides which evaluation on val is the best: top1, top5, class_mean (of the classes' own top-1) or loss."""
+    monitor: Monitor = "auto"
+    """What decides which evaluation on val is the best: top1, top5, class_mean (of the classes' own top-1) or loss.
+    auto: top1, and of a model that predicts tags the mAP."""
     patience: Annotated[int, NOT_NEGATIVE] = 0
     """End the run after this many evaluations on val without a better one; 0: never. The learning rate does not know:
     it follows train.epochs."""

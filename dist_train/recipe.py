@@ -75,6 +75,7 @@ def problems(
             lambda: check_run_folder(Path(recipe.train.run), resume),
             lambda: _check_wandb(recipe),
             lambda: _check_tokenizer(recipe),
+            lambda: _check_monitor(recipe),
             lambda: _check_batch(recipe, world_size),
             lambda: choose_streams(recipe.train.batch_size, recipe.data.streams),
         ]
@@ -204,6 +205,12 @@ def _check_wandb(recipe: Recipe) -> None:
 def _check_tokenizer(recipe: Recipe) -> None:
     if recipe.model.text_tokens and recipe.data.tokenizer != WHOLE_TAGS:
         read_vocabulary(recipe.data.tokenizer)
+
+
+def _check_monitor(recipe: Recipe) -> None:
+    monitor = recipe.train.monitor
+    if getattr(recipe.data, "labels", "class") == "tags" and monitor not in ("auto", "loss"):
+        raise UseError(f"train.monitor {monitor} is of one class an image: with data.labels tags use auto or loss")
 
 
 def _check_batch(recipe: Recipe, world_size: int) -> None:

@@ -121,7 +121,7 @@ def _best(newest: Path) -> tuple[int, str]:
     """(step, what of it was best) of the best val result as the newest checkpoint knows it; step -1 without any."""
     state = read_document(newest)["state"]
     metric, value = state.get("monitor", "top1"), state.get("best_value")
-    name = {"top1": "top-1", "top5": "top-5", "class_mean": "class mean"}.get(metric, metric)
+    name = {"top1": "top-1", "top5": "top-5", "class_mean": "class mean", "map": "mAP"}.get(metric, metric)
     return state.get("best_step", -1), f"{name} {state.get('best_top1', -1.0) if value is None else value:.4f}"
 
 

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dist_train.config import Monitor, Recipe, recipe_to_dict
+from dist_train.config import Recipe, recipe_to_dict
 from dist_train.data.manifest import Manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.files import sync, write_atomically
@@ -66,8 +66,8 @@ log = logging.getLogger(__name__)
 class RunState:
     """Where a run stands between two optimizer steps.
 
-    Of the best evaluation on val: best_step, -1 before any, its top-1, and its value of what train.monitor names.
-    evaluations_since_best: how many have followed it.
+    Of the best evaluation on val: best_step, -1 before any; best_top1, its top-1; best_value, of what train.monitor
+    names, which is in `monitor` without `auto`. evaluations_since_best: how many have followed it.
     """
 
     step: int
@@ -81,7 +81,7 @@ class RunState:
     manifest_digest: str
     best_top1: float = -1.0
     best_step: int = -1
-    monitor: Monitor = "top1"
+    monitor: str = "top1"
     best_value: float | None = None
     evaluations_since_best: int = 0
 
@@ -98,8 +98,14 @@ class RunState:
             precision=recipe.deepspeed.precision,
             num_classes=len(manifest.classes),
             manifest_digest=manifest.digest,
-            monitor=recipe.train.monitor,
+            monitor=_monitor_of(recipe),
         )
+
+
+def _monitor_of(recipe: Recipe) -> str:
+    if recipe.train.monitor != "auto":
+        return recipe.train.monitor
+    return "map" if getattr(recipe.data, "labels", "class") == "tags" else "top1"
 
 
 # ---------------------------------------------------------------------- reading

@@ -44,6 +44,11 @@ class Evaluation:
         """Share of samples whose class was among the first five."""
         return int(self.top5_correct.sum()) / self.samples
 
+    @property
+    def score(self) -> float:
+        """By which the best checkpoint is chosen."""
+        return self.top1
+
     def class_mean(self, classes: Tensor | None = None) -> float:
         """Mean of the classes' own accuracies, over those seen (of `classes`, ids, if given)."""
         chosen = self.seen > 0

@@ -256,7 +256,7 @@ class _Run:
             result = self.evaluations["val"]
             # All ranks end at one step: they go by one number, to the last bit.
             value = from_rank_zero(lambda: monitored(result, state.monitor), self.place)
-            note_evaluation(state, value, result.top1)
+            note_evaluation(state, value, result.score)
         self.writer.save(self.train_step.engine, state, None if self.average is None else self.average.state())
         self.meter.measure_peak(self.dtype, self.place.world_size)
 

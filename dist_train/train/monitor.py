@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 
-from dist_train.config import Monitor, TrainConfig
+from dist_train.config import TrainConfig
 from dist_train.train.checkpoint import RunState
 from dist_train.train.evaluate import Evaluation
 
 _LOWER_IS_BETTER = {"loss"}
 
 
-def monitored(result: Evaluation, metric: Monitor) -> float:
-    """What train.monitor looks at in an evaluation."""
+def monitored(result: Evaluation, metric: str) -> float:
+    """What a run looks at in an evaluation: top1, top5, class_mean, loss, or map (of a model that predicts tags)."""
+    if metric == "map":
+        return result.score
     return result.class_mean() if metric == "class_mean" else float(getattr(result, metric))
 
 
-def note_evaluation(state: RunState, value: float, top1: float) -> None:
+def note_evaluation(state: RunState, value: float, score: float) -> None:
     """Let the state know of an evaluation on val at its step: the best so far, or one more since that.
 
-    value: of what train.monitor names. One that is not a finite number is never the best.
+    value: of what train.monitor names. One that is not a finite number is never the best. score: the top-1 in any case.
     """
     sign = -1 if state.monitor in _LOWER_IS_BETTER else 1
     if math.isfinite(value) and (state.best_value is None or sign * value > sign * state.best_value):
-        state.best_value, state.best_top1, state.best_step = value, top1, state.step
+        state.best_value, state.best_top1, state.best_step = value, score, state.step
         state.evaluations_since_best = 0
     else:
         state.evaluations_since_best += 1

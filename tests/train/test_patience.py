@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -45,7 +44,7 @@ def ended(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def at_start(monitor: Any) -> RunState:
+def at_start(monitor: str) -> RunState:
     return RunState(0, 0, 0, 8, 1, 0, "float32", 2, "", monitor=monitor)
 
 
@@ -64,7 +63,7 @@ def test_the_best_is_the_highest_or_the_lowest_loss_and_the_others_are_counted(
     state = at_start(metric)
     for step, value in enumerate(values):
         state.step = step
-        note_evaluation(state, value, top1=step / 10)
+        note_evaluation(state, value, score=step / 10)
     assert (state.best_step, state.best_value, state.best_top1) == (best_at, values[best_at], best_at / 10)
     assert state.evaluations_since_best == since
     for patience in range(5):
@@ -75,7 +74,7 @@ def test_what_is_monitored_is_what_an_evaluation_says() -> None:
     counts = torch.tensor([1, 4, 0]), torch.tensor([2, 5, 0]), torch.tensor([2, 8, 0])
     result = Evaluation(*counts, loss=0.25, bad_samples=0)
     wanted = {"top1": 5 / 10, "top5": 7 / 10, "class_mean": (1 / 2 + 4 / 8) / 2, "loss": 0.25}
-    assert {metric: monitored(result, metric) for metric in wanted} == wanted  # type: ignore[arg-type]
+    assert {metric: monitored(result, metric) for metric in wanted} == wanted
 
 
 def test_a_run_without_a_better_evaluation_ends_and_says_why(ended: Path) -> None:

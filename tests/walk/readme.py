@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.harness import REPOSITORY
 
-_PAGES = ("shards", "training", "nodes", "checkpoints", "tags", "paper", "benchmarks", "architecture", "extending")
+_PAGES = ("finetuning", "shards", "training", "nodes", "checkpoints", "tags", "paper", "benchmarks", "architecture", "extending")
 DOCUMENTS = ("README.md", *(f"docs/{page}.md" for page in _PAGES), "CONTRIBUTING.md")
 """In the order in which they are walked through."""
 
@@ -33,6 +33,7 @@ class Skip:
 
 
 SLOW = "takes minutes, or would here beside the others; tests/benchmarks/{} runs it in small"
+HUB = "needs weights of the hub; tests/train/test_finetune_recipes.py, test_image_folder.py"
 WRITTEN = "needs the code that the page shows"
 WALK: dict[str, Run | Skip] = {
     "make demo": Run(
@@ -52,6 +53,16 @@ WALK: dict[str, Run | Skip] = {
     "dist-train evaluate": Run(makes=("runs/mine/evaluation_test.csv",)),
     "dist-train predict": Run(),
     "dist-train export": Run(makes=("weights.safetensors",)),
+    'pip install "dist-train[onnx]"': Skip("the environment is there and a test installs nothing", example=True),
+    "dist-train train --config finetune/": Skip(HUB),
+    "dist-train evaluate runs/dinov2-small-frozen": Skip(HUB, example=True),
+    "dist-train predict runs/dinov2-small-frozen": Skip(HUB, example=True),
+    "dist-train export runs/dinov2-small-frozen": Skip(HUB, example=True),
+    "dist-train recipes": Run(),
+    "dist-train recipes finetune/dinov2_small.yaml": Run(makes=("my.yaml",)),
+    "deepspeed --module dist_train.train": Skip(HUB),
+    "dist-train train --dry-run": Skip("tests/train/test_rehearsal.py"),
+    "dist-train lr": Skip("tests/train/test_rehearsal.py"),
     "cp launch/hostfile.example": Run(makes=("hostfile",)),
     "dist-train doctor --hostfile": Skip("asks the hosts node1 and node2; tests/multinode has two"),
     "launch/multinode.sh": Skip("trains on node1 and node2; tests/multinode has two"),
