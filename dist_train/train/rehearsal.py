@@ -61,8 +61,9 @@ def rehearsal(recipe: Recipe) -> Iterator[Rehearsal]:
             manifest = read_manifest(recipe.data.shards)
             check_same_set(manifest, recipe.data.shards, place)
             check(temporary, place.world_size, torch_device(place).type, manifest)
-            log.info("%s", run_in_a_line(without_auto(recipe, torch_device(place), place.world_size), manifest, place))
-            yield _built(temporary, place, manifest)
+            resolved = without_auto(recipe, torch_device(place), place.world_size)
+            log.info("%s", run_in_a_line(resolved, manifest, place))
+            yield _built(replace(resolved, train=temporary.train), place, manifest)
         done = True
     except torch.OutOfMemoryError as error:
         raise WorkError(
@@ -75,7 +76,6 @@ def rehearsal(recipe: Recipe) -> Iterator[Rehearsal]:
 
 
 def _built(recipe: Recipe, place: Place, manifest: Manifest) -> Rehearsal:
-    recipe = without_auto(recipe, torch_device(place), place.world_size)
     tokenizer = begin_tokenizer(recipe, manifest, place, resumed=False)
     model, _ = initial_model(recipe, manifest.class_names, tokenizer.vocab_size if tokenizer else 0)
     counts = [info.count for info in manifest.classes]
