@@ -37,12 +37,15 @@ class Estimate:
     eval_images_per_s: float | None
     steps: int
     eval_images: int
+    cached: bool = False
+    """Whether the backbone sees each image once (data.feature_cache): eval_images are all images, and the steps, of the
+    head alone, are not measured."""
     price_per_hour: float | None = None
 
     @property
     def training_s(self) -> float:
         """Seconds of all steps."""
-        return self.steps * self.step_ms / 1000
+        return 0.0 if self.cached else self.steps * self.step_ms / 1000
 
     @property
     def evaluation_s(self) -> float:
@@ -61,6 +64,11 @@ class Estimate:
             f"time       {_duration(total)}: {self.steps:,} steps in {_duration(self.training_s)}, evaluations in "
             f"{_duration(self.evaluation_s)}; the start and checkpoints come on top",
         ]
+        if self.cached:
+            lines[-1] = (
+                f"time       {_duration(total)}: {self.eval_images:,} images once through the frozen backbone; the "
+                f"head's {self.steps:,} steps, the start and checkpoints come on top"
+            )
         if self.price_per_hour is not None:
             lines.append(f"cost       {self.price_per_hour * total / 3600:,.2f} at {self.price_per_hour:g} an hour")
         return "\n".join(lines)
@@ -68,13 +76,14 @@ class Estimate:
 
 def dry_run(recipe: Recipe, price_per_hour: float | None = None) -> None:
     """Make a few steps and say what the run will take; all ranks call this together. Leaves nothing behind."""
+    cached = bool(getattr(recipe.data, "feature_cache", None))
     with rehearsal(recipe) as it:
-        estimate = _measure(it, price_per_hour)
+        estimate = _measure(it, cached, price_per_hour)
         if it.place.rank == 0:
             say(estimate)
 
 
-def _measure(it: Rehearsal, price_per_hour: float | None) -> Estimate:
+def _measure(it: Rehearsal, cached: bool, price_per_hour: float | None) -> Estimate:
     recipe, place, step = it.recipe, it.place, it.train_step
     samples, batch_size = it.manifest.split("train").samples, recipe.train.batch_size
 
@@ -99,7 +108,8 @@ def _measure(it: Rehearsal, price_per_hour: float | None) -> Estimate:
     steps = step.meter.steps
     figures = step.meter.read()
     device = step.engine.device
-    splits = _evaluations(recipe, it.manifest.splits.keys())
+    # With the cache every image of every split is looked at once, and then none again.
+    splits = dict.fromkeys(it.manifest.splits, 1) if cached else _evaluations(recipe, it.manifest.splits.keys())
     return Estimate(
         ranks=place.world_size,
         steps_measured=steps,
@@ -112,6 +122,7 @@ def _measure(it: Rehearsal, price_per_hour: float | None) -> Estimate:
         eval_images_per_s=_evaluation_rate(it, next(iter(splits))) if splits else None,
         steps=min(it.total_steps, recipe.train.stop_after_steps or it.total_steps),
         eval_images=sum(times * it.manifest.split(split).samples for split, times in splits.items()),
+        cached=cached,
         price_per_hour=price_per_hour,
     )
 

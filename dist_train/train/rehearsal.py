@@ -50,8 +50,8 @@ class Rehearsal:
 def rehearsal(recipe: Recipe) -> Iterator[Rehearsal]:
     """All that makes a run's steps, from its starting weights and its first sample on; all ranks call this together.
 
-    The run folder is neither written nor looked at. Raises UseError for what cannot be, and WorkError where a step does
-    not fit into a GPU.
+    Neither the run folder nor data.feature_cache is written or looked at. Raises UseError for what cannot be, and
+    WorkError where a step does not fit into a GPU.
     """
     place = init_process_group(recipe.train.timeout_s)
     start_console_log(place.rank)
@@ -61,6 +61,8 @@ def rehearsal(recipe: Recipe) -> Iterator[Rehearsal]:
             manifest = read_manifest(recipe.data.shards)
             check_same_set(manifest, recipe.data.shards, place)
             check(temporary, place.world_size, torch_device(place).type, manifest)
+            if getattr(recipe.data, "feature_cache", None):  # its first epoch is of whole images, as here
+                recipe = replace(recipe, data=replace(recipe.data, **{"feature_cache": None}))
             resolved = without_auto(recipe, torch_device(place), place.world_size)
             log.info("%s", run_in_a_line(resolved, manifest, place))
             yield _built(replace(resolved, train=temporary.train), place, manifest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,8 @@ def test_time_and_cost_are_those_of_all_steps_and_evaluations() -> None:
     assert (estimate.training_s, estimate.evaluation_s) == (5760, 180)
     said = str(estimate)
     assert "1:39:00: 9,000 steps in 1:36:00, evaluations in 0:03:00" in said and "3.30 at 2 an hour" in said
+    once = replace(estimate, cached=True, eval_images=40_000)
+    assert "100 s: 40,000 images once through the frozen backbone; the head's 9,000 steps" in str(once)
     assert "1,234 MB of the GPU's 80,000 MB, at most, for each of 2 ranks" in said
 
 
