@@ -8,19 +8,8 @@ from pathlib import Path
 
 from tests.harness import REPOSITORY
 
-_PAGES = (
-    "finetuning",
-    "shards",
-    "training",
-    "nodes",
-    "checkpoints",
-    "tags",
-    "paper",
-    "benchmarks",
-    "architecture",
-    "extending",
-)
-DOCUMENTS = ("README.md", *(f"docs/{page}.md" for page in _PAGES), "CONTRIBUTING.md")
+_PAGES = ("shards", "training", "nodes", "checkpoints", "tags", "paper", "benchmarks", "architecture", "extending")
+DOCUMENTS = ("README.md", "docs/finetuning.md", *(f"docs/{page}.md" for page in _PAGES), "CONTRIBUTING.md")
 """In the order in which they are walked through."""
 
 SMALL_RUN = "--train.epochs 2 --optim.warmup_steps 1 --train.batch_size 8"
