@@ -40,7 +40,8 @@ def cached_shard_set(source: Path, cache: Path, options: BuildOptions) -> Path:
         if (out / MANIFEST_NAME).exists():
             manifest = read_manifest(out)
             samples = sum(split.samples for split in manifest.splits.values())
-            _say(f"{source}: unchanged since the shard set {out} was built of it ({samples:,} images)")
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # of the ranks of a host, which all ask, one says so
+                _say(f"{source}: unchanged since the shard set {out} was built of it ({samples:,} images)")
             return out
         records = [item for item in found if isinstance(item, Record)]
         classes = len({record.class_name for record in records})

@@ -32,7 +32,9 @@ def photos(tmp_path: Path) -> Path:
     return root
 
 
-def test_it_is_built_once_and_used_again(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_built_once_and_used_again(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = cached_shard_set(photos, tmp_path / "cache", SIZE)
     said = capsys.readouterr().err
     assert f"{photos}: building a shard set of 12 images in 2 classes (resize 24x24) into {first} (once" in said
@@ -40,6 +42,9 @@ def test_it_is_built_once_and_used_again(photos: Path, tmp_path: Path, capsys: p
     assert cached_shard_set(photos, tmp_path / "cache", SIZE) == first
     assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == written
     assert capsys.readouterr().err.startswith(f"{photos}: unchanged since the shard set {first} was built of it (12 ")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cached_shard_set(photos, tmp_path / "cache", SIZE) == first
+    assert capsys.readouterr().err == "", "one rank of a host says it for all"
     assert first.name.startswith("my_photos-") and read_manifest(first).transform == "resize 24x24"
 
 
