@@ -1,20 +1,23 @@
-"""The command `dist-train`: train, doctor, models, evaluate, predict, grid, export, demo."""
+"""The command `dist-train`: train, lr, recipes, doctor, models, evaluate, predict, grid, export, demo."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError, run_command, written
 from dist_train.files import write_atomically
+from dist_train.image_folder import with_shard_set
 from dist_train.output import keep_stdout, say
-from dist_train.parse import expanded, parse_recipe, recipe_from_run
+from dist_train.parse import RECIPES, expanded, find_recipe, own_recipes, parse_recipe, parse_training, recipe_from_run
 from dist_train.recipe import check, ranks_of_this_job
 
 if TYPE_CHECKING:
@@ -36,6 +39,9 @@ def _main(words: list[str], keep: Callable[[], None]) -> int:
     if words[:1] == ["train"]:
         run_training(words[1:], keep)
         return 0
+    if words[:1] == ["lr"]:
+        _range_test(words[1:], keep)
+        return 0
     if words[:1] == ["doctor"]:
         hostfile, recipe, resume = _doctors_arguments(words[1:])
         keep()
@@ -55,12 +61,49 @@ def _main(words: list[str], keep: Callable[[], None]) -> int:
 
 def run_training(arguments: list[str], begin: Callable[[], None] = lambda: None) -> None:
     """Train by a recipe; also what launch/train.py runs on every rank. begin: called when the arguments are read."""
-    recipe, resume = parse_recipe(arguments)
+    asked = parse_training(arguments)
     begin()
-    check(recipe, ranks_of_this_job(), resume=resume)  # importing what follows takes seconds
-    from dist_train.train.loop import train
+    check(asked.recipe, ranks_of_this_job(), resume=asked.resume)  # importing what follows takes seconds
+    recipe = with_shard_set(asked.recipe)
+    if asked.dry_run:
+        from dist_train.train.dry_run import dry_run
 
-    train(recipe, resume)
+        dry_run(recipe, asked.price_per_hour)
+    else:
+        from dist_train.train.loop import train  # which checks again, with the set
+
+        train(recipe, asked.resume)
+
+
+def _range_test(words: list[str], keep: Callable[[], None]) -> None:
+    """`dist-train lr [RECIPE] ...`: other arguments are the recipe's, as for train."""
+    parser = argparse.ArgumentParser(
+        prog="dist-train lr",
+        allow_abbrev=False,
+        usage="%(prog)s [RECIPE.yaml] [--low RATE] [--high RATE] [--steps N] [--output FILE.csv] [--section.key VALUE]",
+        description="Learning-rate range test: train from the starting weights while the rate rises from step to step, "
+        "until the loss diverges. Suggests an optim.lr.",
+        epilog="Other arguments are the recipe's, as for train.",
+    )
+    parser.add_argument("--low", type=_positive, default=1e-6, help="rate of the first step (default: %(default)s)")
+    parser.add_argument("--high", type=_positive, default=1.0, help="rate of the last (default: %(default)s)")
+    parser.add_argument("--steps", type=_number, default=100, help="steps at most (default: %(default)s)")
+    output = "table to write, with a picture of the same name beside it (default: the run folder's name + -lr.csv)"
+    parser.add_argument("--output", type=Path, metavar="FILE.csv", help=output)
+    words = ["--config", *words] if words and not words[0].startswith("-") else words
+    options, rest = parser.parse_known_args(words)
+    recipe, _ = parse_recipe(rest)
+    keep()
+    if options.low >= options.high or options.steps < 10:
+        raise UseError("--low must be below --high, and --steps 10 or more")
+    output = options.output or Path(f"{recipe.train.run}-lr.csv")
+    if output.suffix != ".csv":
+        raise UseError(f"--output {output}: name the file .csv")
+    # What has been trained there already does not matter: nothing is written into the run folder.
+    check(replace(recipe, train=replace(recipe.train, run=f"{recipe.train.run}-lr")), 1)
+    from dist_train.train.lr_range import range_test
+
+    say(range_test(with_shard_set(recipe), options.low, options.high, options.steps, output))
 
 
 def _doctors_arguments(words: list[str]) -> tuple[Path | None, Recipe, str]:
@@ -85,6 +128,16 @@ def _threshold(text: str) -> str:
     raise argparse.ArgumentTypeError(f"must be best or a probability from 0 to 1, not {text!r}")
 
 
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return number
+
+
 def _path_or_url(text: str) -> str:
     return expanded("--shards", text)
 
@@ -93,6 +146,11 @@ def _command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dist-train", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train by a recipe in one process (several: deepspeed launch/train.py)")
+
+    commands.add_parser("lr", help="try out learning rates: a range test of a recipe, with a picture")
+
+    recipes = commands.add_parser("recipes", help="the recipes that come along, for --config; or the text of one")
+    recipes.add_argument("name", nargs="?", help="such as finetune/dinov2_small.yaml (default: list all)")
 
     commands.add_parser("doctor", help="say before a run what would fail in it, on every host of a hostfile")
 
@@ -185,7 +243,22 @@ def _command_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _say_recipes(name: str | None) -> int:
+    if name is None:
+        for recipe in own_recipes():
+            first = (RECIPES / recipe).read_text(encoding="utf-8").partition("\n")[0]
+            say(f"{recipe:<32} {first.lstrip('# ')}")
+        return 0
+    path = find_recipe(name)
+    if not path.is_file():
+        raise UseError(f"recipes {name}: there is none of this name; `dist-train recipes` lists them")
+    say(path.read_text(encoding="utf-8").rstrip("\n"))
+    return 0
+
+
 def _run(options: argparse.Namespace) -> int:
+    if options.command == "recipes":
+        return _say_recipes(options.name)
     recipe = recipe_from_run(options.run)
     if options.command == "export":
         _check_export(options)

@@ -28,6 +28,7 @@ Schedule = Literal["constant", "constant_epoch", "cosine"]
 LrScaling = Literal["none", "linear", "sqrt"]
 ClassWeights = Literal["none", "inverse", "effective"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "bf16_autocast", "fp16"]
+Monitor = Literal["auto", "top1", "top5", "class_mean", "loss"]
 ZeroStage = Literal[0, 1, 2, 3]
 Offload = Literal["none", "optimizer", "parameters"]
 
@@ -37,11 +38,15 @@ class DataConfig:
     """Where samples come from and how an image becomes a tensor."""
 
     shards: str = "data/demo"
-    """Folder or URL (s3://, gs://, https://, any that fsspec knows) of the shard set, where manifest.json lies."""
+    """Folder or URL (s3://, gs://, https://, any that fsspec knows) of the shard set, where manifest.json lies. Or
+    images: a folder of class folders, or a CSV file (path,class[,split][,tags]). Of these a set is built once, at the
+    size that the recipe needs, into the folder `sets` of data.cache; it is used again until the images change."""
     cache: str | None = None
-    """Folder for the shards of a set at a URL, shared by the ranks of a node. None: ~/.cache/dist-train/shards."""
+    """Folder for the shards of a set at a URL, shared by the ranks of a node, and for sets built of images (in `sets`).
+    None: ~/.cache/dist-train, with the former in `shards`."""
     cache_gb: Annotated[float, POSITIVE] = 50.0
-    """Largest size of that folder, 10**9 bytes; shards that are no longer needed make room."""
+    """Largest size of the shards from a URL in that folder, 10**9 bytes; those no longer needed make room. Sets built
+    of images do not count, and stay until you delete them."""
     digest: str | None = None
     """Expected digest of the shard set's manifest; a different set is refused. None accepts any."""
     feature_cache: str | None = None
@@ -265,6 +270,12 @@ class TrainConfig:
     threshold: Annotated[float, Range(0, 1)] = 0.5
     """With data.labels tags: probability from which on a tag counts as predicted in an evaluation. Precision, recall
     and F1 are told for it, and for the thresholds, one a tag, that give the highest F1 on val."""
+    monitor: Monitor = "auto"
+    """What decides which evaluation on val is the best: top1, top5, class_mean (of the classes' own top-1) or loss.
+    auto: top1, and of a model that predicts tags the mAP."""
+    patience: Annotated[int, NOT_NEGATIVE] = 0
+    """End the run after this many evaluations on val without a better one; 0: never. The learning rate does not know:
+    it follows train.epochs."""
     log_every: Annotated[int, AT_LEAST_1] = 10
     """Steps between two logged steps."""
     stop_after_steps: Annotated[int, NOT_NEGATIVE] = 0

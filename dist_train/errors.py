@@ -27,6 +27,14 @@ class WorkError(Exception):
     """The work itself failed (a damaged file, an unreachable host): exit status 1."""
 
 
+class ToldAlready(Exception):
+    """A process that this one started has failed, and has said why: this one ends with its exit status."""
+
+    def __init__(self, what: str, status: int) -> None:
+        super().__init__(f"{what}; the line above says why")
+        self.status = status
+
+
 def name_some(names: Sequence[str], most: int = 5) -> str:
     """The first few names for a message: "a, b, c and 4 more"."""
     shown = ", ".join(names[:most])
@@ -76,6 +84,8 @@ def run_command(command: Callable[[], int | None]) -> int:
         return status
     except OutputClosed:
         return CLOSED_PIPE
+    except ToldAlready as failure:
+        return failure.status
     except (UseError, WorkError) as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank:

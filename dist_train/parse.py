@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,24 @@ PATH_KEYS = (
     *("model.weights", "train.run", "deepspeed.config"),
 )
 """Keys whose value may be a path or a URL: `~` and `$NAME` in it are expanded."""
+RECIPES = Path(__file__).parent / "recipes"
+"""The recipes that come along: launch/recipes of the checkout, by a link."""
 
 _TEXT_KEYS = [key for key, field in _FIELDS.items() if field.type in ("str", "str | None")]
 _OPTIONAL_KEYS = [key for key, field in _FIELDS.items() if field.type == "str | None"]
 _VARIABLE = re.compile(r"\$(\$|[A-Za-z_]\w*|\{[^}]*\}?)")
-_ALONE = ("-h", "--help")
-_WITH_VALUE = ("--config", "--resume", "--local_rank")
+_ALONE = ("-h", "--help", "--dry-run")
+_WITH_VALUE = ("--config", "--resume", "--local_rank", "--price-per-hour")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `dist-train train` is asked for. price_per_hour: of all machines of the run together."""
+
+    recipe: Recipe
+    resume: str = "none"
+    dry_run: bool = False
+    price_per_hour: float | None = None
 
 
 def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
@@ -44,21 +56,47 @@ def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
     Raises UseError for an unknown key, naming what was probably meant, a repeated one, and a value of the wrong kind
     or outside of its range. Paths come back with `~` and variables expanded.
     """
+    asked = parse_training(arguments)
+    if asked.dry_run:
+        raise UseError("the command line: --dry-run belongs to the training")
+    return asked.recipe, asked.resume
+
+
+def parse_training(arguments: list[str]) -> Training:
+    """The same, and what belongs to the training alone: `[--dry-run [--price-per-hour PRICE]]`."""
     parser = recipe_parser()
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    resume = "none"
+    resume, dry_run, price = "none", False, None
     for name, value in _options(arguments):
         if name == "--config":
-            path = Path(value)
+            path = find_recipe(value)
             given = _typed(parser.parse_object, _expanded_document(_read_recipe_file(path), str(path)), str(path))
         else:
             given = _typed(parser.parse_args, [name if name in _ALONE else f"{name}={value}"], "the command line")
-        resume = given.get("resume", resume)
+        resume, dry_run = given.get("resume", resume), given.get("dry_run", dry_run)
+        price = given.get("price_per_hour", price)
         for section in values:
             values[section] |= given.get(section, {})
     recipe = recipe_from_dict(values)
     check_ranges(recipe)
-    return recipe, resume
+    if price is not None and not (dry_run and 0 <= price < math.inf):
+        raise UseError(f"the command line: --price-per-hour {price} must be 0 or more, and belongs to --dry-run")
+    return Training(recipe, resume, dry_run, price)
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe file of that path; where there is none, that of this name among those that come along."""
+    path = Path(name)
+    if path.exists() or path.is_absolute():
+        return path
+    own = [RECIPES / name, RECIPES / f"{name}.yaml"]
+    return next((file for file in own if file.is_file()), path)
+
+
+def own_recipes() -> list[str]:
+    """Names of the recipes that come along, for --config."""
+    files = sorted(RECIPES.rglob("*.yaml")) if RECIPES.is_dir() else []
+    return [str(file.relative_to(RECIPES)) for file in files if file.name != "rows.yaml"]  # of the paper's, no recipe
 
 
 def recipe_from_python(
@@ -103,10 +141,20 @@ def recipe_parser() -> jsonargparse.ArgumentParser:
     """The parser of a recipe's arguments; what it says of a key is the text below the key in its section."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog="dist-train train", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a recipe; may be given several times")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="a recipe: a file, or a name of `dist-train recipes`; may be given several times",
+    )
     parser.add_argument(
         "--resume", default="none", help="auto (the newest checkpoint of the run), none, a step, or a folder"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="make a few steps, say what memory, time and money the run will take, and leave nothing behind",
+    )
+    parser.add_argument("--price-per-hour", type=float, help="with --dry-run: of all machines of the run together")
     # The deepspeed launcher hands every rank its number this way; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     for section, kind in SECTIONS.items():
@@ -216,7 +264,8 @@ def _read_recipe_file(path: Path) -> dict[str, dict[str, Any]]:
             _keep_text(loader, root)
         document = {} if root is None else loader.construct_document(root)
     except OSError as error:
-        raise UseError(f"--config {path}: cannot be read ({error.strerror})") from None
+        hint = "" if path.exists() else "; `dist-train recipes` lists those that come along"
+        raise UseError(f"--config {path}: cannot be read ({error.strerror}){hint}") from None
     except _Repeated as error:
         raise UseError(f"{path}, {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -20,6 +20,7 @@ from dist_train.data.plan import choose_streams, micro_batch_of
 from dist_train.data.remote import is_url
 from dist_train.data.vocabulary import WHOLE_TAGS, read_vocabulary
 from dist_train.errors import UseError, WorkError
+from dist_train.image_folder import is_image_source
 from dist_train.models.abilities import Abilities
 from dist_train.models.names import CNNS, abilities, check_model, check_weights
 from dist_train.ranges import check_ranges
@@ -58,8 +59,8 @@ def problems(
     """What cannot be, what takes no time to find out first.
 
     world_size: ranks of the run. device: cpu or cuda; None for this machine's. manifest: of data.shards; None where it
-    is not read yet: then it is if it is in a folder, and at a URL, which may be slow, what follows from it is left out.
-    resume: as `train` takes it.
+    is not read yet: then it is if it is in a folder; at a URL, which may be slow, and where a set must be built of
+    images first, what follows from it is left out. resume: as `train` takes it.
     """
     in_range = next(_refusals([lambda: check_ranges(recipe)]), None)
     if in_range is not None:  # nothing can be computed from such numbers
@@ -78,13 +79,14 @@ def problems(
             lambda: _check_wandb(recipe),
             lambda: _check_tokenizer(recipe),
             lambda: _check_labels(recipe),
+            lambda: _check_monitor(recipe),
             lambda: _check_batch(recipe, world_size),
             lambda: choose_streams(recipe.train.batch_size, recipe.data.streams),
         ]
     )
     unreadable = list(_refusals([lambda: read_deepspeed_config(recipe.deepspeed)]))
     yield from unreadable
-    if manifest is None and not is_url(recipe.data.shards):
+    if manifest is None and not is_url(recipe.data.shards) and not is_image_source(recipe.data.shards):
         try:
             manifest = read_manifest(recipe.data.shards)
         except (UseError, WorkError) as no_set:
@@ -258,6 +260,12 @@ def _check_labels(recipe: Recipe) -> None:
         )
 
 
+def _check_monitor(recipe: Recipe) -> None:
+    monitor = recipe.train.monitor
+    if recipe.data.labels == "tags" and monitor not in ("auto", "loss"):
+        raise UseError(f"train.monitor {monitor} is of one class an image: with data.labels tags use auto or loss")
+
+
 def _check_batch(recipe: Recipe, world_size: int) -> None:
     micro_batch = micro_batch_of(recipe.train.batch_size, world_size, recipe.train.micro_batch_size)
     if recipe.train.skip_bad_steps and micro_batch * world_size < recipe.train.batch_size:
@@ -278,6 +286,10 @@ def _check_samples(recipe: Recipe, manifest: Manifest) -> None:
     samples = manifest.split("train").samples
     if not samples:
         raise UseError("the split to train on holds no samples")
+    if recipe.train.patience and "val" not in manifest.splits:
+        raise UseError(
+            "train.patience counts evaluations on val, and the shard set has no such split; use 0, or add one"
+        )
     check_schedule(recipe.optim, count_steps(recipe.train.epochs, samples, recipe.train.batch_size))
     if recipe.model.text_tokens or recipe.data.labels == "tags":
         check_has_tags(recipe.data, manifest)

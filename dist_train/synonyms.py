@@ -78,6 +78,8 @@ KEYS = {
     "train.threshold": "prediction_threshold decision_threshold bce_target_thresh multi_label_threshold",
     "train.log_every": "log_interval logging_steps log_every_n_steps print_freq log_freq log_steps log_every_steps",
     "train.stop_after_steps": "max_steps total_steps num_steps train_steps max_iters iterations num_training_steps",
+    "train.patience": "early_stop early_stopping early_stopping_patience patience_epochs",
+    "train.monitor": "metric_for_best_model eval_metric best_metric",
     "train.keep_checkpoints": "save_total_limit checkpoint_hist save_top_k keep_last keep_n max_checkpoints",
     "train.timeout_s": "timeout ddp_timeout nccl_timeout",
     "train.skip_bad_steps": "skip_nan skip_nonfinite detect_anomaly terminate_on_nan",
@@ -94,9 +96,8 @@ KEYS = {
 # What others have a key for, and this project does otherwise, or not at all.
 SENTENCES = (
     (
-        "early_stop early_stopping early_stopping_patience patience patience_epochs load_best_model_at_end "
-        "metric_for_best_model eval_metric monitor",
-        "there is no early stopping: the best checkpoint on val is kept beside the newest",
+        "load_best_model_at_end restore_best_weights",
+        "the best checkpoint on val, by train.monitor, is kept beside the newest, and is the one that is used later",
     ),
     (
         "gradient_accumulation_steps accumulate_grad_batches grad_accum_steps accumulation accum_iter "

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import psutil
 
-from dist_train.cli import parse_recipe
 from dist_train.cluster.hosts import read_hostfile
 from dist_train.errors import UseError, run_command
 from dist_train.files import write_atomically
+from dist_train.parse import parse_training
 
 # Never credentials: the launcher logs the command line that carries these.
 PASSED_ON = re.compile(
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) < 2:
         raise UseError("use: launch/multinode.sh HOSTFILE --config RECIPE [--section.key value ...]")
     hosts = read_hostfile(Path(arguments[0]))
-    recipe, _ = parse_recipe(arguments[2:])
+    recipe = parse_training(arguments[2:]).recipe
     for argument in arguments[2:]:
         if OF_A_SHELL.search(argument):
             raise UseError(

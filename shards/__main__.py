@@ -1,4 +1,4 @@
-"""The command `python -m shards`: build, adopt, verify, info, demo."""
+"""The command `python -m shards`: build, cache, adopt, verify, info, demo."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dist_train.errors import UseError, run_command
 from dist_train.output import keep_stdout, say
 from shards.adopt import UNDECODABLE, adopt_tars
 from shards.build import build_shard_set
+from shards.cached import cached_shard_set
 from shards.demo.records import demo_records
 from shards.info import describe, summarise
 from shards.plan import BuildOptions
@@ -60,6 +61,11 @@ def _build(arguments: argparse.Namespace) -> int:
         image_ending=arguments.image_ending,
     )
     say(describe(arguments.out, build_shard_set(records, arguments.out, options)))
+    return 0
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    say(cached_shard_set(arguments.source, arguments.cache, _options(arguments)))
     return 0
 
 
@@ -187,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m shards", description="Make, check and describe shard sets: WebDataset tars with a manifest."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add_command in (_add_build, _add_adopt, _add_demo, _add_verify, _add_info):
+    for add_command in (_add_build, _add_cache, _add_adopt, _add_demo, _add_verify, _add_info):
         add_command(commands)
     return parser
 
@@ -219,6 +225,19 @@ def _add_build(commands: Any) -> None:
     _add_options(build, "--size", "--max-side", "--min-per-class", "--quality")
     _add_options(build, "--classes", "--shard-mb", "--seed", "--workers")
     build.set_defaults(command=_build)
+
+
+def _add_cache(commands: Any) -> None:
+    cache = commands.add_parser(
+        "cache",
+        help="build a set into a cache, unless it is there; what training does with a folder of images",
+        description="Build a shard set of the images of SOURCE into a folder of CACHE that is named after them, unless "
+        "one of these very images and options is there already. Prints that folder.",
+    )
+    cache.add_argument("source", type=Path, metavar="SOURCE", help="class folders or a CSV file, as for build")
+    cache.add_argument("cache", type=Path, metavar="CACHE", help="folder of such sets")
+    _add_options(cache, "--size", "--max-side", "--workers")
+    cache.set_defaults(command=_cache)
 
 
 def _add_adopt(commands: Any) -> None:

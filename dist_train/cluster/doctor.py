@@ -26,6 +26,7 @@ from dist_train.data.manifest import Manifest, read_manifest
 from dist_train.data.plan import micro_batch_of
 from dist_train.data.remote import is_url
 from dist_train.errors import UseError, WorkError
+from dist_train.image_folder import is_image_source, sets_folder
 from dist_train.models.build import build_model
 from dist_train.output import say
 from dist_train.recipe import problems
@@ -82,6 +83,9 @@ def examine(recipe: Recipe, resume: str, hostfile: Path | None) -> int:
     refused = [str(problem) for problem in problems(recipe, ranks, device, _manifest_at_url(recipe), resume)]
     said = {finding.finding for finding in findings}  # of the shard set, by this host
     findings += [Finding("fail", "recipe", problem) for problem in refused if problem not in said]
+    if is_image_source(recipe.data.shards):
+        text = f"{recipe.data.shards} holds images: training first builds a shard set of them, or uses the one that it "
+        findings.append(Finding("ok", "data.shards", f"{text}has built, in {sets_folder(recipe.data)}"))
     if not refused:
         findings += [batch_finding(recipe, ranks), *memory_findings(recipe, ranks, answers, slots)]
     say(*findings)

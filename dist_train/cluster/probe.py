@@ -71,14 +71,31 @@ def code_digest() -> str:
 
 
 def _digest(shards: str) -> str:
-    """The shard set's digest, or `error: ` and why it cannot be read."""
+    """The shard set's digest, or that of the images to build one of, or `error: ` and why it cannot be read."""
     from dist_train.data.manifest import read_manifest
     from dist_train.errors import UseError, WorkError
+    from dist_train.image_folder import is_image_source
 
+    if is_image_source(shards):
+        return _digest_of_images(Path(shards))
     try:
         return read_manifest(shards).digest
     except (UseError, WorkError) as error:
         return f"error: {error}"
+
+
+def _digest_of_images(source: Path) -> str:
+    """SHA-256 over a CSV file, or over the names and sizes of all files below a folder."""
+    digest = hashlib.sha256()
+    if source.is_file():
+        digest.update(source.read_bytes())
+    for folder, folders, files in os.walk(source):
+        folders.sort()
+        for name in sorted(files):
+            path = Path(folder, name)
+            if path.is_file():
+                digest.update(f"{path.relative_to(source)}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -67,33 +67,33 @@ class Choice:
 def choose_checkpoint(run: Path, which: str, option: str = "--checkpoint") -> Choice:
     """The checkpoint of a run that is meant by `which`:
 
-    `best` (of the highest top-1 on val, or mAP for tags), `last` (the newest), a step, the folder of any, or `auto`:
-    the best if val was evaluated and it is there undamaged, else the last. Raises UseError, as of `option`, where there
-    is no such checkpoint, naming those that there are; WorkError where it is damaged.
+    `best` (on val, by train.monitor), `last` (the newest), a step, the folder of any, or `auto`: the best if val was
+    evaluated and it is there undamaged, else the last. Raises UseError, as of `option`, where there is no such
+    checkpoint, naming those that there are; WorkError where it is damaged.
     """
     if which not in ("auto", "best", "last") and not which.isdecimal():
         return _given(Path(which), run, option)
     newest = newest_checkpoint(run)
     if newest is None:
         raise UseError(f"{run}: no complete checkpoint; train first")
-    best_step, result = _best(newest)
+    best_step, value = _best(newest)
     if which.isdecimal():
         chosen = checkpoint_folder(run, int(which))
         if not chosen.is_dir():
             raise UseError(f"{option} {which}: {run} has no checkpoint of that step; {_those_of(run)}")
         _refuse_damage(chosen, option)
-        return Choice(chosen, int(which), _describe(chosen, newest, best_step, result))
+        return Choice(chosen, int(which), _describe(chosen, newest, best_step, value))
     if which != "last" and best_step >= 0:
         best = checkpoint_folder(run, best_step)
         damage = find_damage(best) if best.is_dir() else "it is not there"
         if damage is None:
-            return Choice(best, best_step, _describe(best, newest, best_step, result))
+            return Choice(best, best_step, _describe(best, newest, best_step, value))
         if which == "best":
             raise WorkError(f"{best}, the best on val, cannot be used: {damage}; use {option} last")
         log.warning("%s, the best on val, cannot be used: %s", best, damage)
     elif which == "best":
         raise UseError(f"{option} best: {run} was never evaluated on val; use {option} last")
-    return Choice(newest, read_step(newest), _describe(newest, newest, best_step, result))
+    return Choice(newest, read_step(newest), _describe(newest, newest, best_step, value))
 
 
 def _given(folder: Path, run: Path, option: str) -> Choice:
@@ -118,16 +118,17 @@ def _those_of(run: Path) -> str:
 
 
 def _best(newest: Path) -> tuple[int, str]:
-    """Step of the best val result as the newest checkpoint knows it, and that result; step -1 without any."""
-    document = read_document(newest)
-    state, labels = document["state"], document["recipe"]["data"].get("labels", "class")
-    return state.get("best_step", -1), f"{'mAP' if labels == 'tags' else 'top-1'} {state.get('best_top1', -1.0):.4f}"
+    """(step, what of it was best) of the best val result as the newest checkpoint knows it; step -1 without any."""
+    state = read_document(newest)["state"]
+    metric, value = state.get("monitor", "top1"), state.get("best_value")
+    name = {"top1": "top-1", "top5": "top-5", "class_mean": "class mean", "map": "mAP"}.get(metric, metric)
+    return state.get("best_step", -1), f"{name} {state.get('best_top1', -1.0) if value is None else value:.4f}"
 
 
-def _describe(checkpoint: Path, newest: Path, best_step: int, result: str) -> str:
+def _describe(checkpoint: Path, newest: Path, best_step: int, value: str) -> str:
     parts = ["the last"] if checkpoint == newest else []
     if read_step(checkpoint) == best_step:
-        parts.append(f"the best on val ({result})")
+        parts.append(f"the best on val ({value})")
     elif best_step >= 0:
         parts.append(f"the best on val is step {best_step}")
     elif not parts:

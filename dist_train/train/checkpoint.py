@@ -66,8 +66,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RunState:
-    """Where a run stands between two optimizer steps. best_top1 and best_step are of the val split, -1 before any; of a
-    model that predicts tags, best_top1 is the mAP."""
+    """Where a run stands between two optimizer steps.
+
+    Of the best evaluation on val: best_step, -1 before any; best_top1, its top-1, or the mAP of a model that
+    predicts tags; best_value, of what train.monitor
+    names, which is in `monitor` without `auto`. evaluations_since_best: how many have followed it.
+    """
 
     step: int
     samples_consumed: int
@@ -80,6 +84,9 @@ class RunState:
     manifest_digest: str
     best_top1: float = -1.0
     best_step: int = -1
+    monitor: str = "top1"
+    best_value: float | None = None
+    evaluations_since_best: int = 0
 
     @classmethod
     def at_start(cls, recipe: Recipe, manifest: Manifest, world_size: int) -> RunState:
@@ -94,7 +101,14 @@ class RunState:
             precision=recipe.deepspeed.precision,
             num_classes=len(manifest.classes),
             manifest_digest=manifest.digest,
+            monitor=_monitor_of(recipe),
         )
+
+
+def _monitor_of(recipe: Recipe) -> str:
+    if recipe.train.monitor != "auto":
+        return recipe.train.monitor
+    return "map" if getattr(recipe.data, "labels", "class") == "tags" else "top1"
 
 
 # ---------------------------------------------------------------------- reading
@@ -110,11 +124,14 @@ def checkpoint_to_resume(run: Path, resume: str) -> Path | None:
 def read_state(checkpoint: Path) -> RunState:
     """The state of a checkpoint. Raises WorkError naming the file if it is damaged."""
     try:
-        return RunState(**read_document(checkpoint)["state"])
+        state = RunState(**read_document(checkpoint)["state"])
     except TypeError as error:
         raise WorkError(
             f"{checkpoint / STATE_NAME}: cannot be read ({error}); was it written by another version?"
         ) from None
+    if state.best_step >= 0 and state.best_value is None:  # from before there was train.monitor
+        state.best_value = state.best_top1
+    return state
 
 
 def load_weights(model: nn.Module, checkpoint: Path, expected: RunState, recipe: Recipe) -> RunState:
@@ -128,6 +145,9 @@ def load_weights(model: nn.Module, checkpoint: Path, expected: RunState, recipe:
     _check_same_run(checkpoint, state, expected, recipe)
     _check_same_model(checkpoint, model, recipe)
     model.load_state_dict(read_weights(checkpoint))
+    if state.monitor != expected.monitor:  # what was best by the one says nothing of the other
+        state = replace(state, monitor=expected.monitor, best_value=None, best_top1=-1.0, best_step=-1)
+        state.evaluations_since_best = 0
     now = replace(state, world_size=expected.world_size, zero_stage=expected.zero_stage, precision=expected.precision)
     if now != state:
         log.info("%s was written by %s; continuing with %s", checkpoint, _topology(state), _topology(now))

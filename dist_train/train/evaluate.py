@@ -56,6 +56,7 @@ class Evaluation:
         return {
             "top1": self.top1,
             "top5": self.top5,
+            "class_mean": self.class_mean(),
             "loss": self.loss,
             "samples": self.samples,
             "bad_samples": self.bad_samples,

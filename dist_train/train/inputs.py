@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from dist_train.errors import UseError
 from dist_train.models.saved import read_class_names
 from dist_train.place import Place
 from dist_train.recipe import check_digest
-from dist_train.train.ranks import from_rank_zero
+from dist_train.train.ranks import from_rank_zero, gather
 
 
 def read_shard_set(recipe: Recipe) -> Manifest:
@@ -24,6 +25,17 @@ def read_shard_set(recipe: Recipe) -> Manifest:
     manifest = read_manifest(recipe.data.shards)
     check_digest(recipe.data, manifest)
     return manifest
+
+
+def check_same_set(manifest: Manifest, shards: str, place: Place) -> None:
+    """Raise UseError where some host has another shard set than the host of rank 0; all ranks call this together."""
+    first, *others = gather((socket.gethostname(), manifest.digest), place)
+    for host, digest in others:
+        if digest != first[1]:
+            raise UseError(
+                f"data.shards {shards}: {host} has a set of digest {digest[:12]} there, {first[0]} one of "
+                f"{first[1][:12]}; copy the same images, or the same set, to all hosts"
+            )
 
 
 def build_tokenizer(recipe: Recipe, run: Path) -> TagTokenizer | None:

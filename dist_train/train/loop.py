@@ -42,8 +42,9 @@ from dist_train.train.ema import WeightAverage
 from dist_train.train.engine import Engine, init_process_group, leave_process_group, torch_device
 from dist_train.train.evaluate import Evaluation, Forward, evaluate
 from dist_train.train.features import feature_eval_loader, feature_train_loader, prepare_features
-from dist_train.train.inputs import begin_outputs, begin_tokenizer, tag_targets
+from dist_train.train.inputs import begin_outputs, begin_tokenizer, check_same_set, tag_targets
 from dist_train.train.meters import StepTrace, device_name
+from dist_train.train.monitor import monitored, note_evaluation, out_of_patience, why_ended
 from dist_train.train.multilabel import CHOOSE, TagEvaluation, chosen_thresholds, evaluate_tags, thresholds_to_keep
 from dist_train.train.pictures import MOST_CLASSES
 from dist_train.train.precision import compute_dtype
@@ -58,7 +59,7 @@ from dist_train.train.ranks import (
 from dist_train.train.record import SUMMARY_NAME, RunRecord, read_summary, start_console_log
 from dist_train.train.runfolder import held_run_folder
 from dist_train.train.schedule import count_steps, learning_rate
-from dist_train.train.setup import build_step, initial_model, without_auto
+from dist_train.train.setup import build_step, initial_model, run_in_a_line, without_auto
 from dist_train.train.step import TrainStep
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def train(recipe: Recipe, resume: str = "none") -> int | None:
     try:
         with StopSignal(recipe.train.timeout_s) as stop, Watch(place, recipe.train.timeout_s):
             manifest = read_manifest(recipe.data.shards)
+            check_same_set(manifest, recipe.data.shards, place)
             check(recipe, place.world_size, torch_device(place).type, manifest, resume)
             with held_run_folder(Path(recipe.train.run), place):
                 _train(recipe, resume, place, manifest, stop)
@@ -99,6 +101,7 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
     checkpoint = from_rank_zero(lambda: checkpoint_to_resume(run, resume), place)
     # So that the record says what `auto` was.
     recipe = without_auto(recipe, torch_device(place), place.world_size, checkpoint)
+    log.info("%s", run_in_a_line(recipe, manifest, place))
 
     # ------------------------------------------------------------------ data
     if place.rank == 0 and (untrained := manifest.untrained_classes()):
@@ -119,7 +122,7 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
     changes: list[str] = []
     if checkpoint is not None:
         state = load_weights(model, checkpoint, state, recipe)
-        if nothing := from_rank_zero(lambda: nothing_to_do(run, state.step, total_steps, recipe), place):
+        if nothing := from_rank_zero(lambda: nothing_to_do(run, state, total_steps, recipe), place):
             log.info("%s", nothing)
             return
         former_recipe, changes = recipe_changes(checkpoint, recipe)
@@ -208,8 +211,9 @@ class _Run:
             self.record.first_batch(first, recipe.data, self.manifest.class_names)
             batches = chain([first], batches)
         loss_since_log = torch.zeros((), device=self.train_step.engine.device)
+        rate = 0.0
         self.meter.reset()
-        while state.step < self.total_steps:
+        while state.step < self.total_steps and not out_of_patience(state, recipe.train):
             epoch_before = state.samples_consumed // self.samples
             rate = learning_rate(recipe.optim, recipe.train.batch_size, state.step, self.total_steps, self.samples)
             loss_since_log += self.step(batches, rate)
@@ -229,6 +233,8 @@ class _Run:
                     "stopped after step %d, which is saved; the same command with --resume auto continues", state.step
                 )
                 return False
+        if self.meter.steps:  # the last since the last record, where patience has ended the run
+            self.log_steps(loss_since_log, rate)
         self.trace.close()
         self.finish()
         return True
@@ -277,8 +283,10 @@ class _Run:
         state = self.state
         if evaluated and "val" in self.manifest.splits:
             self.measure("val")
-            if self.evaluations["val"].score > state.best_top1:
-                state.best_top1, state.best_step = self.evaluations["val"].score, state.step
+            result = self.evaluations["val"]
+            # All ranks end at one step: they go by one number, to the last bit.
+            value = from_rank_zero(lambda: monitored(result, state.monitor), self.place)
+            note_evaluation(state, value, result.score)
         averaged = None if self.average is None else self.average.state()
         thresholds = thresholds_to_keep(self.evaluations) if evaluated else None
         self.writer.save(self.train_step.engine, state, averaged, thresholds)
@@ -328,11 +336,15 @@ class _Run:
             self.measure("test")
         self.writer.finish()
         evaluations = self.evaluations.items()
+        ended = why_ended(state, recipe.train, self.total_steps)
+        if state.step < self.total_steps:
+            log.info("ended after step %d of %d by %s", state.step, self.total_steps, ended)
         self.record.summary(
             {
                 "run": str(self.run),
                 "steps": state.step,
                 "epochs": recipe.train.epochs,
+                "ended_by": ended,
                 "samples": state.samples_consumed,
                 "batch_size": recipe.train.batch_size,
                 "world_size": self.place.world_size,
@@ -343,6 +355,8 @@ class _Run:
                 "evaluations": {split: evaluation_figures(split, state.step, result) for split, result in evaluations},
                 f"best_val_{'top1' if self.tag_targets is None else 'map'}": state.best_top1,
                 "best_step": state.best_step,
+                "monitor": state.monitor,
+                "best_value": state.best_value,
                 "seconds": round(time.perf_counter() - self.started, 1),
                 "images_per_s": sorted(self.throughput)[len(self.throughput) // 2] if self.throughput else None,
                 "peak_memory_mb": self.meter.highest_mb,
@@ -376,12 +390,14 @@ def train_loader(
     )
 
 
-def nothing_to_do(run: Path, step: int, total_steps: int, recipe: Recipe) -> str | None:
-    """Why a run that stands at `step` has nothing to do, or None. Raises UseError where that is beyond its end."""
-    if step >= total_steps and read_summary(run / SUMMARY_NAME).get("steps") == step:
+def nothing_to_do(run: Path, state: RunState, total_steps: int, recipe: Recipe) -> str | None:
+    """Why a run that stands there has nothing to do, or None. Raises UseError where that is beyond its end."""
+    step, at_end = state.step, state.step >= total_steps
+    if (at_end or out_of_patience(state, recipe.train)) and read_summary(run / SUMMARY_NAME).get("steps") == step:
+        more = "a higher train.epochs" if at_end else "a higher train.patience, or 0,"
         return (
             f"{run} is complete, step {step} of {total_steps}: nothing to do, nothing changed; its result is in "
-            f"{run / SUMMARY_NAME}; a higher train.epochs trains on"
+            f"{run / SUMMARY_NAME}; {more} trains on"
         )
     if step > total_steps:
         raise UseError(

@@ -10,6 +10,7 @@ import torch
 
 from dist_train.config import Recipe
 from dist_train.data.draws import Draw, random_bits
+from dist_train.data.manifest import Manifest
 from dist_train.data.plan import micro_batch_of
 from dist_train.models.build import Classifier, build_model
 from dist_train.models.pretrained import normalisation
@@ -20,7 +21,7 @@ from dist_train.train.badsteps import BadSteps
 from dist_train.train.engine import build_engine, compile_mode, torch_device
 from dist_train.train.inputs import one_sample
 from dist_train.train.losses import Objective
-from dist_train.train.meters import StepMeter, training_flops_per_sample
+from dist_train.train.meters import StepMeter, device_name, training_flops_per_sample
 from dist_train.train.settings import precision_of
 from dist_train.train.step import TrainStep, make_forward
 
@@ -42,6 +43,18 @@ def without_auto(recipe: Recipe, device: torch.device, world_size: int, checkpoi
         data=data,
         model=replace(recipe.model, compile=compile_mode(recipe, device, world_size)),
         deepspeed=replace(recipe.deepspeed, precision=precision_of(recipe.deepspeed)),
+    )
+
+
+def run_in_a_line(recipe: Recipe, manifest: Manifest, place: Place) -> str:
+    """What a run is, for the first line of its log: device, ranks, precision, classes, samples, run folder."""
+    hosts = place.world_size // place.local_world_size
+    ranks = "1 process" if place.world_size == 1 else f"{place.world_size} ranks"
+    where = f"{ranks}{f' on {hosts} hosts' if hosts > 1 else ''}, {device_name(torch_device(place))}"
+    counts = ", ".join(f"{info.samples:,} {split}" for split, info in manifest.splits.items())
+    return (
+        f"{where}; {recipe.deepspeed.precision}, ZeRO {recipe.deepspeed.zero_stage}; "
+        f"{len(manifest.classes):,} classes, {counts} samples; run folder {recipe.train.run}"
     )
 
 

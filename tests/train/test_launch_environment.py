@@ -48,6 +48,7 @@ def test_the_remote_environment_has_what_a_run_needs_no_credentials_and_the_user
     done, file = write_environment(
         tmp_path,
         "--train.timeout_s=90",
+        "--dry-run",
         HF_HUB_OFFLINE="1",
         HF_TOKEN="secret",
         AWS_SECRET_ACCESS_KEY="s",

@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.harness import REPOSITORY
 
 _PAGES = (
+    "finetuning",
     "shards",
     "training",
     "python",
@@ -45,6 +46,7 @@ class Skip:
 
 
 SLOW = "takes minutes, or would here beside the others; tests/benchmarks/{} runs it in small"
+HUB = "needs weights of the hub; tests/train/test_finetune_recipes.py, test_image_folder.py"
 WRITTEN = "needs the code that the page shows"
 WALK: dict[str, Run | Skip] = {
     "make demo": Run(
@@ -75,6 +77,16 @@ WALK: dict[str, Run | Skip] = {
     "dist-train export runs/mine --hub": Skip("an account of the hub; tests/use/test_exports.py has a hub of its own"),
     "dist-train demo": Skip("ends with Ctrl-C; tests/use/test_page.py opens the page"),
     'pip install "dist-train[': Skip("the environment is there and a test installs nothing"),
+    'pip install "dist-train[onnx]"': Skip("the environment is there and a test installs nothing", example=True),
+    "dist-train train --config finetune/": Skip(HUB),
+    "dist-train evaluate runs/dinov2-small-frozen": Skip(HUB, example=True),
+    "dist-train predict runs/dinov2-small-frozen": Skip(HUB, example=True),
+    "dist-train export runs/dinov2-small-frozen": Skip(HUB, example=True),
+    "dist-train recipes": Run(),
+    "dist-train recipes finetune/dinov2_small.yaml": Run(makes=("my.yaml",)),
+    "deepspeed --module dist_train.train": Skip(HUB),
+    "dist-train train --dry-run": Skip("tests/train/test_rehearsal.py"),
+    "dist-train lr": Skip("tests/train/test_rehearsal.py"),
     "cp launch/hostfile.example": Run(makes=("hostfile",)),
     "dist-train doctor --hostfile": Skip("asks the hosts node1 and node2; tests/multinode has two"),
     "launch/multinode.sh": Skip("trains on node1 and node2; tests/multinode has two"),
