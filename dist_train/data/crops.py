@@ -110,4 +110,4 @@ def _tries(
 
 def _first(fits: NDArray[np.bool_]) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], NDArray[np.bool_]]:
     """Index of the first try that fits, for arrays of (10, B), and whether there is one, (B,)."""
-    return (fits.argmax(axis=0), np.arange(fits.shape[1])), fits.any(axis=0)
+    return (np.asarray(fits.argmax(axis=0)), np.arange(fits.shape[1])), np.asarray(fits.any(axis=0))

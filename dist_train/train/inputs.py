@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from dist_train.config import Recipe
+from dist_train.data.loader import TrainLoader
 from dist_train.data.manifest import Manifest, read_manifest
+from dist_train.data.plan import micro_batch_of
+from dist_train.data.quarantine import QUARANTINE_NAME
 from dist_train.data.targets import TagTargets
 from dist_train.data.tokenizer import TagTokenizer
 from dist_train.data.vocabulary import WHOLE_TAGS, find_frequent_tags, read_frequent_tags, write_tags
@@ -99,3 +102,26 @@ def one_sample(recipe: Recipe) -> tuple[Tensor, ...]:
     if not tokens:
         return (image,)
     return image, torch.zeros(1, tokens, dtype=torch.int64), torch.ones(1, tokens, dtype=torch.bool)
+
+
+def train_loader(
+    recipe: Recipe,
+    manifest: Manifest,
+    place: Place,
+    tokenizer: TagTokenizer | None,
+    samples_consumed: int = 0,
+    targets: TagTargets | None = None,
+) -> TrainLoader:
+    """This rank's micro-batches from a position in the run on."""
+    return TrainLoader(
+        recipe.data,
+        manifest,
+        place,
+        batch_size=recipe.train.batch_size,
+        micro_batch=micro_batch_of(recipe.train.batch_size, place.world_size, recipe.train.micro_batch_size),
+        seed=recipe.train.seed,
+        samples_consumed=samples_consumed,
+        tokenizer=tokenizer,
+        quarantine=Path(recipe.train.run) / QUARANTINE_NAME,
+        tag_targets=targets,
+    )

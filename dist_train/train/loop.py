@@ -6,7 +6,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -18,13 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dist_train.cluster.watch import Watch
 from dist_train.config import Recipe
 from dist_train.data.features import FeatureEvalLoader, FeatureStore
-from dist_train.data.loader import Batch, EvalLoader, TrainLoader
+from dist_train.data.loader import Batch, EvalLoader
 from dist_train.data.manifest import Manifest, read_manifest
-from dist_train.data.plan import micro_batch_of
 from dist_train.data.quarantine import QUARANTINE_NAME
-from dist_train.data.targets import TagTargets
 from dist_train.data.tokenizer import TagTokenizer
-from dist_train.errors import UseError
 from dist_train.models.saved import read_averaged_weights
 from dist_train.place import Place
 from dist_train.recipe import check
@@ -39,13 +36,14 @@ from dist_train.train.checkpoint import (
 )
 from dist_train.train.confusion import ConfusionCounts
 from dist_train.train.ema import WeightAverage
-from dist_train.train.engine import Engine, init_process_group, leave_process_group, torch_device
-from dist_train.train.evaluate import Evaluation, Forward, evaluate
+from dist_train.train.engine import init_process_group, leave_process_group, torch_device
+from dist_train.train.evaluate import Evaluation
+from dist_train.train.evaluations import evaluate_split, evaluation_figures
 from dist_train.train.features import feature_eval_loader, feature_train_loader, prepare_features
-from dist_train.train.inputs import begin_outputs, begin_tokenizer, check_same_set, tag_targets
+from dist_train.train.inputs import begin_outputs, begin_tokenizer, check_same_set, tag_targets, train_loader
 from dist_train.train.meters import StepTrace, device_name
 from dist_train.train.monitor import monitored, note_evaluation, out_of_patience, why_ended
-from dist_train.train.multilabel import CHOOSE, TagEvaluation, chosen_thresholds, evaluate_tags, thresholds_to_keep
+from dist_train.train.multilabel import TagEvaluation, thresholds_to_keep
 from dist_train.train.pictures import MOST_CLASSES
 from dist_train.train.precision import compute_dtype
 from dist_train.train.ranks import (
@@ -56,8 +54,8 @@ from dist_train.train.ranks import (
     mean_over_ranks,
     warn_of_stragglers,
 )
-from dist_train.train.record import SUMMARY_NAME, RunRecord, read_summary, start_console_log
-from dist_train.train.runfolder import held_run_folder
+from dist_train.train.record import SUMMARY_NAME, RunRecord, start_console_log
+from dist_train.train.runfolder import held_run_folder, nothing_to_do
 from dist_train.train.schedule import count_steps, learning_rate
 from dist_train.train.setup import build_step, initial_model, run_in_a_line, without_auto
 from dist_train.train.step import TrainStep
@@ -365,75 +363,3 @@ class _Run:
                 "manifest_digest": self.manifest.digest,
             }
         )
-
-
-def train_loader(
-    recipe: Recipe,
-    manifest: Manifest,
-    place: Place,
-    tokenizer: TagTokenizer | None,
-    samples_consumed: int = 0,
-    targets: TagTargets | None = None,
-) -> TrainLoader:
-    """This rank's micro-batches from a position in the run on."""
-    return TrainLoader(
-        recipe.data,
-        manifest,
-        place,
-        batch_size=recipe.train.batch_size,
-        micro_batch=micro_batch_of(recipe.train.batch_size, place.world_size, recipe.train.micro_batch_size),
-        seed=recipe.train.seed,
-        samples_consumed=samples_consumed,
-        tokenizer=tokenizer,
-        quarantine=Path(recipe.train.run) / QUARANTINE_NAME,
-        tag_targets=targets,
-    )
-
-
-def nothing_to_do(run: Path, state: RunState, total_steps: int, recipe: Recipe) -> str | None:
-    """Why a run that stands there has nothing to do, or None. Raises UseError where that is beyond its end."""
-    step, at_end = state.step, state.step >= total_steps
-    if (at_end or out_of_patience(state, recipe.train)) and read_summary(run / SUMMARY_NAME).get("steps") == step:
-        more = "a higher train.epochs" if at_end else "a higher train.patience, or 0,"
-        return (
-            f"{run} is complete, step {step} of {total_steps}: nothing to do, nothing changed; its result is in "
-            f"{run / SUMMARY_NAME}; {more} trains on"
-        )
-    if step > total_steps:
-        raise UseError(
-            f"{run} is at step {step} already, and train.epochs {recipe.train.epochs} ends at step {total_steps}; "
-            "set a higher train.epochs, or --resume an earlier checkpoint's folder"
-        )
-    if 0 < recipe.train.stop_after_steps <= step < total_steps:
-        return (
-            f"{run} is at step {step} already, and train.stop_after_steps is {recipe.train.stop_after_steps}: "
-            "nothing to do, nothing changed; a higher one, or 0, trains on"
-        )
-    return None
-
-
-def evaluate_split(
-    loader: EvalLoader | FeatureEvalLoader,
-    model: Engine,
-    forward: Forward,
-    threshold: float,
-    of_val: Evaluation | TagEvaluation | None,
-    each: Callable[[Batch, torch.Tensor], None] | None = None,
-) -> Evaluation | TagEvaluation:
-    """Evaluate the model on a loader's split, in eval mode. For tags: at train.threshold, and at thresholds that are
-    chosen on val or, on another split, were chosen in `of_val`. For classes: each as for `evaluate`."""
-    model.eval()
-    samples = loader.manifest.split(loader.split).samples
-    result: Evaluation | TagEvaluation
-    if isinstance(loader, FeatureEvalLoader) or loader.tag_targets is None:
-        result = evaluate(forward, loader, samples, each)
-    else:
-        tuned = CHOOSE if loader.split == "val" else chosen_thresholds(of_val)
-        result = evaluate_tags(forward, loader, samples, threshold, tuned)
-    model.train()
-    return result
-
-
-def evaluation_figures(split: str, step: int, result: Evaluation | TagEvaluation) -> dict[str, Any]:
-    """An evaluation as metrics.jsonl and summary.json hold it."""
-    return {"split": split, "step": step, **result.figures()}

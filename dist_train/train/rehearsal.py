@@ -21,8 +21,7 @@ from dist_train.errors import WorkError, written
 from dist_train.place import Place
 from dist_train.recipe import check
 from dist_train.train.engine import init_process_group, torch_device
-from dist_train.train.inputs import begin_tokenizer, check_same_set
-from dist_train.train.loop import train_loader
+from dist_train.train.inputs import begin_tokenizer, check_same_set, train_loader
 from dist_train.train.ranks import from_rank_zero
 from dist_train.train.record import start_console_log
 from dist_train.train.schedule import count_steps

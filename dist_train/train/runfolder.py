@@ -13,9 +13,13 @@ from pathlib import Path
 
 import torch
 
-from dist_train.errors import WorkError
+from dist_train.config import Recipe
+from dist_train.errors import UseError, WorkError
 from dist_train.place import Place
+from dist_train.train.checkpoint import RunState
+from dist_train.train.monitor import out_of_patience
 from dist_train.train.ranks import from_rank_zero
+from dist_train.train.record import SUMMARY_NAME, read_summary
 
 log = logging.getLogger(__name__)
 
@@ -81,3 +85,25 @@ def _disk_error(run: Path, error: Exception) -> str | None:
     if number not in _CURES or not where.is_relative_to(run):
         return None
     return f"{where}: cannot be written ({os.strerror(number)}); {_CURES[number]}"
+
+
+def nothing_to_do(run: Path, state: RunState, total_steps: int, recipe: Recipe) -> str | None:
+    """Why a run that stands there has nothing to do, or None. Raises UseError where that is beyond its end."""
+    step, at_end = state.step, state.step >= total_steps
+    if (at_end or out_of_patience(state, recipe.train)) and read_summary(run / SUMMARY_NAME).get("steps") == step:
+        more = "a higher train.epochs" if at_end else "a higher train.patience, or 0,"
+        return (
+            f"{run} is complete, step {step} of {total_steps}: nothing to do, nothing changed; its result is in "
+            f"{run / SUMMARY_NAME}; {more} trains on"
+        )
+    if step > total_steps:
+        raise UseError(
+            f"{run} is at step {step} already, and train.epochs {recipe.train.epochs} ends at step {total_steps}; "
+            "set a higher train.epochs, or --resume an earlier checkpoint's folder"
+        )
+    if 0 < recipe.train.stop_after_steps <= step < total_steps:
+        return (
+            f"{run} is at step {step} already, and train.stop_after_steps is {recipe.train.stop_after_steps}: "
+            "nothing to do, nothing changed; a higher one, or 0, trains on"
+        )
+    return None
