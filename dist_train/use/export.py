@@ -9,8 +9,9 @@ from safetensors.torch import save
 
 from dist_train.errors import written
 from dist_train.files import write_atomically
-from dist_train.models.backbones import timm_name, vit_shape
+from dist_train.models.backbones import timm_name
 from dist_train.models.build import to_timm_state_dict
+from dist_train.models.names import vit_shape
 from dist_train.train.checkpoint import read_state
 from dist_train.use.trained import TrainedModel
 
@@ -45,7 +46,8 @@ def export(trained: TrainedModel, file: Path) -> str:
     call = f"timm.create_model({', '.join([repr(name), *(f'{key}={value}' for key, value in arguments.items())])})"
     if not extra:
         return f"{file}: {len(weights)} tensors that load into {call}"
-    missing = "" if recipe.model.head != "ifa" else "; timm's own final norm stays untrained, as IFA does without it"
+    is_without_norm = recipe.model.head == "ifa" and vit_shape(recipe.model.backbone) is not None
+    missing = "" if not is_without_norm else "; timm's own final norm stays untrained, as IFA does without it"
     return (
         f"{file}: the {len(weights)} tensors of the backbone load into {call} with strict=False{missing}. "
         f"timm has no place for the other {len(extra)} ({', '.join(sorted(extra))}): for the classes take "
