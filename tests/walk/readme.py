@@ -12,6 +12,7 @@ _PAGES = (
     "finetuning",
     "shards",
     "training",
+    "models",
     "python",
     "nodes",
     "checkpoints",
@@ -126,6 +127,10 @@ WALK: dict[str, Run | Skip] = {
     "docker build": Skip("a Docker engine, and gigabytes"),
     "python -m shards demo data/tiny": Run(makes=("data/tiny/manifest.json",)),
     "dist-train train --data.shards data/tiny": Skip(WRITTEN, example=True),
+    "dist-train train --data.shards data/tiny --data.image_size 32 --data.crop_margin 8 --train.batch_size 16 "
+    "--train.epochs 1 --model.backbone regnety_002": Run(makes=("runs/tiny-regnet/summary.json",)),
+    "dist-train models": Run(),
+    "dist-train models dinov2": Skip("looks at models for half a minute; tests/train/test_families.py"),
     "python -m shards build my_flat_images": Skip(WRITTEN, example=True),
     "python -m benchmarks index": Skip(WRITTEN, example=True),
 }
