@@ -77,7 +77,7 @@ def run(arguments: Arguments) -> Path:
         first = probe.right if first is None else first
         rows.append({"features": name, "numbers": sets["train"][name].shape[1], **probe.row(first)})
         say(describe_row(rows[-1], name))
-    parameters = {"set": str(arguments.set), "digest": manifest.digest, "backbone": arguments.backbone}
+    parameters: Row = {"set": str(arguments.set), "digest": manifest.digest, "backbone": arguments.backbone}
     parameters |= {"image_size": arguments.size, "classes": len(manifest.classes)}
     parameters |= {split: len(labels[split]) for split in SPLITS}
     return write_result("probe", arguments.name, parameters, rows)
@@ -100,7 +100,7 @@ def features_of(arguments: Arguments, manifest: Manifest) -> tuple[Samples, Arra
     samples = {split: tokens_of(model, arguments, manifest, split) for split in SPLITS}
     if arguments.features is not None:
         content = io.BytesIO()
-        arrays = {f"{split}_tokens": tokens for split, (tokens, _) in samples.items()}
+        arrays: dict[str, Any] = {f"{split}_tokens": tokens for split, (tokens, _) in samples.items()}
         arrays |= {f"{split}_labels": labels for split, (_, labels) in samples.items()}
         np.savez(content, what=np.array(what), norm=norm, **arrays)
         with written(arguments.features, "choose another"):
@@ -128,8 +128,8 @@ def tokens_of(model: Any, arguments: Arguments, manifest: Manifest, split: str) 
 
     from dist_train.data.loader import EvalLoader
 
-    settings = {key: tuple(model.pretrained_cfg[key]) for key in ("mean", "std")}
-    config = DataConfig(shards=str(arguments.set), image_size=arguments.size, device="cpu", **settings)
+    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    config = DataConfig(str(arguments.set), image_size=arguments.size, mean=mean, std=std, device="cpu")
     taken, labels = [], []
     with torch.inference_mode():
         for batch in EvalLoader(config, manifest, split, Place(), batch_size=BATCH):
