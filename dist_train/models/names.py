@@ -76,9 +76,9 @@ def check_name(backbone: str) -> None:
     # As others write it: google/vit-base-patch16-224.
     plain = architecture.lower().rpartition("/")[2].replace("-", "_")
     nearest = difflib.get_close_matches(plain, [*papers, *timm.list_models()], n=1, cutoff=0.75)
-    meant = f"did you mean {nearest[0]}? " if nearest else ""
+    advice = f"did you mean {nearest[0]}? There are" if nearest else "there are"
     raise UseError(
-        f"model.backbone: {backbone!r} is unknown; {meant}There are {', '.join(CNNS)}, "
+        f"model.backbone: {backbone!r} is unknown; {advice} {', '.join(CNNS)}, "
         f"vit_{{{','.join(VIT_SIZES)}}}_patch{{N}} and what `dist-train models` lists"
     )
 

@@ -24,9 +24,12 @@ from tests.harness import REPOSITORY, write_shard_set
 REFUSED = {
     "backbone": ("--model.backbone=vit_bse_patch16", "did you mean vit_base_patch16?"),
     "patch": ("--data.image_size=40", "patches of 16 pixels, which do not divide data.image_size 40"),
-    "ifa on a CNN": ("--model.backbone=resnet18 --model.head=ifa", "model.head: ifa needs the [CLS] tokens of a ViT"),
+    "ifa on a CNN": (
+        "--model.backbone=resnet18 --model.head=ifa",
+        "model.head: ifa needs the [CLS] token of every block",
+    ),
     "freeze": ("--model.freeze=13", "model.freeze is '13'"),
-    "layer decay": ("--model.backbone=resnet18 --optim.layer_decay=0.5", "optim.layer_decay and a number for"),
+    "layers": ("--model.backbone=resnet18 --model.freeze=9", "model.freeze is '9'"),
     "weights": ("--model.weights={folder}/none.pth", "model.weights: there is no file {folder}/none.pth"),
     "weights' kind": ("--model.weights=imagenet", "model.weights: 'imagenet' is not none, hub, hub:TAG or a file"),
     "run": ("--train.run={folder}/old", "{folder}/old already holds a run; add --resume auto"),

@@ -8,7 +8,18 @@ from pathlib import Path
 
 from tests.harness import REPOSITORY
 
-_PAGES = ("shards", "training", "nodes", "checkpoints", "tags", "paper", "benchmarks", "architecture", "extending")
+_PAGES = (
+    "shards",
+    "training",
+    "models",
+    "nodes",
+    "checkpoints",
+    "tags",
+    "paper",
+    "benchmarks",
+    "architecture",
+    "extending",
+)
 DOCUMENTS = ("README.md", *(f"docs/{page}.md" for page in _PAGES), "CONTRIBUTING.md")
 """In the order in which they are walked through."""
 
@@ -90,6 +101,10 @@ WALK: dict[str, Run | Skip] = {
     "docker build": Skip("a Docker engine, and gigabytes"),
     "python -m shards demo data/tiny": Run(makes=("data/tiny/manifest.json",)),
     "dist-train train --data.shards data/tiny": Skip(WRITTEN, example=True),
+    "dist-train train --data.shards data/tiny --data.image_size 32 --data.crop_margin 8 --train.batch_size 16 "
+    "--train.epochs 1 --model.backbone regnety_002": Run(makes=("runs/tiny-regnet/summary.json",)),
+    "dist-train models": Run(),
+    "dist-train models dinov2": Skip("looks at models for half a minute; tests/train/test_families.py"),
     "python -m shards build my_flat_images": Skip(WRITTEN, example=True),
     "python -m benchmarks index": Skip(WRITTEN, example=True),
 }
