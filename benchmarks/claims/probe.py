@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.benchmark import Benchmark, Chart
 from benchmarks.charts import GREY, OURS, bars
 from benchmarks.result import write_result
-from benchmarks.tables import Document, Row, describe_row, having
+from benchmarks.tables import Document, Row, describe_row, having, text_of
 from dist_train.config import DataConfig
 from dist_train.data.manifest import Manifest, read_manifest
 from dist_train.errors import UseError, written
@@ -227,8 +227,12 @@ def headline(document: Document) -> str:
     rows = having(document["rows"], "test_top1", "points", "standard_error")
     if not rows:
         return ""
-    gains = [f"{row['features']} {row['points']:+.1f} +- {row['standard_error']:.1f} points" for row in rows[1:]]
-    return "; ".join([f"{rows[0]['features']}: {rows[0]['test_top1']:.1f} % of the test samples", *gains])
+    names = [text_of(row.get("features")) for row in rows]
+    gains = [
+        f"{name} {row['points']:+.1f} +- {row['standard_error']:.1f} points"
+        for name, row in zip(names[1:], rows[1:], strict=True)
+    ]
+    return "; ".join([f"{names[0]}: {rows[0]['test_top1']:.1f} % of the test samples", *gains])
 
 
 def charts(document: Document) -> list[Chart]:
