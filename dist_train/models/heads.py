@@ -1,10 +1,10 @@
 """The heads: what makes logits of a backbone's features. `HEADS` has them by name.
 
 Beside `cls` all of them read every block, where the tokens are not normalised yet and grow from block to block: in
-DINOv2's ViT-S the [CLS] of the last block is 40 times as long as that of the first. Where features of several blocks
+DINOv2's ViT-S the [CLS] of the last block is 26 times as long as that of the first. Where features of several blocks
 stand side by side, a layer norm of each token brings them to one scale first, as DINOv2's evaluation applies the
-backbone's final norm to each (Oquab et al. 2023). The norms here are the heads' own: a backbone whose head reads the
-blocks has no final norm.
+backbone's final norm to each (Oquab et al. 2023) and the probe in benchmarks/claims/probe.py does. The norms here are
+the heads' own; the backbone's final norm is not used where a head reads the blocks.
 """
 
 from __future__ import annotations

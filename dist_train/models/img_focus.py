@@ -11,7 +11,7 @@ import argparse
 import json
 from importlib import metadata, util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_train.errors import UseError, WorkError, run_command, written
 from dist_train.files import write_atomically
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from onnx import GraphProto, ModelProto, NodeProto
-    from torch import Tensor, nn
+    from torch import Tensor
 
     Arrays = dict[str, NDArray[np.float32]]
 
@@ -91,7 +91,8 @@ def find_graph() -> tuple[Path, str]:
     path = Path(str(wheel.locate_file(INSIDE)))
     if not path.is_file():
         raise UseError(f"{path} is not there, which {WHEEL} 0.1.1 holds (this is {wheel.version}): {cure}")
-    licence = wheel.metadata.get("License-Expression") or wheel.metadata.get("License") or "licence not said"
+    said: Any = wheel.metadata
+    licence = said.get("License-Expression") or said.get("License") or "licence not said"
     return path, f"{licence}, by the metadata of the wheel {WHEEL} {wheel.version}"
 
 
@@ -169,7 +170,7 @@ def _made_by(graph: GraphProto) -> dict[str, NodeProto]:
 # ---------------------------------------------------------------- the check
 
 
-def timm_model(tensors: dict[str, Tensor], source: Path) -> nn.Module:
+def timm_model(tensors: dict[str, Tensor], source: Path) -> Any:
     """timm's model with these weights, in evaluation mode. Raises WorkError where they are not all of its own."""
     import timm
 
@@ -182,7 +183,7 @@ def timm_model(tensors: dict[str, Tensor], source: Path) -> nn.Module:
     return vit
 
 
-def largest_difference(model: ModelProto, vit: nn.Module) -> float:
+def largest_difference(model: ModelProto, vit: Any) -> float:
     """Between timm's normalised tokens of one image of noise and those that the graph computes for it."""
     import numpy as np
     import onnx
@@ -203,7 +204,7 @@ def largest_difference(model: ModelProto, vit: nn.Module) -> float:
     session = onnxruntime.InferenceSession(backbone.SerializeToString(), options, providers=["CPUExecutionProvider"])
     (theirs,) = session.run(None, {graph.input[0].name: images})
     with torch.inference_mode():
-        ours = vit.forward_features(torch.from_numpy(images)).numpy()  # type: ignore[operator]
+        ours = vit.forward_features(torch.from_numpy(images)).numpy()
     return float(np.abs(ours - theirs).max())
 
 

@@ -21,31 +21,34 @@ from dist_train.place import Place
 NAMES = ["final [CLS]", "mean of all [CLS]", "last four [CLS]", "all [CLS]", "all [CLS] and averages"]
 
 
-def test_the_probe_is_ridge_regression_with_the_ridge_that_val_prefers() -> None:
-    draw = np.random.default_rng(0)
+@pytest.mark.parametrize("numbers", [5, 60])  # fewer than samples, and more
+def test_the_probe_is_ridge_regression_with_the_ridge_that_val_prefers(numbers: int) -> None:
+    draw, noise = np.random.default_rng(0), 1.2 * (numbers / 5) ** 0.5
     labels = {split: draw.integers(0, 3, 40) for split in probe.SPLITS}
-    centres = draw.standard_normal((3, 5))
+    centres = draw.standard_normal((3, numbers))
     features = {
-        split: (centres[its] + 1.2 * draw.standard_normal((40, 5)) + 7).astype(np.float32)
+        split: (centres[its] + noise * draw.standard_normal((40, numbers)) + 7).astype(np.float32)
         for split, its in labels.items()
     }
     found = probe.fit(features, labels, classes=3)
-    # The normal equations of the same problem, in the space of the features; the intercept is not shrunk.
-    x = features["train"].astype(np.float64)
-    y = np.eye(3)[labels["train"]]
-    centred = x - x.mean(axis=0)
-    unit = (centred**2).sum(axis=1).mean()
     right = {}
     for ridge in probe.RIDGES:
-        weights = np.linalg.solve(centred.T @ centred + ridge * unit * np.eye(5), centred.T @ (y - y.mean(axis=0)))
-        right[ridge] = {
-            split: ((features[split] - x.mean(axis=0)) @ weights + y.mean(axis=0)).argmax(axis=1) == labels[split]
-            for split in ("val", "test")
-        }
-    best = max(its["val"].mean() for its in right.values())
-    chosen = max(ridge for ridge, its in right.items() if its["val"].mean() == best)
-    assert found.ridge == chosen and found.val_top1 == best < 1
-    np.testing.assert_array_equal(found.right, right[chosen]["test"])
+        told = normal_equations(features["train"], labels["train"], ridge, features["val"])
+        right[ridge] = float((told == labels["val"]).mean())
+    chosen = max(ridge for ridge, top1 in right.items() if top1 == max(right.values()))
+    assert found.ridge == chosen and found.val_top1 == right[chosen] < 1
+    both = (np.concatenate([its["train"], its["val"]]) for its in (features, labels))
+    told = normal_equations(*both, chosen, features["test"])
+    np.testing.assert_array_equal(found.right, told == labels["test"])
+
+
+def normal_equations(known: np.ndarray, labels: np.ndarray, ridge: float, asked: np.ndarray) -> np.ndarray:
+    """The same problem in the space of the features, whose column of ones is not shrunk."""
+    x = np.hstack([known, np.ones((len(known), 1))]).astype(np.float64)
+    centred = known - known.mean(axis=0)
+    shrink = ridge * np.square(centred, dtype=np.float64).sum(axis=1).mean() * np.diag([*[1.0] * known.shape[1], 0])
+    weights = np.linalg.solve(x.T @ x + shrink, x.T @ np.eye(3)[labels])
+    return (np.hstack([asked, np.ones((len(asked), 1))]) @ weights).argmax(axis=1)
 
 
 def test_the_standard_error_is_that_of_the_difference_sample_by_sample() -> None:
@@ -55,7 +58,7 @@ def test_the_standard_error_is_that_of_the_difference_sample_by_sample() -> None
     assert row["standard_error"] == pytest.approx(100 * np.std([0, -1, 1, 1], ddof=1) / 2, abs=0.01)
 
 
-def test_the_features_are_the_blocks_tokens_through_the_final_norm(
+def test_the_features_are_the_blocks_tokens(
     tmp_path: Path, shard_set: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
@@ -70,7 +73,7 @@ def test_the_features_are_the_blocks_tokens_through_the_final_norm(
     words += ["--name", "small", "--features", str(tmp_path / "f.npz")]
     assert main([*words, "--size", "32"]) == 0, capfd.readouterr().err
     with np.load(tmp_path / "f.npz") as file:
-        tokens, labels = file["test_tokens"], file["test_labels"]
+        tokens, labels, norm = file["test_tokens"], file["test_labels"], file["norm"]
     assert tokens.shape == (12, 2, 12, 192)
     outputs: list[torch.Tensor] = []
     for block in model.blocks:
@@ -82,8 +85,14 @@ def test_the_features_are_the_blocks_tokens_through_the_final_norm(
         for i, output in enumerate(outputs):
             cls, average = output[:, 0], output[:, 1:].sum(dim=1) / 4
             for kind, token in enumerate((cls, average)):
-                np.testing.assert_allclose(tokens[:, kind, i], model.norm(token), atol=1e-4)
+                np.testing.assert_allclose(tokens[:, kind, i], token, atol=1e-4)
+                np.testing.assert_allclose(probe.layer_norm(tokens[:, kind, i], norm), model.norm(token), atol=1e-4)
+        final, mean = model.norm(outputs[-1][:, 0]), model.norm(sum(its[:, 0] for its in outputs) / 12)
     np.testing.assert_array_equal(labels, batch.labels)
+    sets = probe.feature_sets(tokens, norm)
+    np.testing.assert_allclose(sets["final [CLS]"], final, atol=1e-4)
+    np.testing.assert_allclose(sets["mean of all [CLS]"], mean, atol=1e-4)
+    np.testing.assert_allclose(sets["last four [CLS]"][:, -192:], final, atol=1e-4)
 
     document = json.loads((tmp_path / "results/probe/small.json").read_bytes())
     assert [row["features"] for row in document["rows"]] == NAMES

@@ -74,7 +74,7 @@ def put(results: Path, bench: str, name: str, rows: list[dict[str, Any]], **more
 def made_up_rows(columns: list[tuple[str, str, str]], number: int = 2) -> list[dict[str, Any]]:
     """Rows in which every column holds a number of its own."""
     words = {"loader", "note", "what", "arm", "backbone", "head", "precision", "experiment", "data", "head_init", "run"}
-    words |= {"contestant", "lr_scaling", "budget", "table", "cell", "scale", "baseline"}
+    words |= {"contestant", "lr_scaling", "budget", "table", "cell", "scale", "baseline", "features"}
     rows = []
     for r in range(number):
         row: dict[str, Any] = {}
@@ -200,6 +200,7 @@ def test_every_bench_with_something_to_show_has_its_figures(written: Path) -> No
         "loader": 1,
         "scale": 0,
         "kill": 0,
+        "probe": 1,
     }
 
 

