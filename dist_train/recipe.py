@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_train.config import DataConfig, Precision, Recipe
+from dist_train.data.augment import BLUR_KERNEL
 from dist_train.data.device import decoding_gpu
 from dist_train.data.manifest import Manifest, check_has_tags, read_manifest
 from dist_train.data.plan import choose_streams, micro_batch_of
@@ -71,6 +72,7 @@ def problems(
             lambda: check_model(recipe.model, recipe.data.image_size),
             lambda: None if resumed else check_weights(recipe.model.weights),
             lambda: _check_layer_decay(recipe),
+            lambda: _check_augmentation(recipe.data),
             lambda: check_run_folder(Path(recipe.train.run), resume),
             lambda: _check_wandb(recipe),
             lambda: _check_tokenizer(recipe),
@@ -191,6 +193,18 @@ def _precision_on(recipe: Recipe, device: str) -> Precision:
 def _check_layer_decay(recipe: Recipe) -> None:
     if recipe.optim.layer_decay != 1 and recipe.model.backbone in CNNS:
         raise UseError(NEEDS_VIT)
+
+
+def _check_augmentation(config: DataConfig) -> None:
+    for key in ("crop_scale", "crop_ratio", "blur_sigma"):
+        least, most = getattr(config, key)
+        if least > most:
+            raise UseError(f"data.{key} is {[least, most]}; the first number must not be above the second")
+    if config.blur and config.image_size <= BLUR_KERNEL // 2:
+        raise UseError(
+            f"data.blur reflects {BLUR_KERNEL // 2} pixels at the border, and data.image_size is {config.image_size}; "
+            "use 0, or larger images"
+        )
 
 
 def _check_wandb(recipe: Recipe) -> None:
