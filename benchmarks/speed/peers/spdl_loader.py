@@ -17,6 +17,11 @@ from benchmarks.speed.peers.torchvision_v2 import TarImages
 NOTE = "RandomResizedCrop and flip as FFmpeg filters, scaled by swscale; no colour jitter"
 
 
+def prepare(task: Task) -> None:
+    """Decode an image: where FFmpeg's libraries are missing that fails, and a pipeline would go on without end."""
+    spdl.io.decode_packets(spdl.io.demux_image(TarImages(task.tars, bytes, bytes)[0][0]))
+
+
 def batches(task: Task) -> Iterator[Any]:
     """Batches of images."""
     encoded = TarImages(task.tars, bytes, lambda data: data)
