@@ -17,7 +17,7 @@ from dist_train.machine import ask_git, gpu_names, processor_name, software
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
     *("torch", "torchvision", "nvidia-dali-cuda120", "deepspeed", "timm", "transformers", "webdataset"),
-    *("ffcv", "numpy", "numba"),
+    *("ffcv", "spdl", "numpy", "numba"),
 )
 
 

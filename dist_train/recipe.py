@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_train.config import DataConfig, Precision, Recipe
+from dist_train.data.augment import BLUR_KERNEL
 from dist_train.data.device import decoding_gpu
 from dist_train.data.manifest import Manifest, check_has_tags, read_manifest
 from dist_train.data.plan import choose_streams, micro_batch_of
@@ -75,6 +76,7 @@ def problems(
             lambda: None if resumed else check_weights(recipe.model.weights),
             lambda: _check_lora(recipe),
             lambda: _check_feature_cache(recipe),
+            lambda: _check_augmentation(recipe.data),
             lambda: check_run_folder(Path(recipe.train.run), resume),
             lambda: _check_wandb(recipe),
             lambda: _check_tokenizer(recipe),
@@ -230,6 +232,18 @@ def _check_feature_cache(recipe: Recipe) -> None:
         raise UseError(
             f"data.feature_cache: a sample has the same features in every epoch, so nothing may augment it; set "
             f"{', '.join(on)}"
+        )
+
+
+def _check_augmentation(config: DataConfig) -> None:
+    for key in ("crop_scale", "crop_ratio", "blur_sigma"):
+        least, most = getattr(config, key)
+        if least > most:
+            raise UseError(f"data.{key} is {[least, most]}; the first number must not be above the second")
+    if config.blur and config.image_size <= BLUR_KERNEL // 2:
+        raise UseError(
+            f"data.blur reflects {BLUR_KERNEL // 2} pixels at the border, and data.image_size is {config.image_size}; "
+            "use 0, or larger images"
         )
 
 

@@ -23,7 +23,16 @@ KEYS = {
     "train_split_path url urls shard",
     "data.cache": "cache_dir cache_folder cache_path",
     "data.image_size": "img_size input_size image_sz imgsz crop_size train_crop_size resolution size img_sz",
-    "data.crop_margin": "crop_pct padding margin crop_padding",
+    "data.crop_margin": "padding margin crop_padding",
+    "data.crop": "random_resized_crop randomresizedcrop rrc train_crop_mode",
+    "data.crop_scale": "scale",
+    "data.crop_ratio": "ratio aspect_ratio",
+    "data.eval_crop": "crop_mode center_crop centre_crop",
+    "data.eval_crop_pct": "crop_pct",
+    "data.auto_augment": "aa randaug randaugment rand_augment trivialaugment trivial_augment",
+    "data.erasing": "reprob random_erasing random_erase",
+    "data.grey": "grayscale greyscale random_grayscale grayscale_prob",
+    "data.blur": "gaussian_blur gaussian_blur_prob",
     "data.flip": "hflip horizontal_flip random_flip fliplr",
     "data.brightness": "color_jitter colour_jitter colorjitter jitter",
     "data.mixup": "mixup_alpha",
@@ -126,11 +135,9 @@ SENTENCES = (
         "the classes are those of the shard set",
     ),
     (
-        "aa auto_augment randaug randaugment rand_augment augmix reprob random_erasing erasing vflip "
-        "crop_scale scale ratio interpolation aug_splits augmentation augmentations trivialaugment rotation "
-        "rotate",
-        "there is no such augmentation: there are data.crop_margin, flip, brightness, contrast, saturation, "
-        "hue, mixup and cutmix",
+        "augmix vflip interpolation aug_splits augmentation augmentations rotation rotate",
+        "there is no such augmentation: there are data.crop, flip, auto_augment, brightness, contrast, saturation, "
+        "hue, grey, blur, erasing, mixup and cutmix",
     ),
     (
         "test_size val_size val_split train_split val_ratio split splits folds validation_split val_dir "

@@ -32,16 +32,20 @@ from dist_train.errors import UseError, WorkError
 # In the order of the table. The ceilings come last.
 CONTESTANTS = {
     "ours": "this project",
+    "ours_squash": "this project, the paper's augmentation",
     "ffcv_loader": "FFCV",
     "ffcv_no_jitter": "FFCV, no jitter",
     "dali_native": "DALI, its own reader and operators",
     "torchvision_v2": "torchvision v2 (tensors) + DataLoader",
     "torchvision_pil": "torchvision v2 (Pillow) + DataLoader",
     "timm_loader": "timm",
+    "spdl_loader": "SPDL",
     "webdataset_library": "webdataset + torchvision v2 + DataLoader",
     "dali_decode": "ceiling: decode only",
     "bytes_only": "ceiling: bytes only",
 }
+# What only one of the two augmentations has a use for.
+PAPER_ONLY, USUAL_ONLY = ("ffcv_no_jitter",), ("ours_squash",)
 # What this project's loader may cost a baked sample in batches of 256: microseconds of the thread that prepares batches
 # (Python, not decoding) and of the one that trains, seconds from the start of a loader to its first batch.
 LIMITS = {"host_us_per_sample": 10.0, "training_thread_us_per_sample": 1.0, "first_batch_s": 0.5}
@@ -63,6 +67,8 @@ class Arguments:
     """side of a training image"""
     margin: int = 32
     """resize to size + margin"""
+    usual: bool = False
+    """the usual recipe, RandomResizedCrop and flip, in place of the paper's augmentation"""
     batch: int = 64
     """images of a batch"""
     threads: int = len(os.sched_getaffinity(0))
@@ -97,7 +103,8 @@ def run(arguments: Arguments) -> Path:
     Raises UseError for a set of which no batch can be made, and with --check WorkError where this project's loader is
     above its LIMITS, after the result is written.
     """
-    names = words(arguments.only) if arguments.only else list(CONTESTANTS)
+    without = PAPER_ONLY if arguments.usual else USUAL_ONLY
+    names = words(arguments.only) if arguments.only else [name for name in CONTESTANTS if name not in without]
     check_words("--only", "loader", names, tuple(CONTESTANTS))
     if arguments.check and "ours" not in names:
         raise UseError("--check is about this project's loader; add ours to --only")
@@ -107,7 +114,9 @@ def run(arguments: Arguments) -> Path:
         raise UseError(f"--batch {arguments.batch} is more than the {images} training images of {shards}; lower it")
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     scratch = str(arguments.scratch)
-    task = Task(str(shards), arguments.size, arguments.margin, arguments.batch, arguments.threads, scratch)
+    task = Task(
+        str(shards), arguments.size, arguments.margin, arguments.batch, arguments.threads, scratch, arguments.usual
+    )
     rows = measure_loaders(task, names, arguments.rounds, arguments.seconds)
     parameters = {key: value for key, value in asdict(task).items() if key != "scratch"}
     parameters |= {"rounds": arguments.rounds, "seconds": arguments.seconds}
@@ -250,6 +259,8 @@ def headline(document: Document) -> str:
     by_kind: dict[str, list[Row]] = {"ours": [], "ceiling": [], "other": []}
     for row in document["rows"]:
         name = text_of(row.get("loader"))
+        if name == CONTESTANTS["ours_squash"]:
+            continue
         by_kind["ours" if name == "this project" else "ceiling" if "ceiling" in name else "other"].append(row)
     ours, times = figures(by_kind["ours"], "images_per_s"), figures(by_kind["other"], "ours_is_times")
     return f"{ours[0]:,.0f} images/s, {span(times, '.2f')} times the {len(times)} others" if ours and times else ""

@@ -109,16 +109,24 @@ class Manifest:
             return int(width) if width == height else None
         return None
 
-    def resize_note(self, image_size: int, crop_margin: int) -> str | None:
-        """A line for a recipe that does not take the images at the size they were made for; None if it does."""
-        square = image_size + crop_margin
-        asked = f"resized again to {square}x{square} (data.image_size {image_size} + crop_margin {crop_margin})"
+    def resize_note(self, config: DataConfig) -> str | None:
+        """A line for a recipe that does not take the images at a size they were made for; None if it does."""
+        if config.crop == "random_resized":
+            return self._enlarged_note(config.image_size, f"cropped and resized to {config.image_size}")
+        square = config.image_size + config.crop_margin
+        asked = f"resized again to {square}x{square} (data.image_size {config.image_size} + crop_margin "
+        asked += f"{config.crop_margin})"
         if (baked := self.baked_size()) not in (None, square):
             cure = f"`shards build --size {square}` does it once, from the originals"
             return f"its images were resized to {baked}x{baked} and are {asked}; {cure}"
+        return self._enlarged_note(square, asked)
+
+    def _enlarged_note(self, needed: int, asked: str) -> str | None:
+        """needed: side in pixels up to which an image is not enlarged."""
         longest = re.fullmatch(r"longer side at most (\d+)", self.transform or "")
-        if longest and int(longest[1]) < square:
-            return f"its images were shrunk to {longest[1]} pixels at most and are {asked}, that is, enlarged"
+        side = self.baked_size() or (int(longest[1]) if longest else needed)
+        if side < needed:
+            return f"its images were shrunk to {side} pixels at most and are {asked}, that is, enlarged"
         return None
 
     def split(self, name: str) -> SplitInfo:

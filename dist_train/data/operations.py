@@ -54,16 +54,21 @@ def _move(image: NDArray[np.uint8], rows: NDArray[np.float32], source: NDArray[n
     """Put in place of each pixel the nearest to where `rows` of an affine map lead; source: memory for a copy."""
     side = len(image)
     _copy(image, source)
-    wide, middle = np.float32(side), np.float32((side - 1) / 2)
+    old, new = source.reshape(-1), image.reshape(-1)
+    wide, middle, one, two = np.float32(side), np.float32((side - 1) / 2), np.uint64(1), np.uint64(2)
+    at = np.uint64(0)
     for y in range(side):
         from_centre = np.float32(y) - middle
         for x in range(side):
             across = np.float32(x) - middle
             column = _place(across * rows[0], rows[1], from_centre, rows[2], wide)
             row = _place(across * rows[3], rows[4], from_centre, rows[5], wide)
-            inside = 0 <= column < side and 0 <= row < side
-            for c in range(3):
-                image[y, x, c] = source[row, column, c] if inside else 0
+            if 0 <= column < side and 0 <= row < side:
+                found = np.uint64(3 * (row * side + column))
+                new[at], new[at + one], new[at + two] = old[found], old[found + one], old[found + two]
+            else:
+                new[at] = new[at + one] = new[at + two] = 0
+            at += np.uint64(3)
 
 
 @njit(**_EXACT)
@@ -93,13 +98,16 @@ def _sharpen(image: NDArray[np.uint8], rest: np.float32, source: NDArray[np.uint
     side = len(image)
     _copy(image, source)
     rows, out = source.reshape(side, 3 * side), image.reshape(side, 3 * side)
+    three, five, half = np.uint64(3), np.float32(5), np.float32(0.5)
     for y in range(1, side - 1):
-        above, here, below = rows[y - 1], rows[y], rows[y + 1]
-        for i in range(3, 3 * side - 3):
-            total = np.int32(above[i - 3]) + above[i] + above[i + 3] + here[i - 3] + 5 * np.int32(here[i])
-            total += np.int32(here[i + 3]) + below[i - 3] + below[i] + below[i + 3]
-            smooth = np.float32((2 * total + 13) // 26)  # rounded; a half cannot be
-            out[y, i] = _cut(np.float32(here[i]) + (smooth - np.float32(here[i])) * rest)
+        above, here, below, line = rows[y - 1], rows[y], rows[y + 1], out[y]
+        for i in range(three, np.uint64(3 * side - 3)):
+            own = np.float32(here[i])
+            total = np.float32(above[i - three]) + np.float32(above[i]) + np.float32(above[i + three])
+            total += np.float32(here[i - three]) + five * own + np.float32(here[i + three])
+            total += np.float32(below[i - three]) + np.float32(below[i]) + np.float32(below[i + three])
+            smooth = np.floor(total * np.float32(1 / 13) + half)  # whole numbers over 13: never near a half
+            line[i] = _cut(own + (smooth - own) * rest)
 
 
 @njit(**_EXACT)

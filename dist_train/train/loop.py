@@ -147,7 +147,7 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
             log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
         if changes and place.rank == 0:
             log.warning("from step %d on the recipe is another one: %s", state.step + 1, ", ".join(changes))
-        if note := manifest.resize_note(recipe.data.image_size, recipe.data.crop_margin):
+        if note := manifest.resize_note(recipe.data):
             log.info("%s: %s", recipe.data.shards, note)
         job = _Run(
             recipe, place, manifest, tokenizer, outputs, total_steps, state, train_step, average, record, stop, started

@@ -26,7 +26,7 @@ def evaluate(
     shards: another set of the same classes; None: the run's. batch_size: samples of one pass; None: the run's.
     """
     data, manifest = set_to_look_at(trained, shards)
-    if note := manifest.resize_note(data.image_size, data.crop_margin):
+    if note := manifest.resize_note(data):
         print(f"{data.shards}: {note}", file=sys.stderr)
     batch_size = batch_size or trained.recipe.train.eval_batch_size
     loader = EvalLoader(

@@ -26,7 +26,7 @@ from dist_train.data.manifest import read_manifest
 from dist_train.data.pipeline import ImagePipeline
 from dist_train.errors import UseError, WorkError
 from dist_train.place import Place
-from tests.harness import CLASSES, jpeg_bytes
+from tests.harness import CLASSES, jpeg_bytes, smooth_image
 
 TARS = [37, 100, 64, 51]
 MakeSet = Callable[..., Path]
@@ -90,6 +90,34 @@ def test_world_sizes_1_2_3_have_the_same_global_batches_and_pixels(shard_set: Ma
     straight = train_batches(config, 15, 36)  # 540 samples: over the end of two epochs of 252
     assert_same(straight, train_batches(config, 15, 36, world_size=2, micro=9))
     assert_same(straight, train_batches(config, 15, 36, world_size=3, micro=4))
+
+
+EVERYTHING: dict[str, object] = {
+    "crop": "random_resized",
+    "auto_augment": "randaugment",
+    "erasing": 0.5,
+    "blur": 0.3,
+    "grey": 0.2,
+}
+
+
+@pytest.mark.parametrize("baked", [None, 20])
+def test_with_every_augmentation_pixels_depend_on_neither_ranks_nor_threads_nor_resumption(
+    shard_set: MakeSet, baked: int | None
+) -> None:
+    """Over the end of an epoch of 90 samples; one of them is odd, so that it is converted, and one is bad."""
+    gif = io.BytesIO()
+    smooth_image(7, 20 if baked else 60, 20 if baked else 30).convert("P").save(gif, "GIF")
+    root = shard_set({"train": [40, 50]}, baked=baked, replace={7: gif.getvalue(), 11: b"not an image"})
+    config = config_for(root, **EVERYTHING)
+    straight = train_batches(config, 8, 18)
+    assert_same(straight, train_batches(replace(config, threads=3), 8, 18, world_size=2, micro=3))
+    assert_same(straight, train_batches(config, 8, 18, world_size=3, micro=6))
+    assert_same(straight[3:], train_batches(config, 5, 18, start=3 * 18, micro=9))
+    plain = train_batches(config_for(root), 1, 18)
+    assert [list(contents(step)) for step in plain] == [list(contents(step)) for step in straight[:1]]
+    pairs = [(contents(plain[0])[sample][0], contents(straight[0])[sample][0]) for sample in contents(plain[0])]
+    assert sum((one != other).any() for one, other in pairs) >= 17
 
 
 def test_a_run_stopped_after_any_step_and_resumed_gives_the_same_rest(shard_set: MakeSet) -> None:

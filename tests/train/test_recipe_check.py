@@ -40,6 +40,11 @@ REFUSED = {
     ),
     "ranks": ("--train.batch_size=9", "train.batch_size 9 does not divide over 2 ranks; use 8 or 10"),
     "micro-batch": ("--train.micro_batch_size=3", "train.micro_batch_size 3 does not divide the 4 samples"),
+    "crop's range": ("--data.crop_ratio=[2,1]", "data.crop_ratio is [2.0, 1.0]; the first number must not be above"),
+    "blur of few pixels": (
+        "--model.backbone=vit_tiny_patch2 --data.blur=0.5 --data.image_size=4",
+        "data.blur reflects 4 pixels at the border",
+    ),
     "skipped steps": ("--train.micro_batch_size=2 --train.skip_bad_steps=1", "train.skip_bad_steps needs one micro-"),
     "odd pairs": ("--train.micro_batch_size=1 --data.mixup=0.2", "which has an odd 1"),
     "mixed tags": (

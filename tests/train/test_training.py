@@ -17,6 +17,7 @@ import yaml
 from torch.nn import functional
 
 from dist_train.cli import main, parse_recipe, run_training
+from dist_train.config import DataConfig
 from dist_train.data.draws import random_bits
 from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.manifest import read_manifest
@@ -141,6 +142,19 @@ def test_two_ranks_with_accumulation_train_as_one_does(finished: Path, shards: P
     assert [(e["split"], e["step"], e["samples"]) for e in one] == [(e["split"], e["step"], e["samples"]) for e in two]
 
 
+@pytest.mark.slow
+def test_one_two_and_three_ranks_have_the_same_losses_with_every_augmentation(shards: Path, tmp_path: Path) -> None:
+    everything = {"data__crop": "random_resized", "data__auto_augment": "randaugment", "data__erasing": 0.5}
+    everything |= {"data__blur": 0.3, "data__grey": 0.2, "data__eval_crop": "center"}
+    losses = []
+    for ranks in (1, 2, 3):
+        run = tmp_path / str(ranks)
+        train_on(ranks, arguments(shards, run, train__micro_batch_size=4, **everything), tmp_path)
+        losses.append([entry["loss"] for entry in logged_steps(run)] + [entry["loss"] for entry in evaluations(run)])
+    assert len(losses[0]) > 5
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_a_signal_to_one_of_two_ranks_ends_both_after_the_step_with_a_checkpoint(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = arguments(shards, run, train__epochs=2000)
@@ -236,4 +250,9 @@ def test_training_and_evaluation_say_when_images_are_resized_again(
     capsys.readouterr()
     assert main(["evaluate", str(run)]) == 0
     assert f"{shards}: {line}" in capsys.readouterr().err
-    assert read_manifest(shards).resize_note(16, 4) is None
+    manifest = read_manifest(shards)
+    assert manifest.resize_note(DataConfig(image_size=16, crop_margin=4)) is None
+    assert manifest.resize_note(DataConfig(image_size=20, crop="random_resized")) is None
+    assert "cropped and resized to 24, that is, enlarged" in str(
+        manifest.resize_note(DataConfig(image_size=24, crop="random_resized"))
+    )

@@ -63,6 +63,9 @@ WALK: dict[str, Run | Skip] = {
     "python -m shards info": Run(),
     "sed": Run(makes=("launch/recipes/mine.yaml",)),
     "dist-train train --config launch/recipes/mine.yaml": Run(SMALL_RUN, ("runs/mine/summary.json",)),
+    "dist-train train --config launch/recipes/mine.yaml --data.crop": Run(
+        SMALL_RUN, ("runs/mine-augmented/summary.json",)
+    ),
     "deepspeed launch/train.py --config launch/recipes/mine.yaml": Run(SMALL_RUN, ("runs/mine-all-gpus/summary.json",)),
     "dist-train evaluate": Run(makes=("runs/mine/evaluation_test.csv",)),
     "dist-train predict": Run(),

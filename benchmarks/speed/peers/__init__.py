@@ -2,7 +2,8 @@
 
 A contestant is a function `batches(task) -> Iterator`, endless, a global batch of `task.batch_size` images each time:
 decoded, resized to task.size + task.margin square, cropped to task.size, flipped, jittered, normalised to float32 CHW
-where it can do that; `NOTE` says where it does something else. Its `prepare(task)`, if it has one, converts the data
+where it can do that; with `task.usual` cropped by RandomResizedCrop, flipped and normalised, as most recipes have it.
+`NOTE` says where it does something else. Its `prepare(task)`, if it has one, converts the data
 once, outside of all measurements.
 """
 
@@ -18,7 +19,10 @@ PREPARED = 10  # batches before any that count: two workers with four each, or D
 
 @dataclass(frozen=True)
 class Task:
-    """What every contestant does: the train split of `shards`, image side and margin in pixels, threads or workers."""
+    """What every contestant does: the train split of `shards`, image side and margin in pixels, threads or workers.
+
+    usual: RandomResizedCrop and flip, without jitter.
+    """
 
     shards: str
     size: int
@@ -26,6 +30,13 @@ class Task:
     batch_size: int
     threads: int
     scratch: str
+    usual: bool = False
+
+    @property
+    def crop_range(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """What RandomResizedCrop takes as scale and ratio: torchvision's, or the one square that the margin leaves."""
+        share = (self.size / (self.size + self.margin)) ** 2
+        return ((0.08, 1.0), (3 / 4, 4 / 3)) if self.usual else ((share, share), (1.0, 1.0))
 
     @property
     def tars(self) -> list[Path]:

@@ -32,6 +32,11 @@ def batches(task: Task, device_id: int | None = None) -> Iterator[Any]:
             pad_last_batch=True,
             name="reader",
         )
+        if task.usual:
+            scale, ratio = task.crop_range
+            box: dict[str, Any] = {"random_area": list(scale), "random_aspect_ratio": list(ratio)}
+            image = fn.decoders.image_random_crop(samples[0], device=decoder, output_type=types.RGB, **box)
+            return _normalised(fn.resize(image, size=[task.size, task.size]))
         image = fn.resize(fn.decoders.image(samples[0], device=decoder, output_type=types.RGB), size=[square, square])
         image = fn.crop(
             image,
@@ -47,11 +52,15 @@ def batches(task: Task, device_id: int | None = None) -> Iterator[Any]:
             saturation=fn.random.uniform(range=factor),
             hue=fn.random.uniform(range=[-360 * JITTER, 360 * JITTER]),
         )
-        return fn.crop_mirror_normalize(
-            image, mirror=fn.random.coin_flip(), mean=[255 * MEAN] * 3, std=[255 * STD] * 3, output_layout="CHW"
-        )
+        return _normalised(image)
 
     pipeline = graph()
     while True:
         (output,) = pipeline.run()
         yield torch.from_dlpack(output.as_tensor())
+
+
+def _normalised(image: Any) -> Any:
+    return fn.crop_mirror_normalize(
+        image, mirror=fn.random.coin_flip(), mean=[255 * MEAN] * 3, std=[255 * STD] * 3, output_layout="CHW"
+    )

@@ -46,12 +46,12 @@ def batches(task: Task, jitter: bool = True) -> Iterator[Any]:
         ToTorchImage,
     )
 
-    share = (task.size / (task.size + task.margin)) ** 2
+    scale, ratio = task.crop_range
     colour = [operation(JITTER, p=1.0) for operation in (RandomBrightness, RandomContrast, RandomSaturation)]
     image = [
-        RandomResizedCropRGBImageDecoder((task.size, task.size), scale=(share, share), ratio=(1.0, 1.0)),
+        RandomResizedCropRGBImageDecoder((task.size, task.size), scale=scale, ratio=ratio),
         RandomHorizontalFlip(),
-        *(colour if jitter else []),
+        *(colour if jitter and not task.usual else []),
         NormalizeImage(np.full(3, 255 * MEAN), np.full(3, 255 * STD), np.float32),
         ToTensor(),
         ToTorchImage(channels_last=False),

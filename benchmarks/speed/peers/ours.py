@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.speed.peers import Task
@@ -22,6 +23,10 @@ def batches(task: Task) -> Iterator[Any]:
     config = DataConfig(
         shards=task.shards, image_size=task.size, crop_margin=task.margin, threads=task.threads, device="cpu"
     )
+    if task.usual:
+        no_jitter = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+        scale, ratio = task.crop_range
+        config = replace(config, crop="random_resized", crop_scale=scale, crop_ratio=ratio, **no_jitter)
     loader = TrainLoader(
         config, read_manifest(task.shards), Place(), batch_size=task.batch_size, micro_batch=task.batch_size, seed=0
     )

@@ -12,21 +12,21 @@ from benchmarks.speed.peers import JITTER, MEAN, STD, Task
 from benchmarks.speed.peers.torchvision_pil import decode
 from benchmarks.speed.peers.torchvision_v2 import TarImages, endless
 
-NOTE = "region of 0.8 x 0.8 of the image by RandomResizedCrop; its prefetcher normalises on the main process"
+NOTE = "RandomResizedCrop, without --usual of 0.8 x 0.8 of the image; its prefetcher normalises on the main process"
 
 
 def batches(task: Task) -> Iterator[Any]:
     """Batches of images."""
-    share = (task.size / (task.size + task.margin)) ** 2
+    scale, ratio = task.crop_range
     loader = timm.data.create_loader(
         TarImages(task.tars, decode, lambda image: image),  # create_loader sets its own transform
         task.size,
         task.batch_size,
         is_training=True,
-        scale=(share, share),
-        ratio=(1.0, 1.0),
+        scale=scale,
+        ratio=ratio,
         hflip=0.5,
-        color_jitter=(JITTER, JITTER, JITTER, JITTER),
+        color_jitter=None if task.usual else (JITTER, JITTER, JITTER, JITTER),
         interpolation="bilinear",
         mean=(MEAN,) * 3,
         std=(STD,) * 3,

@@ -39,16 +39,20 @@ class TarImages(Dataset[Any]):
 
 
 def transforms(task: Task) -> v2.Compose:
-    """The paper's augmentation."""
+    """The paper's augmentation, or the usual one."""
     square = task.size + task.margin
+    to_normalised = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([MEAN] * 3, [STD] * 3)]
+    if task.usual:
+        scale, ratio = task.crop_range
+        crop = v2.RandomResizedCrop(task.size, scale, ratio, antialias=True)
+        return v2.Compose([crop, v2.RandomHorizontalFlip(), *to_normalised])
     return v2.Compose(
         [
             v2.Resize((square, square), antialias=True),
             v2.RandomCrop(task.size),
             v2.RandomHorizontalFlip(),
             v2.ColorJitter(JITTER, JITTER, JITTER, JITTER),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([MEAN] * 3, [STD] * 3),
+            *to_normalised,
         ]
     )
 
