@@ -218,9 +218,12 @@ def _check_feature_cache(recipe: Recipe) -> None:
         raise UseError("data.feature_cache keeps the features of a frozen backbone: use model.freeze backbone with it")
     if recipe.model.text_tokens:
         raise UseError("data.feature_cache keeps features of images alone: use model.text_tokens 0, or no cache")
-    off: dict[str, float | bool] = {"crop_margin": 0, "flip": False}
-    off |= dict.fromkeys(("brightness", "contrast", "saturation", "hue", "mixup", "cutmix"), 0)
-    on = [f"data.{key} {str(value).lower()}" for key, value in off.items() if getattr(data, key) != value]
+    if getattr(data, "labels", "class") != "class":
+        raise UseError("data.feature_cache keeps one class for each sample: use data.labels class, or no cache")
+    off: dict[str, float | bool | str] = {"crop": "squash", "crop_margin": 0, "flip": False, "auto_augment": "none"}
+    off |= dict.fromkeys(("brightness", "contrast", "saturation", "hue", "grey", "blur", "erasing"), 0)
+    off |= {"mixup": 0, "cutmix": 0}
+    on = [f"data.{key} {str(value).lower()}" for key, value in off.items() if getattr(data, key, value) != value]
     if on:
         raise UseError(
             f"data.feature_cache: a sample has the same features in every epoch, so nothing may augment it; set "
