@@ -223,10 +223,9 @@ def _check_feature_cache(recipe: Recipe) -> None:
         raise UseError("data.feature_cache goes with the classes of images alone: use data.labels class, or no cache")
     if recipe.model.text_tokens:
         raise UseError("data.feature_cache keeps features of images alone: use model.text_tokens 0, or no cache")
-    off: dict[str, float | bool | str] = {"crop_margin": 0, "flip": False, "crop": "squash", "auto_augment": "none"}
-    off |= dict.fromkeys(
-        ("brightness", "contrast", "saturation", "hue", "mixup", "cutmix", "grey", "blur", "erasing"), 0
-    )
+    off: dict[str, float | bool | str] = {"crop": "squash", "crop_margin": 0, "flip": False, "auto_augment": "none"}
+    off |= dict.fromkeys(("brightness", "contrast", "saturation", "hue", "grey", "blur", "erasing"), 0)
+    off |= {"mixup": 0, "cutmix": 0}
     on = [f"data.{key} {str(value).lower()}" for key, value in off.items() if getattr(data, key) != value]
     if on:
         raise UseError(

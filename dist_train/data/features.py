@@ -186,16 +186,14 @@ class _FeatureLoader:
     def _batch(self, samples: NDArray[np.int64]) -> Batch:
         chosen = torch.from_numpy(samples)
         weights = torch.from_numpy(~self.bad.among(samples)).float()
-        tensors = self._features[chosen].float(), self._labels[chosen], weights
+        tensors = [self._features[chosen], self._labels[chosen], weights]
         if (gpu := self.place.device_id) is not None:
-            device = torch.device("cuda", gpu)
-            tensors = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
-        features, labels, weights = tensors
-        return Batch(features, labels, weights, None, None, samples)
+            tensors = [tensor.pin_memory().to(torch.device("cuda", gpu), non_blocking=True) for tensor in tensors]
+        return Batch(*tensors, None, None, samples)
 
 
 class FeatureTrainLoader(_FeatureLoader):
-    """As `loader.TrainLoader`, sample for sample, with features (B, *shape) float32 for the images."""
+    """As `loader.TrainLoader`, sample for sample, with features (B, *shape), of the store's type, for the images."""
 
     def __init__(
         self,
@@ -225,7 +223,7 @@ class FeatureTrainLoader(_FeatureLoader):
 
 
 class FeatureEvalLoader(_FeatureLoader):
-    """As `loader.EvalLoader`, with features (B, *shape) float32 for the images."""
+    """As `loader.EvalLoader`, with features (B, *shape), of the store's type, for the images."""
 
     def _make(self, stopped: IsStopped) -> Generator[Batch, None, None]:
         counts = self.manifest.split(self.split).shard_samples

@@ -99,5 +99,5 @@ def scale_of_recipe(recipe: dict[str, Any]) -> float:
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's state dictionary with its adapters merged; not copies but for those weights."""
-    scales = [module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")]
-    return merge_adapters(model.state_dict(), scales[0] if scales else 1.0)
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    return merge_adapters(model.state_dict(), layers[0].scaling["default"] if layers else 1.0)

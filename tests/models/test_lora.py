@@ -27,7 +27,7 @@ FAMILIES = {
 
 
 def small_model(name: str) -> nn.Module:
-    """With values as after training: at the start some families scale their blocks' branches to nearly nothing."""
+    """With values as after training: at first some families scale the branches of their blocks to nearly nothing."""
     torch.manual_seed(1)
     options = {"num_heads": (1, 1, 1, 1)} if "swin" in name else {}
     model = timm.create_model(name, num_classes=5, **FAMILIES[name], **options).eval()

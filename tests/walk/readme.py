@@ -67,6 +67,12 @@ WALK: dict[str, Run | Skip] = {
         SMALL_RUN, ("runs/mine-augmented/summary.json",)
     ),
     "deepspeed launch/train.py --config launch/recipes/mine.yaml": Run(SMALL_RUN, ("runs/mine-all-gpus/summary.json",)),
+    "dist-train train --config launch/recipes/mine.yaml --train.run runs/mine-lora": Run(
+        f"{SMALL_RUN} --model.backbone vit_tiny_patch16 --model.weights none", ("runs/mine-lora/summary.json",)
+    ),
+    "dist-train train --config launch/recipes/mine.yaml --train.run runs/mine-head": Run(
+        f"{SMALL_RUN} --model.backbone vit_tiny_patch16 --model.weights none", ("runs/mine-head/summary.json",)
+    ),
     "dist-train evaluate": Run(makes=("runs/mine/evaluation_test.csv",)),
     "dist-train predict": Run(),
     "dist-train predict runs/mine my_images --csv": Run(makes=("out.csv",)),
