@@ -377,7 +377,7 @@ def evaluate_split(
     if loader.tag_targets is None:
         result = evaluate(forward, loader, loader.fetcher.split.samples)
     else:
-        samples = loader.fetcher.split.samples
+        samples = loader.manifest.split(loader.split).samples
         tuned = CHOOSE if loader.split == "val" else chosen_thresholds(of_val)
         result = evaluate_tags(forward, loader, samples, threshold, tuned)
     model.train()
