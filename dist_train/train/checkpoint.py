@@ -210,7 +210,7 @@ def _check_same_model(checkpoint: Path, model: nn.Module, recipe: Recipe) -> Non
         return
     before, now = _recipes(checkpoint, recipe)
     shaping = [key for key in now if key.startswith("model.")]
-    shaping += ["data.image_size", "data.tokenizer", "data.tag_vocabulary"]
+    shaping += ["data.image_size", "data.tokenizer", "data.tag_vocabulary", "data.tag_min_count"]
     different = [f"{key} was {before.get(key)}, now it is {now[key]}" for key in shaping if before.get(key) != now[key]]
     name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
     shapes = f"{name} was {saved.get(name, 'not there')}, now it is {wanted.get(name, 'not there')}"

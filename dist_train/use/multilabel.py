@@ -46,7 +46,7 @@ def evaluate_run(trained: TrainedModel, loader: EvalLoader) -> TagEvaluation:
             file=sys.stderr,
         )
     tuned = None if chosen is None else np.array(chosen)
-    samples = loader.fetcher.split.samples
+    samples = loader.manifest.split(loader.split).samples
     return evaluate_tags(trained.forward, loader, samples, trained.recipe.train.threshold, tuned)
 
 

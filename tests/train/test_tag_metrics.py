@@ -130,7 +130,6 @@ def evaluate_on_a_rank(shards: Path, folder: Path) -> None:
         (folder / f"{at_a_time}-{place.rank}.json").write_text(document)
 
 
-@pytest.mark.launch
 @pytest.mark.filterwarnings("ignore:No positive class found")
 def test_an_evaluation_is_exact_with_ties_and_the_same_to_the_bit_over_any_number_of_ranks(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
