@@ -8,7 +8,18 @@ from pathlib import Path
 
 from tests.harness import REPOSITORY
 
-_PAGES = ("shards", "training", "python", "nodes", "checkpoints", "tags", "paper", "benchmarks", "architecture", "extending")
+_PAGES = (
+    "shards",
+    "training",
+    "python",
+    "nodes",
+    "checkpoints",
+    "tags",
+    "paper",
+    "benchmarks",
+    "architecture",
+    "extending",
+)
 DOCUMENTS = ("README.md", *(f"docs/{page}.md" for page in _PAGES), "CONTRIBUTING.md")
 """In the order in which they are walked through."""
 
