@@ -133,5 +133,5 @@ def _process_as_it_was() -> Iterator[list[int]]:
             torch.cuda.empty_cache()
         if "torch._dynamo" in sys.modules:  # which stops to compile after so many models
             torch._dynamo.reset()
-    for number in meanwhile:
-        signal.raise_signal(number)
+    for received in meanwhile:
+        signal.raise_signal(received)

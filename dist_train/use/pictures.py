@@ -48,7 +48,7 @@ def pictures(images: OneImage | Iterable[OneImage]) -> list[Picture]:
     """
     single = isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray)
     found: list[Picture] = []
-    for one in [images] if single else images:  # type: ignore[list-item,union-attr]  # which mypy cannot tell
+    for one in [images] if single else images:  # type: ignore[union-attr]  # which mypy cannot tell
         if isinstance(one, str | os.PathLike):
             path = Path(one)
             if path.is_dir():
