@@ -88,8 +88,8 @@ def _range_test(words: list[str], keep: Callable[[], None]) -> None:
     parser.add_argument("--low", type=_positive, default=1e-6, help="rate of the first step (default: %(default)s)")
     parser.add_argument("--high", type=_positive, default=1.0, help="rate of the last (default: %(default)s)")
     parser.add_argument("--steps", type=_number, default=100, help="steps at most (default: %(default)s)")
-    output = "table to write, with a picture of the same name beside it (default: the run folder's name + -lr.csv)"
-    parser.add_argument("--output", type=Path, metavar="FILE.csv", help=output)
+    table = "table to write, with a picture of the same name beside it (default: the run folder's name + -lr.csv)"
+    parser.add_argument("--output", type=Path, metavar="FILE.csv", help=table)
     words = ["--config", *words] if words and not words[0].startswith("-") else words
     options, rest = parser.parse_known_args(words)
     recipe, _ = parse_recipe(rest)

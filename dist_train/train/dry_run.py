@@ -100,11 +100,13 @@ def _measure(it: Rehearsal, cached: bool, price_per_hour: float | None) -> Estim
     step.meter.read()  # its memory counts
     step.meter.reset()
     started = time.perf_counter()
-    while True:
+
+    def is_enough() -> bool:
+        return step.meter.steps == _MOST_STEPS or time.perf_counter() - started > _MOST_S
+
+    make_step(warm_up)
+    while not from_rank_zero(is_enough, place):
         make_step(warm_up + step.meter.steps)
-        enough = step.meter.steps == _MOST_STEPS or time.perf_counter() - started > _MOST_S
-        if from_rank_zero(lambda enough=enough: enough, place):
-            break
     steps = step.meter.steps
     figures = step.meter.read()
     device = step.engine.device

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,7 +62,8 @@ def rehearsal(recipe: Recipe) -> Iterator[Rehearsal]:
             check_same_set(manifest, recipe.data.shards, place)
             check(temporary, place.world_size, torch_device(place).type, manifest)
             if getattr(recipe.data, "feature_cache", None):  # its first epoch is of whole images, as here
-                recipe = replace(recipe, data=replace(recipe.data, **{"feature_cache": None}))
+                without: dict[str, Any] = {"feature_cache": None}
+                recipe = replace(recipe, data=replace(recipe.data, **without))
             resolved = without_auto(recipe, torch_device(place), place.world_size)
             log.info("%s", run_in_a_line(resolved, manifest, place))
             yield _built(replace(resolved, train=temporary.train), place, manifest)

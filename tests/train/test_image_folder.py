@@ -16,7 +16,7 @@ from dist_train.cli import main
 from dist_train.config import DataConfig, Recipe
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import ToldAlready, UseError
-from dist_train.image_folder import is_image_source, sets_folder, with_shard_set
+from dist_train.image_folder import is_image_source, sets_folder, size_options, with_shard_set
 from dist_train.parse import recipe_from_run
 from dist_train.place import Place
 from dist_train.train import inputs
@@ -51,6 +51,15 @@ def test_the_sets_lie_in_the_cache_that_the_recipe_names(monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert sets_folder(DataConfig()) == Path("/somewhere/dist-train/sets")
     assert sets_folder(DataConfig(cache="/scratch")) == Path("/scratch/sets")
+
+
+def test_a_set_is_built_at_the_size_at_which_the_recipe_looks_at_its_images() -> None:
+    config = DataConfig(image_size=224, crop_margin=32)
+    assert size_options(config) == ["--size", "256"]
+    for key, value in (("crop", "random_resized"), ("eval_crop", "center")):
+        config = DataConfig(image_size=224, crop_margin=32)
+        setattr(config, key, value)
+        assert size_options(config) == ["--max-side", "448"], "for crops of any aspect images keep theirs"
 
 
 def test_two_ranks_train_on_a_folder_of_images_and_the_run_is_used_without_it(
