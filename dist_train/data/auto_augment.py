@@ -68,7 +68,7 @@ def choose_operations(config: DataConfig, drawn: NDArray[np.float64]) -> tuple[N
 def magnitude_table(policy: AutoAugment, side: int) -> NDArray[np.float64]:
     """(operations, BINS) magnitudes for images of this side, without their signs."""
     wide = policy == "trivialaugment"
-    highest = {
+    highest: dict[int, float] = {
         Operation.SHEAR_X: 0.99 if wide else 0.3,
         Operation.SHEAR_Y: 0.99 if wide else 0.3,
         Operation.TRANSLATE_X: 32.0 if wide else 150 / 331 * side,

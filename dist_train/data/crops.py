@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,6 +109,6 @@ def _tries(
     return np.rint(np.sqrt(target * aspect)), np.rint(np.sqrt(target / aspect))
 
 
-def _first(fits: NDArray[np.bool_]) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], NDArray[np.bool_]]:
+def _first(fits: NDArray[np.bool_]) -> tuple[tuple[NDArray[Any], NDArray[Any]], NDArray[np.bool_]]:
     """Index of the first try that fits, for arrays of (10, B), and whether there is one, (B,)."""
-    return (np.asarray(fits.argmax(axis=0)), np.arange(fits.shape[1])), np.asarray(fits.any(axis=0))
+    return (fits.argmax(axis=0), np.arange(fits.shape[1])), np.asarray(fits.any(axis=0))
