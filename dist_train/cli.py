@@ -100,7 +100,8 @@ def _range_test(words: list[str], keep: Callable[[], None]) -> None:
     if output.suffix != ".csv":
         raise UseError(f"--output {output}: name the file .csv")
     # What has been trained there already does not matter: nothing is written into the run folder.
-    check(replace(recipe, train=replace(recipe.train, run=f"{recipe.train.run}-lr")), 1)
+    no_run = str(Path(recipe.train.run).parent / ".rehearsal")
+    check(replace(recipe, train=replace(recipe.train, run=no_run)), 1)
     from dist_train.train.lr_range import range_test
 
     say(range_test(with_shard_set(recipe), options.low, options.high, options.steps, output))

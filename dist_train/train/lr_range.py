@@ -81,8 +81,8 @@ def range_test(recipe: Recipe, low: float, high: float, steps: int, output: Path
     losses are finite.
     """
     result = _steps(recipe, ramp(low, high, steps))
-    output.parent.mkdir(parents=True, exist_ok=True)
     with written(output, "choose another --output"):
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, _table(result).encode())
     files = [str(output)]
     if importlib.util.find_spec("matplotlib") is None:

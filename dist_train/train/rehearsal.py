@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from dist_train.cluster.watch import Watch
 from dist_train.config import Recipe
 from dist_train.data.loader import Batch
 from dist_train.data.manifest import Manifest, read_manifest
@@ -57,7 +56,7 @@ def rehearsal(recipe: Recipe) -> Iterator[Rehearsal]:
     start_console_log(place.rank)
     done = False
     try:
-        with Watch(place, recipe.train.timeout_s), _temporary_run(recipe, place) as temporary:
+        with _temporary_run(recipe, place) as temporary:
             manifest = read_manifest(recipe.data.shards)
             check_same_set(manifest, recipe.data.shards, place)
             check(temporary, place.world_size, torch_device(place).type, manifest)
