@@ -75,10 +75,12 @@ def test_the_losses_are_the_same_at_every_stage_of_zero(small: Path, tmp_path: P
             for stage in STAGES:
                 more = [f"--deepspeed.zero_stage={stage}", f"--model.head={head}"]
                 jobs[f"{name} {head} {stage}"] = (name, more)
-    for name in ("tiny_dinov2", "tiny_dinov3", "tiny_beit"):
+    for name in ("tiny_dinov2", "tiny_dinov3", "tiny_deit3", "tiny_beit"):
         for stage in (2, 3):
             more = [f"--deepspeed.zero_stage={stage}", "--model.head=ifa", "--model.checkpoint_blocks=true"]
             jobs[f"{name} recomputed {stage}"] = (name, more)
+        if name == "tiny_beit":  # the CPU has no fused attention with a trained bias but in float32
+            continue
         jobs[f"{name} bf16 1"] = (name, ["--deepspeed.zero_stage=1", "--deepspeed.precision=bf16", "--model.head=ifa"])
         jobs[f"{name} bf16 0"] = (name, ["--deepspeed.precision=bf16", "--model.head=ifa"])
     run_on(2, tmp_path, train_families, small, jobs, tmp_path / "losses.json")
