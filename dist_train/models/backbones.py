@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -111,8 +112,9 @@ class TokenTransformer(VisionTransformer):
         return torch.stack(per_block, dim=-1)
 
 
-Backbone = TokenTransformer | nn.Module
-"""A ViT under the paper's names, or timm's model of the name (`timm_models.build_timm`)."""
+def count_image_tokens(backbone: Any) -> int:
+    """Tokens of an image in a backbone that is a sequence of them, the [CLS] and registers included."""
+    return int(backbone.num_prefix_tokens + backbone.patch_embed.num_patches)
 
 
 def blocks_of(backbone: nn.Module) -> list[nn.Module]:

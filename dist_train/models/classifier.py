@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from dist_train.models.backbones import count_image_tokens
 from dist_train.models.heads import HeadModule
 from dist_train.models.vilt import TextEmbeddings, keep_padding_out
 
@@ -51,6 +52,6 @@ class Classifier(nn.Module):
         if self.mask_padding:
             if text_mask is None:
                 raise ValueError("mask_padding needs text_mask")
-            image_tokens = self.backbone.num_prefix_tokens + self.backbone.patch_embed.num_patches
+            image_tokens = count_image_tokens(self.backbone)
             attention_mask = keep_padding_out(text_mask, image_tokens)
         return self.head(self.backbone(images, self.text(text_ids), attention_mask))

@@ -62,8 +62,8 @@ def freeze(model: Classifier, which: str) -> list[nn.Module]:
     backbone = model.backbone
     if isinstance(backbone, TokenTransformer):
         return [backbone.patch_embed, backbone.pos_drop, *backbone.blocks[: int(which)]]
-    before_blocks = [backbone.pos_drop] if isinstance(getattr(backbone, "pos_drop", None), nn.Module) else []
-    return [*before_blocks, *_wholly_frozen(backbone)]
+    dropout = getattr(backbone, "pos_drop", None)  # before the first block
+    return [*([dropout] if isinstance(dropout, nn.Module) else []), *_wholly_frozen(backbone)]
 
 
 def _wholly_frozen(module: nn.Module) -> list[nn.Module]:

@@ -19,6 +19,7 @@ import torch
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from dist_train.errors import UseError
 from dist_train.models.abilities import Abilities
@@ -101,7 +102,7 @@ def build_timm(
     """
     model = create(backbone, image_size, 0, drop_path, dropout)
     if text or features != "pooled":
-        TokenReader(model, features)
+        model.token_reader = TokenReader(model, features)  # type: ignore[assignment]  # no module: it is not registered
     idle = inspect(backbone, image_size).idle[features]
     for name, parameter in model.named_parameters():
         if name in idle:
@@ -126,12 +127,23 @@ class TokenReader:
         self._per_block: list[Tensor] | None = None
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end)
-        blocks = list(model.blocks)  # type: ignore[arg-type]
-        blocks[0].register_forward_pre_hook(self._join)
-        for block in blocks:
+        self._blocks: list[nn.Module] = list(model.blocks)  # type: ignore[arg-type]
+        self._blocks[0].register_forward_pre_hook(self._join)
+        for block in self._blocks:
             block.register_forward_pre_hook(self._give_mask, with_kwargs=True)
-            block.register_forward_hook(self._collect)
-        blocks[-1].register_forward_hook(self._part)
+        self._behind: list[RemovableHandle] = []
+        self.go_last()
+
+    def go_last(self) -> None:
+        """Let what is done to a block's output come behind the hooks that others have put on the block since.
+
+        ZeRO 3 gathers a block's own parameters for its backward pass when the gradient reaches what its hook has given
+        on; the gradient of a [CLS] taken before would pass it by.
+        """
+        for handle in self._behind:
+            handle.remove()
+        self._behind = [block.register_forward_hook(self._collect) for block in self._blocks]
+        self._behind.append(self._blocks[-1].register_forward_hook(self._part))
 
     def _begin(self, model: nn.Module, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         images, self._text, self._mask = (*inputs, None, None)[:3]
@@ -250,8 +262,8 @@ def _idle(model: nn.Module, results: list[Tensor]) -> frozenset[str]:
     reached = set()
     while nodes:
         node = nodes.pop()
-        if hasattr(node, "variable"):
-            reached.add(id(node.variable))
+        if (leaf := getattr(node, "variable", None)) is not None:
+            reached.add(id(leaf))
         following = {following for following, _ in getattr(node, "next_functions", ())} - known - {None}
         known |= following
         nodes.extend(following)

@@ -18,6 +18,7 @@ from dist_train.config import Compile, OptimConfig, Recipe
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import Classifier, compile_blocks, compile_parts
 from dist_train.models.parameter_groups import is_decayed, layers_of, never_decayed
+from dist_train.models.timm_models import TokenReader
 from dist_train.place import Place
 from dist_train.recipe import check_step
 from dist_train.train.replica import Replica
@@ -186,6 +187,8 @@ def build_engine(model: Classifier, recipe: Recipe, place: Place, micro_batch: i
     parameters = sum(parameter.numel() for parameter in model.parameters())
     settings = deepspeed_settings(recipe, place.world_size, micro_batch, parameters)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if isinstance(reader := getattr(model.backbone, "token_reader", None), TokenReader):
+        reader.go_last()  # behind DeepSpeed's hooks
     if place.world_size == 1 and recipe.deepspeed.zero_stage == 0:
         # One process has nothing to reduce, but DeepSpeed would copy all gradients into one buffer and back.
         engine.enable_backward_allreduce = False

@@ -48,7 +48,9 @@ def training_flops_per_sample(model: nn.Module, *inputs: Tensor) -> int:
     """
     training = model.training
     model.eval()  # batch norm cannot train on one sample
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # With gradients: without them torch's counter fails at a module that is given a view of a parameter, as the latent
+    # query of an attention pooling is.
+    with FlopCounterMode(display=False) as counter:
         model(*inputs)
     model.train(training)
     return 3 * counter.get_total_flops()
