@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.__main__ import main
+from benchmarks.speed import ifa_point
 from benchmarks.speed.head_cost import (
     TRAINING,
     Size,
@@ -19,6 +20,7 @@ from dist_train.config import ModelConfig
 from dist_train.models.build import build_model
 from dist_train.models.heads import HEADS
 from dist_train.train.meters import training_flops_per_sample
+from dist_train.train.precision import measured_products
 
 SMALL = Size(batch=3, patches=16, dim=192, depth=12, classes=11, patch=16)
 SHAPES = {"pooled": (3, 192), "cls": (3, 192, 12), "cls_and_average": (3, 384, 12)}
@@ -66,3 +68,18 @@ def test_heads_that_cannot_be_compared_are_refused(capfd: pytest.CaptureFixture[
     assert "no head 'mlp'; there are cls, mean, ifa, last_n, all_layers, attentive, stacked" in capfd.readouterr().err
     assert main(["ifa", "--name", "x", "--heads", "ifa"]) == 2
     assert "the others are compared with cls; use cls,ifa" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["all_layers", "attentive", "last_n", "mean"])
+def test_a_contestant_computes_its_head_in_the_precision_that_is_asked_for(name: str) -> None:
+    device = torch.device("cpu")
+    point = {"backbone": "vit_tiny_patch16", "text_tokens": 0, "batch": 2, "size": 32, "classes": 5}
+    exact = ifa_point.make_model(point, name, device).eval()
+    assert exact.head.__class__ is HEADS[name]
+    for precision in ("bf16", "bf16_autocast"):
+        model = ifa_point.make_model(point | {"precision": precision}, name, device)
+        with measured_products() as products:
+            logits = model(*ifa_point.inputs(point, device))
+            logits.float().square().sum().backward()
+        assert products.shares() == {"bf16": 1.0}
+        assert 0 < (logits.float() - exact(*ifa_point.inputs(point, device))).abs().max() < 0.1
