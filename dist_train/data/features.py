@@ -186,10 +186,13 @@ class _FeatureLoader:
     def _batch(self, samples: NDArray[np.int64]) -> Batch:
         chosen = torch.from_numpy(samples)
         weights = torch.from_numpy(~self.bad.among(samples)).float()
-        tensors = [self._features[chosen], self._labels[chosen], weights]
+        features, labels = self._features[chosen], self._labels[chosen]
         if (gpu := self.place.device_id) is not None:
-            tensors = [tensor.pin_memory().to(torch.device("cuda", gpu), non_blocking=True) for tensor in tensors]
-        return Batch(*tensors, None, None, samples)
+            device = torch.device("cuda", gpu)
+            features, labels, weights = (
+                tensor.pin_memory().to(device, non_blocking=True) for tensor in (features, labels, weights)
+            )
+        return Batch(features, labels, weights, None, None, samples)
 
 
 class FeatureTrainLoader(_FeatureLoader):

@@ -220,9 +220,11 @@ class _Run:
             if state.step % recipe.train.log_every == 0 or finished or stopping:
                 self.log_steps(loss_since_log, rate)
             epoch = state.samples_consumed // self.samples
-            if epoch > epoch_before or finished or stopping:
+            due = finished or (epoch > epoch_before and epoch % recipe.train.eval_every == 0)
+            # On features an epoch takes a second, and a checkpoint of the whole model as long.
+            between = epoch > epoch_before and self.features is None
+            if due or between or stopping:
                 with self.meter.paused():
-                    due = finished or (epoch > epoch_before and epoch % recipe.train.eval_every == 0)
                     self.save(evaluated=due)
             writer.check()
             if stopping and not finished:

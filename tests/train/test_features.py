@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from dist_train.cli import main, recipe_from_run
 from dist_train.data.loader import EvalLoader
 from dist_train.data.manifest import read_manifest
+from dist_train.models.saved import list_checkpoints, read_step
 from dist_train.train import features as features_module
 from dist_train.use.trained import load_trained
 from tests import harness
@@ -199,6 +200,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(shards: Path, cache: Path, tmp_path: 
     assert same(newest_weights(tmp_path / "run"), newest_weights(cache.parent / "run"))
     assert numbers(tmp_path / "run") == numbers(cache.parent / "run")
     assert computed == [1, 1]
+
+
+def test_checkpoints_are_written_where_val_is_evaluated(shards: Path, cache: Path, tmp_path: Path) -> None:
+    options = {**SHORT, "model__head": "ifa", "train__epochs": 4, "train__eval_every": 2, "train__keep_checkpoints": 9}
+    assert train(shards, tmp_path / "run", **options, data__feature_cache=cache) == 0
+    assert [read_step(checkpoint) for checkpoint in list_checkpoints(tmp_path / "run")] == [12, 24]
 
 
 @pytest.mark.launch
