@@ -80,8 +80,8 @@ def confusion_picture(counts: NDArray[np.int64], names: Sequence[str]) -> Image.
     if classes <= _NUMBERED:
         for row, column in zip(*np.nonzero(counts), strict=True):
             ink = "white" if share[row, column] > 0.6 else "black"
-            at = (left + column * cell + cell / 2, top + row * cell + cell / 2)
-            draw.text(at, str(counts[row, column]), fill=ink, font=font, anchor="mm")
+            centre = left + (column + 0.5) * cell, top + (row + 0.5) * cell
+            draw.text(centre, str(counts[row, column]), fill=ink, font=font, anchor="mm")
     return picture
 
 

@@ -9,6 +9,7 @@ project or of PyTorch.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ where a value that is nearly half-way between two whole numbers may be rounded t
 
 class _FromPixels(nn.Module):
     """A classifier together with what the loader does to a decoded image."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: Classifier, data: DataConfig) -> None:
         super().__init__()
@@ -94,6 +98,8 @@ def _convert(model: _FromPixels, inputs: dict[str, Tensor], file: Path) -> Any:
     free = {"images": {0: batch, 1: height, 2: width}, "text_ids": {0: batch}, "text_mask": {0: batch}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's, about itself
+        logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it names every node that it leaves as it is
+        logging.getLogger("onnx_ir").setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
                 model,

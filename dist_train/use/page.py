@@ -91,7 +91,7 @@ def build_page(trained: TrainedModel) -> Any:
         with gradio.Row():
             with gradio.Column():
                 image = gradio.Image(type="filepath", image_mode=None, label="Image", sources=["upload", "clipboard"])
-                inputs = [image]
+                inputs: list[Any] = [image]
                 if trained.tokenizer is not None:
                     inputs.append(gradio.Textbox(label="Tags", placeholder="separated by commas"))
                 button = gradio.Button("Predict", variant="primary")
@@ -103,7 +103,7 @@ def build_page(trained: TrainedModel) -> Any:
                 about = gradio.HTML()
         outputs = [prediction, looked, about]
         button.click(answer, inputs, outputs, api_name="predict")
-        image.upload(answer, inputs, outputs, api_name=False)
+        image.upload(answer, inputs, outputs)
     return page
 
 

@@ -168,7 +168,7 @@ def test_pixels_in_the_file_are_those_of_the_loader() -> None:
         picture.save(file, "PNG")
         wanted = 255 * reader.read(file.getvalue()).numpy().reshape(1, -1)
         found = 255 * session.run(["logits"], {"images": np.asarray(picture)[None]})[0]
-        assert np.abs(found - wanted).max() <= 1.01 and (np.abs(found - wanted) < 0.01).mean() > 0.99
+        assert np.abs(found - wanted).max() <= 1.01 and (np.abs(found - wanted) < 0.01).mean() > 0.97
     reader.close()
 
 
