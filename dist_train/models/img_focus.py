@@ -219,7 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument("file", type=Path, help="the .safetensors file to write, for model.weights")
         say(convert(parser.parse_args(arguments).file))
 
-    keep_stdout()
+    if arguments is None:  # then this process is the command's own
+        keep_stdout()
     return run_command(command)
 
 
