@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config import Recipe
+from dist_train.errors import ToldAlready, WorkError
+from dist_train.image_folder import with_shard_set
 from dist_train.parse import expanded, recipe_from_python, recipe_from_run
 from dist_train.recipe import METRICS_NAME, check, ranks_of_this_job
 
@@ -71,6 +73,10 @@ def train(recipe: RecipeLike = None, /, *, resume: str | int | Path = "none", **
     """
     complete = recipe_from_python(recipe, overrides)
     check(complete, ranks_of_this_job(), resume=str(resume))
+    try:
+        complete = with_shard_set(complete)
+    except ToldAlready as failure:
+        raise WorkError(str(failure)) from None
     with _process_as_it_was() as stopped_by:
         from dist_train.train.loop import train as run_training
 

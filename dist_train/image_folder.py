@@ -49,8 +49,7 @@ def sets_folder(config: DataConfig) -> Path:
 
 def size_options(config: DataConfig) -> list[str]:
     """The builder's options for the size at which the recipe takes images."""
-    squashed = getattr(config, "crop", "squash") == getattr(config, "eval_crop", "squash") == "squash"
-    if squashed:
+    if config.crop == config.eval_crop == "squash":
         return ["--size", str(config.image_size + config.crop_margin)]
     # With the aspect kept. A crop of a random size takes half of the area on average: at twice image_size most crops
     # still have more pixels than they are resized to, and images load several times faster than at a camera's size.

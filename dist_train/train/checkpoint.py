@@ -108,7 +108,7 @@ class RunState:
 def _monitor_of(recipe: Recipe) -> str:
     if recipe.train.monitor != "auto":
         return recipe.train.monitor
-    return "map" if getattr(recipe.data, "labels", "class") == "tags" else "top1"
+    return "map" if recipe.data.labels == "tags" else "top1"
 
 
 # ---------------------------------------------------------------------- reading

@@ -76,7 +76,7 @@ class Estimate:
 
 def dry_run(recipe: Recipe, price_per_hour: float | None = None) -> None:
     """Make a few steps and say what the run will take; all ranks call this together. Leaves nothing behind."""
-    cached = bool(getattr(recipe.data, "feature_cache", None))
+    cached = bool(recipe.data.feature_cache)
     with rehearsal(recipe) as it:
         estimate = _measure(it, cached, price_per_hour)
         if it.place.rank == 0:

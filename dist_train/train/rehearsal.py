@@ -21,7 +21,7 @@ from dist_train.errors import WorkError, written
 from dist_train.place import Place
 from dist_train.recipe import check
 from dist_train.train.engine import init_process_group, torch_device
-from dist_train.train.inputs import begin_tokenizer, check_same_set, train_loader
+from dist_train.train.inputs import begin_outputs, begin_tokenizer, check_same_set, tag_targets, train_loader
 from dist_train.train.ranks import from_rank_zero
 from dist_train.train.record import start_console_log
 from dist_train.train.schedule import count_steps
@@ -60,7 +60,7 @@ def rehearsal(recipe: Recipe) -> Iterator[Rehearsal]:
             manifest = read_manifest(recipe.data.shards)
             check_same_set(manifest, recipe.data.shards, place)
             check(temporary, place.world_size, torch_device(place).type, manifest)
-            if getattr(recipe.data, "feature_cache", None):  # its first epoch is of whole images, as here
+            if recipe.data.feature_cache:  # its first epoch is of whole images, as here
                 without: dict[str, Any] = {"feature_cache": None}
                 recipe = replace(recipe, data=replace(recipe.data, **without))
             resolved = without_auto(recipe, torch_device(place), place.world_size)
@@ -79,7 +79,8 @@ def rehearsal(recipe: Recipe) -> Iterator[Rehearsal]:
 
 def _built(recipe: Recipe, place: Place, manifest: Manifest) -> Rehearsal:
     tokenizer = begin_tokenizer(recipe, manifest, place, resumed=False)
-    model, _ = initial_model(recipe, manifest.class_names, tokenizer.vocab_size if tokenizer else 0)
+    outputs = begin_outputs(recipe, manifest, place, None)
+    model, _ = initial_model(recipe, outputs, tokenizer.vocab_size if tokenizer else 0)
     counts = [info.count for info in manifest.classes]
     return Rehearsal(
         recipe,
@@ -87,7 +88,7 @@ def _built(recipe: Recipe, place: Place, manifest: Manifest) -> Rehearsal:
         manifest,
         tokenizer,
         build_step(model, recipe, place, counts),
-        iter(train_loader(recipe, manifest, place, tokenizer)),
+        iter(train_loader(recipe, manifest, place, tokenizer, targets=tag_targets(recipe, outputs))),
         count_steps(recipe.train.epochs, manifest.split("train").samples, recipe.train.batch_size),
     )
 
