@@ -164,7 +164,7 @@ def evaluation_transform(data: dict[str, Any]) -> v2.Transform:
     size = data["image_size"]
     if data["eval_crop"] == "squash":
         return v2.Compose([v2.PILToTensor(), v2.Resize([size, size], antialias=True), *normalisation(data)])
-    shorter = v2.Resize(round(size / data["eval_crop_pct"]), antialias=True)
+    shorter = v2.Resize(math.floor(size / data["eval_crop_pct"]), antialias=True)
     return v2.Compose([v2.PILToTensor(), shorter, v2.CenterCrop(size), *normalisation(data)])
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 
+from dist_train.config import DataConfig
 from dist_train.errors import written
 from dist_train.files import write_atomically
 from dist_train.models.backbones import timm_name
@@ -24,8 +26,9 @@ def describe(trained: TrainedModel) -> dict[str, Any]:
     recipe = trained.recipe
     described: dict[str, Any] = {
         "classes": trained.class_names,
+        "labels": recipe.data.labels,
         "image_size": recipe.data.image_size,
-        "resize": "the whole image, squashed to a square; bilinear, antialiased",
+        "resize": f"{describe_crop(recipe.data)}; bilinear, antialiased",
         "mean": recipe.data.mean,
         "std": recipe.data.std,
         "backbone": recipe.model.backbone,
@@ -37,6 +40,14 @@ def describe(trained: TrainedModel) -> dict[str, Any]:
     if trained.tokenizer is not None:
         described["tokenizer"] = trained.tokenizer.describe()
     return described
+
+
+def describe_crop(data: DataConfig) -> str:
+    """What an evaluation sees of an image, in words."""
+    if data.eval_crop == "squash":
+        return "the whole image, squashed to a square"
+    shorter = math.floor(data.image_size / data.eval_crop_pct)
+    return f"the middle square of the image, whose shorter side is made {shorter} pixels long"
 
 
 def metadata_texts(described: dict[str, Any]) -> dict[str, str]:

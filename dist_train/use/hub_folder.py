@@ -29,6 +29,7 @@ from dist_train.models.classifier import Classifier
 from dist_train.models.saved import read_step
 from dist_train.train.checkpoint import read_state
 from dist_train.train.record import read_evaluations
+from dist_train.use.export import describe_crop
 from dist_train.use.trained import TrainedModel
 
 _SAME = 1e-4
@@ -97,8 +98,8 @@ def _draft(
             preprocessing = {
                 "input_size": (3, data.image_size, data.image_size),
                 "interpolation": "bilinear",
-                "crop_pct": 1.0,
-                "crop_mode": "squash",
+                "crop_pct": 1.0 if data.eval_crop == "squash" else data.eval_crop_pct,
+                "crop_mode": data.eval_crop,
                 "mean": tuple(data.mean),
                 "std": tuple(data.std),
             }
@@ -167,15 +168,15 @@ def model_card(trained: TrainedModel, hub_name: str | None, licence: str | None)
         for key, value in entries.items():
             if isinstance(value, str) and os.sep in value:  # nor where something lay
                 entries[key] = Path(value).name
+    of_tags = recipe.data.labels == "tags"
     source = f"hf-hub:{hub_name}" if hub_name else "local-dir:FOLDER"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
-# {recipe.model.backbone}, {len(trained.class_names)} classes
+# {recipe.model.backbone}, {len(trained.class_names)} {"tags" if of_tags else "classes"}
 
-An image classifier, trained with dist-train: {recipe.model.backbone} at {recipe.data.image_size} pixels,
-{"averaged" if trained.averaged else "raw"} weights after {state.step:,} steps. The names of the classes are in
-`config.json`.
+Trained with dist-train for images of {recipe.data.image_size} pixels, {state.step:,} steps,
+{"averaged" if trained.averaged else "raw"} weights. Names of {"tags" if of_tags else "classes"} are in `config.json`.
 
 ## Results
 
@@ -186,7 +187,7 @@ Shard set with the digest `{state.manifest_digest}`.
 
 ## Use
 
-Images are squashed to squares, as in training; timm's transform does it.
+The model sees {describe_crop(recipe.data)}; timm's transform does it.
 
 ```python
 import timm
@@ -197,7 +198,7 @@ model = timm.create_model("{source}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 image = transform(Image.open("photo.jpg").convert("RGB"))
 with torch.no_grad():
-    probabilities = model(image[None]).softmax(dim=1)[0]
+    probabilities = model(image[None]).{"sigmoid()" if of_tags else "softmax(dim=1)"}[0]
 best = probabilities.topk(min(5, len(probabilities)))
 names = model.pretrained_cfg["label_names"]
 print([(names[i], float(p)) for p, i in zip(best.values, best.indices)])
@@ -213,14 +214,17 @@ print([(names[i], float(p)) for p, i in zip(best.values, best.indices)])
 
 def _results(trained: TrainedModel, step: int) -> str:
     """A table of the evaluations of just these weights in the run's record."""
+    of_tags = trained.recipe.data.labels == "tags"
+    first, second = ("map", "f1_micro") if of_tags else ("top1", "top5")
     lines = []
     for entry in read_evaluations(trained.run):
         split, averaged = entry["split"].removesuffix("_ema"), entry["split"].endswith("_ema")
         if entry["step"] == step and averaged == trained.averaged:
-            lines.append(f"| {split} | {entry['samples']:,} | {entry['top1']:.4f} | {entry['top5']:.4f} |\n")
+            lines.append(f"| {split} | {entry['samples']:,} | {entry[first]:.4f} | {entry[second]:.4f} |\n")
     if not lines:
         return "These weights were not evaluated during training.\n"
-    return "| split | images | top-1 | top-5 |\n|---|---|---|---|\n" + "".join(lines)
+    names = "mAP | micro F1" if of_tags else "top-1 | top-5"
+    return f"| split | images | {names} |\n|---|---|---|---|\n" + "".join(lines)
 
 
 def _umask() -> int:

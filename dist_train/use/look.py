@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn import functional
 
 from dist_train.data.loader import Batch
 from dist_train.train.evaluate import Forward
@@ -25,25 +26,32 @@ _AT_ONCE = 49
 
 
 @torch.no_grad()
-def find_importance(forward: Forward, batch: Batch, class_id: int, grid: int = GRID) -> NDArray[np.float64]:
+def find_importance(
+    forward: Forward, batch: Batch, class_id: int, of_tags: bool = False, grid: int = GRID
+) -> NDArray[np.float64]:
     """How much each cell of an image counts for a class: (grid, grid), by how many nats the log-probability falls, on
     average over the windows that cover the cell. Negative where the class gains.
 
-    batch: of one image, (1, 3, S, S), normalised.
+    batch: of one image, (1, 3, S, S), normalised. of_tags: logits are of tags, each on its own, not of classes.
     """
     image = batch.images
     side = image.shape[-1]
     edges = [round(side * i / grid) for i in range(grid + 1)]
     mean = image.mean(dim=(2, 3), keepdim=True)
     places = [(row, column) for row in range(grid - 1) for column in range(grid - 1)]
-    whole = forward(batch).float().log_softmax(dim=1)[0, class_id]
+
+    def log_probability(batch: Batch) -> torch.Tensor:
+        logits = forward(batch).float()
+        return (functional.logsigmoid(logits) if of_tags else logits.log_softmax(dim=1))[:, class_id]
+
+    whole = log_probability(batch)
     falls = []
     for first in range(0, len(places), _AT_ONCE):
         some = places[first : first + _AT_ONCE]
         covered = image.repeat(len(some), 1, 1, 1)
         for i, (row, column) in enumerate(some):
             covered[i, :, edges[row] : edges[row + 2], edges[column] : edges[column + 2]] = mean[0]
-        falls.append(whole - forward(_with_images(batch, covered)).float().log_softmax(dim=1)[:, class_id])
+        falls.append(whole - log_probability(_with_images(batch, covered)))
     total, count = np.zeros((grid, grid)), np.zeros((grid, grid))
     for (row, column), fall in zip(places, torch.cat(falls).tolist(), strict=True):
         total[row : row + 2, column : column + 2] += fall

@@ -1,15 +1,16 @@
 """A finished run's model as one ONNX file that takes decoded images of any size and knows its classes.
 
-What `dist-train evaluate` does between a decoded image and its logits is in the graph: the whole image is squashed to a
-square, antialiased (ONNX's Resize with `antialias` and `exclude_outside` is Pillow's triangle, as `data/resize.py` is),
-rounded to whole numbers and normalised. Who uses the file needs a JPEG decoder and onnxruntime, and nothing of this
-project or of PyTorch.
+What `dist-train evaluate` does between a decoded image and its logits is in the graph: the whole image, or its middle,
+becomes a square, antialiased (ONNX's Resize with `antialias` and `exclude_outside` is Pillow's triangle, as
+`data/resize.py` is), is rounded to whole numbers and normalised. To use the file one needs a JPEG decoder
+and onnxruntime, and nothing of this project or of PyTorch.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ class _FromPixels(nn.Module):
 
     def __init__(self, model: Classifier, data: DataConfig) -> None:
         super().__init__()
+        self.of_tags = data.labels == "tags"
         self.model, self.side = model, data.image_size
+        centred = data.eval_crop == "center"
+        self.shorter = math.floor(data.image_size / data.eval_crop_pct) if centred else None
         self.register_buffer("mean", 255 * torch.tensor(data.mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(data.std).view(3, 1, 1))
 
@@ -50,12 +54,23 @@ class _FromPixels(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Images (B, H, W, 3) uint8 RGB, and for a ViLT ids (B, T) int64 and mask (B, T) bool, to logits and
         probabilities, (B, classes) each."""
-        pixels = images.permute(0, 3, 1, 2).float()
-        pixels = functional.interpolate(pixels, (self.side, self.side), mode="bilinear", antialias=True)
-        pixels = pixels.round().clamp(0, 255)
+        pixels = self._resize(images.permute(0, 3, 1, 2).float()).round().clamp(0, 255)
         normalised = (pixels - self.mean) / self.std
         logits = self.model(normalised) if text_ids is None else self.model(normalised, text_ids, text_mask)
-        return logits, logits.softmax(dim=1)
+        return logits, logits.sigmoid() if self.of_tags else logits.softmax(dim=1)
+
+    def _resize(self, pixels: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to (B, 3, S, S): all of them squashed, or their middle as `data/crops.py` has it."""
+        if self.shorter is None:
+            return functional.interpolate(pixels, (self.side, self.side), mode="bilinear", antialias=True)
+        least = torch.sym_min(*pixels.shape[2:])
+        resized = [self.shorter * length // least for length in pixels.shape[2:]]
+        pixels = functional.interpolate(pixels, resized, mode="bilinear", antialias=True)
+        for axis, length in enumerate(resized, start=2):
+            half, odd = (length - self.side) // 2, (length - self.side) % 2
+            start = half + odd * (half % 2)  # rounded to the nearest, from the middle between two to the even one
+            pixels = pixels.index_select(axis, torch.arange(self.side) + start)
+        return pixels
 
 
 def export_onnx(trained: TrainedModel, file: Path) -> str:

@@ -19,6 +19,7 @@ from dist_train.data.tags import tag_line
 from dist_train.errors import WorkError
 from dist_train.train.pictures import to_pixels
 from dist_train.use.look import find_importance, overlay
+from dist_train.use.multilabel import predicts_tags, probabilities_of
 from dist_train.use.trained import TrainedModel
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported: it would tell its maker of each start
@@ -44,10 +45,10 @@ class Viewer:
         and a sentence about it. Raises BadImage for what is no image."""
         with self._lock, torch.no_grad():
             batch = self._batch(path.read_bytes(), tags)
-            probabilities = self.trained.forward(batch)[0].float().softmax(dim=0).cpu()
+            probabilities = probabilities_of(self.trained, self.trained.forward(batch))[0].cpu()
             best = probabilities.topk(min(_SHOWN, len(probabilities)))
             first = int(best.indices[0])
-            importance = find_importance(self.trained.forward, batch, first)
+            importance = find_importance(self.trained.forward, batch, first, predicts_tags(self.trained))
         names = self.trained.class_names
         shares = {names[i]: value for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
         picture = overlay(to_pixels(batch.images, self.trained.recipe.data)[0], importance)

@@ -135,7 +135,13 @@ def test_onnxruntime_alone_predicts_from_photos_what_dist_train_predicts(
     [
         VILT,
         pytest.param({"model__backbone": "resnet18", "data__image_size": 32}, marks=pytest.mark.slow),
-        pytest.param({"model__head": "ifa"}, marks=pytest.mark.slow),
+        pytest.param({"model__head": "attentive"}, marks=pytest.mark.slow),
+        pytest.param({"data__eval_crop": "center"}, marks=pytest.mark.slow),
+        pytest.param({"model__backbone": "convnext_atto", "data__image_size": 64}, marks=pytest.mark.slow),
+        pytest.param(
+            {"model__backbone": "vit_tiny_r_s16_p8_224", "data__image_size": 64, "model__head": "cls"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"model__backbone": "efficientnet_b0", "data__image_size": 32}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: " ".join(map(str, changes.values())) or "cls",
@@ -151,9 +157,10 @@ def test_so_it_does_of_models_that_read_tags_of_other_heads_and_of_cnns(
     check_onnx(run, file, photos, capsys, *tags)
 
 
-def test_pixels_in_the_file_are_those_of_the_loader() -> None:
+@pytest.mark.parametrize("crop", ["squash", "center"])
+def test_pixels_in_the_file_are_those_of_the_loader(crop: str) -> None:
     """Within 1.5 of 255, downwards and upwards; most are equal."""
-    config = DataConfig(image_size=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), threads=1)
+    config = DataConfig(image_size=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), threads=1, eval_crop=crop)
     model = torch.nn.Flatten()
     seen = onnx_file._FromPixels(model, config)  # type: ignore[arg-type]  # whose "logits" are the pixels
     example = {"images": torch.zeros(2, 40, 45, 3, dtype=torch.uint8)}
@@ -211,7 +218,10 @@ print(json.dumps(found))
     [
         {},
         pytest.param({"model__backbone": "resnet18", "data__image_size": 32}, marks=pytest.mark.slow),
-        pytest.param({"model__backbone": "vit_tiny_patch16", "data__image_size": 32}, marks=pytest.mark.slow),
+        pytest.param(
+            {"model__backbone": "vit_tiny_patch16", "data__image_size": 32, "data__eval_crop": "center"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda changes: " ".join(map(str, changes.values())) or "cls",
 )
@@ -228,7 +238,9 @@ def test_timm_alone_predicts_from_the_folder_what_dist_train_predicts(
     metrics = [entry for entry in harness.evaluations(run) if entry["split"] == "val"]
     assert f"| val | 8 | {metrics[-1]['top1']:.4f} | {metrics[-1]['top5']:.4f} |" in card
     assert "\nlicense: cc-by-4.0\n" in card and str(shards) not in card and str(run) not in card
-    assert config["label_names"] == NAMES and config["pretrained_cfg"]["crop_mode"] == "squash"
+    assert config["label_names"] == NAMES and config["pretrained_cfg"]["crop_mode"] == changes.get(
+        "data__eval_crop", "squash"
+    )
     wanted = predicted(run, photos, capsys)
     for one, other in zip(in_a_process_of_its_own(WITH_TIMM, f"local-dir:{folder}", *photos), wanted, strict=True):
         assert one == pytest.approx(other, abs=2e-3)
