@@ -160,6 +160,7 @@ def test_later_runs_take_what_is_there_whatever_their_head_and_rate(
     assert len(list(cache.iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["data__image_size=24", "train__seed=1", "data__mean=[0.4,0.5,0.5]", "model__head=cls"])
 def test_other_images_weights_or_features_are_other_stores(
     shards: Path, cache: Path, tmp_path: Path, computed: list[int], key: str
@@ -171,7 +172,10 @@ def test_other_images_weights_or_features_are_other_stores(
     assert len(list(copy.iterdir())) == 2 and sum(computed) > sum(TRAIN)
 
 
-@pytest.mark.parametrize("damage", ["a row", "a cut file", "a killed run", "a cut record"])
+@pytest.mark.parametrize(
+    "damage",
+    ["a row", "a killed run", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a cut file", "a cut record"))],
+)
 def test_only_what_is_missing_or_damaged_is_computed_again(
     shards: Path, cache: Path, tmp_path: Path, computed: list[int], damage: str
 ) -> None:
@@ -209,7 +213,7 @@ def test_checkpoints_are_written_where_val_is_evaluated(shards: Path, cache: Pat
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize(("ranks", "stage"), [(2, 3), (3, 0)])
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 3), pytest.param(3, 0, marks=pytest.mark.slow)])
 def test_several_ranks_share_the_work_and_have_the_numbers_of_one(
     shards: Path, cache: Path, tmp_path: Path, ranks: int, stage: int
 ) -> None:
