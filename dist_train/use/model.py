@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.use.evaluate import evaluate
-from dist_train.use.export import export
+from dist_train.use.formats import export_as
 from dist_train.use.pictures import OneImage, pictures
 from dist_train.use.predict import BATCH_SIZE, Prediction, predict
 from dist_train.use.trained import TrainedModel
@@ -54,5 +54,6 @@ class Model(TrainedModel):
         return figures
 
     def export(self, file: str | Path) -> str:
-        """Write the weights for other programs, as `dist-train export` does. Returns how they are loaded, in words."""
-        return export(self, Path(file))
+        """Write the model for other programs, as `dist-train export` does: FILE.onnx, FILE.safetensors or a FOLDER in
+        timm's format. Returns how it is loaded, in words."""
+        return export_as(self, Path(file))
