@@ -315,7 +315,7 @@ def _say_predictions(trained: TrainedModel, options: argparse.Namespace) -> int:
 
     if options.csv is not None:
         bar = tqdm(answers, total=len(asked), unit=" images", disable=None, file=sys.stderr)
-        failed = write_csv(naming_failures(bar), options.csv, top)
+        failed = write_csv(naming_failures(bar), options.csv, None if options.threshold else top)
         print(
             f"{options.csv}: {len(asked):,} images{f', {failed:,} of them failed' if failed else ''}", file=sys.stderr
         )

@@ -74,7 +74,7 @@ def compile_blocks(model: Classifier) -> None:
     for module in blocks or [model.backbone]:
         if blocks and not isinstance(model.backbone, TokenTransformer):
             # Without the hooks on it (`timm_models.TokenReader`), which keep what they see.
-            module.forward = torch.compile(module.forward, dynamic=False)  # type: ignore[method-assign]
+            module.forward = torch.compile(module.forward, dynamic=False)
         else:
             module.compile(dynamic=False)
 

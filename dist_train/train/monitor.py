@@ -7,15 +7,18 @@ import math
 from dist_train.config import TrainConfig
 from dist_train.train.checkpoint import RunState
 from dist_train.train.evaluate import Evaluation
+from dist_train.train.multilabel import TagEvaluation
 
 _LOWER_IS_BETTER = {"loss"}
 
 
-def monitored(result: Evaluation, metric: str) -> float:
+def monitored(result: Evaluation | TagEvaluation, metric: str) -> float:
     """What a run looks at in an evaluation: top1, top5, class_mean, loss, or map (of a model that predicts tags)."""
     if metric == "map":
         return result.score
-    return result.class_mean() if metric == "class_mean" else float(getattr(result, metric))
+    if metric == "class_mean" and isinstance(result, Evaluation):
+        return result.class_mean()
+    return float(getattr(result, metric))
 
 
 def note_evaluation(state: RunState, value: float, score: float) -> None:

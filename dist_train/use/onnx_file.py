@@ -64,7 +64,7 @@ class _FromPixels(nn.Module):
         if self.shorter is None:
             return functional.interpolate(pixels, (self.side, self.side), mode="bilinear", antialias=True)
         least = torch.sym_min(*pixels.shape[2:])
-        resized = [self.shorter * length // least for length in pixels.shape[2:]]
+        resized: list[Any] = [self.shorter * length // least for length in pixels.shape[2:]]
         pixels = functional.interpolate(pixels, resized, mode="bilinear", antialias=True)
         for axis, length in enumerate(resized, start=2):
             half, odd = (length - self.side) // 2, (length - self.side) % 2

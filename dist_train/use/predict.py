@@ -197,23 +197,28 @@ def _known_tags(trained: TrainedModel, text: str, sidecars: bool) -> str:
     return tags
 
 
-def write_csv(predictions: Iterable[Prediction], file: Path, top: int) -> int:
-    """Write a row for each prediction as it comes: path, class_1, probability_1, ..., error. Returns how many failed.
+def write_csv(predictions: Iterable[Prediction], file: Path, top: int | None) -> int:
+    """Write a table of predictions as they come. Returns how many failed.
 
-    top: classes of a row. The file has its name only when all rows are in it.
+    top: classes of a row, path, class_1, probability_1, ..., error. None, for tags, of which an image may have any
+    number: a row for each tag, path, tag, probability, error, and one without a tag for an image that has none. The
+    file has its name only when all rows are in it.
     """
     failed = 0
-    columns = [f"{what}_{place}" for place in range(1, top + 1) for what in ("class", "probability")]
+    columns = [f"{what}_{place}" for place in range(1, (top or 0) + 1) for what in ("class", "probability")]
+    if top is None:
+        columns = ["tag", "probability"]
     with written(file, "choose another"), opened_atomically(file) as binary:
         # A file's name need not be text.
         text = io.TextIOWrapper(binary, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
         writer = csv.writer(text)
         writer.writerow(["path", *columns, "error"])
         for prediction in predictions:
-            pairs = zip(prediction.names, prediction.probabilities, strict=True)
-            cells = [cell for name, probability in pairs for cell in (name, f"{probability:.6f}")]
-            cells += [""] * (len(columns) - len(cells))
-            writer.writerow([prediction.path or "", *cells, prediction.error or ""])
+            named = zip(prediction.names, prediction.probabilities, strict=True)
+            pairs = [[name, f"{probability:.6f}"] for name, probability in named]
+            for row in [sum(pairs, [])] if top is not None else pairs or [[]]:
+                cells = row + [""] * (len(columns) - len(row))
+                writer.writerow([prediction.path or "", *cells, prediction.error or ""])
             failed += prediction.error is not None
         text.detach()
     return failed

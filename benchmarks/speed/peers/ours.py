@@ -24,7 +24,7 @@ def batches(task: Task) -> Iterator[Any]:
         shards=task.shards, image_size=task.size, crop_margin=task.margin, threads=task.threads, device="cpu"
     )
     if task.usual:
-        no_jitter = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+        no_jitter: dict[str, Any] = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
         scale, ratio = task.crop_range
         config = replace(config, crop="random_resized", crop_scale=scale, crop_ratio=ratio, **no_jitter)
     loader = TrainLoader(
