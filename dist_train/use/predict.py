@@ -216,7 +216,8 @@ def write_csv(predictions: Iterable[Prediction], file: Path, top: int | None) ->
         for prediction in predictions:
             named = zip(prediction.names, prediction.probabilities, strict=True)
             pairs = [[name, f"{probability:.6f}"] for name, probability in named]
-            for row in [sum(pairs, [])] if top is not None else pairs or [[]]:
+            one_row = [cell for pair in pairs for cell in pair]
+            for row in [one_row] if top is not None else pairs or [[]]:
                 cells = row + [""] * (len(columns) - len(row))
                 writer.writerow([prediction.path or "", *cells, prediction.error or ""])
             failed += prediction.error is not None
