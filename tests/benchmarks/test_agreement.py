@@ -1,0 +1,102 @@
+"""The plain loop that a fine-tuning recipe is compared with: its settings are those of the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.claims.agreement import difference
+from benchmarks.claims.plain_loop import build, cosine, parameter_groups, train_point
+from dist_train.config import Recipe
+from dist_train.models.build import build_model
+from dist_train.parse import parse_recipe
+from dist_train.train.engine import build_optimizer
+from dist_train.train.schedule import learning_rate
+from tests.harness import write_shard_set
+
+BACKBONE = "test_vit"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("agreement")
+    write_shard_set(folder / "set", {"train": [24], "test": [9]})
+    weights = folder / "weights.safetensors"
+    kept = timm.create_model(BACKBONE, num_classes=0).state_dict()
+    save_file(kept, weights)
+    options = {
+        "data.shards": folder / "set",
+        "data.image_size": 64,
+        "data.crop": "random_resized",
+        "data.eval_crop": "center",
+        "model.backbone": BACKBONE,
+        "model.weights": weights,
+        "model.freeze": 2,
+        "optim.name": "adamw",
+        "optim.lr": 0.003,
+        "optim.layer_decay": 0.75,
+        "optim.weight_decay": 0.05,
+        "optim.warmup_steps": 2,
+        "train.batch_size": 8,
+        "train.epochs": 2,
+    }
+    return parse_recipe([f"--{key}={value}" for key, value in options.items()])[0]
+
+
+def test_each_parameter_learns_at_the_rate_and_decay_of_the_recipe(recipe: Recipe) -> None:
+    model, _ = build_model(recipe.model, recipe.data.image_size, 3)
+    ours = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in build_optimizer(recipe.optim, model).param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)].removeprefix("backbone.").replace("head.classifier.", "head.")
+            ours[name] = (group["rate_scale"], group["weight_decay"])
+    plain = build(asdict(recipe), 3)
+    names = {id(parameter): name for name, parameter in plain.named_parameters()}
+    theirs = {
+        names[id(parameter)]: (group["scale"], group["weight_decay"])
+        for group in parameter_groups(plain, asdict(recipe))
+        for parameter in group["params"]
+    }
+    assert theirs.keys() == ours.keys()
+    for name, settings in ours.items():
+        assert theirs[name] == pytest.approx(settings), name
+
+
+def test_both_start_from_the_same_function(recipe: Recipe) -> None:
+    model, _ = build_model(recipe.model, recipe.data.image_size, 3)
+    plain = build(asdict(recipe), 3).eval()
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(
+        plain.forward_head(plain.forward_features(images), pre_logits=True), model.eval().backbone(images)
+    )
+
+
+def test_the_rate_is_the_recipes(recipe: Recipe) -> None:
+    optim = recipe.optim
+    for step in range(12):
+        assert optim.lr * cosine(step, 12, 2) == pytest.approx(learning_rate(optim, 8, step, 12, 48))
+
+
+def test_it_trains_and_evaluates_every_test_sample(recipe: Recipe) -> None:
+    shards = Path(recipe.data.shards)
+    splits = {split: sorted(map(str, shards.glob(f"{split}-*.tar"))) for split in ("train", "test")}
+    found = train_point({"recipe": asdict(recipe), "splits": splits, "classes": 8})
+    assert 9 * found["top1"] == pytest.approx(round(9 * found["top1"])) and found["train_loss"] > 0
+
+
+def test_the_difference_has_the_error_of_both_arms() -> None:
+    rows = [
+        {"arm": arm, "seed": seed, "top1": top1}
+        for arm, several in {"ours": (0.90, 0.92), "plain": (0.89, 0.93)}.items()
+        for seed, top1 in enumerate(several)
+    ]
+    found = difference(rows)
+    assert found is not None and found["points"] == pytest.approx(0)
+    assert found["standard_error"] == pytest.approx((2 / 2 + 8 / 2) ** 0.5)
+    assert difference(rows[:3]) is None
