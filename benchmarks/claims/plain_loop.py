@@ -109,13 +109,13 @@ def parameter_groups(model: VisionTransformer, settings: Settings) -> list[dict[
     """AdamW's groups: rates that fall from the head to the embedding, decay for matrices alone, no frozen layers."""
     model_settings, optim = settings["model"], settings["optim"]
     freeze = int(model_settings["freeze"]) if model_settings["freeze"].isdecimal() else -1
-    last = len(model.blocks) + 1
+    norm, last = len(model.blocks), len(model.blocks) + 1  # timm has the final norm in the last block's group
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
         else:
-            layer = last if name.startswith(("head", "norm")) else 0
+            layer = last if name.startswith("head") else norm if name.startswith("norm") else 0
         if layer <= freeze:
             parameter.requires_grad_(False)
             continue
