@@ -38,7 +38,7 @@ def _layer_in_vit(name: str, head: int) -> int:
 
 def never_decayed(model: Classifier) -> frozenset[str]:
     """Parameters of a backbone that weight decay is not meant for, beside biases and norms, as timm says."""
-    say = getattr(model.backbone, "no_weight_decay", set)
+    say = getattr(getattr(model, "backbone", None), "no_weight_decay", set)
     return frozenset(f"backbone.{name}" for name in say())
 
 

@@ -195,7 +195,7 @@ def build_engine(model: Classifier, recipe: Recipe, place: Place, micro_batch: i
     parameters = sum(parameter.numel() for parameter in model.parameters())
     settings = deepspeed_settings(recipe, place.world_size, micro_batch, parameters)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    if isinstance(reader := getattr(model.backbone, "token_reader", None), TokenReader):
+    if isinstance(reader := getattr(getattr(model, "backbone", None), "token_reader", None), TokenReader):
         reader.go_last()  # behind DeepSpeed's hooks
     if place.world_size == 1 and recipe.deepspeed.zero_stage == 0:
         # One process has nothing to reduce, but DeepSpeed would copy all gradients into one buffer and back.

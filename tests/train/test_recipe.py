@@ -138,6 +138,7 @@ def test_home_and_variables_are_expanded_in_paths_and_urls_from_files_and_the_co
     given = {
         "data.shards": ("s3://$BUCKET/set", "s3://mine/set"),
         "data.cache": ("~/cache", "/home/ann/cache"),
+        "data.feature_cache": ("~/features", "/home/ann/features"),
         "data.tokenizer": ("$HOME/vocab.txt", "/home/ann/vocab.txt"),
         "model.weights": ("~/w$$.pth", "/home/ann/w$.pth"),
         "train.run": ("${HOME}/runs/$BUCKET", "/home/ann/runs/mine"),

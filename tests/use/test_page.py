@@ -75,6 +75,7 @@ def test_the_page_says_in_a_browser_what_predict_says_and_asks_nobody_else(
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("chromium is not installed")
+    pytest.importorskip("gradio", reason="the extra `page` is not installed")
     from dist_train.use.page import serve
 
     shards = write_shard_set(tmp_path / "set", {"train": [24]})
