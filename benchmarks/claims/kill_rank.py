@@ -13,7 +13,7 @@ from typing import Any
 from dist_train.data.loader import Batch, TrainLoader
 from dist_train.errors import run_command
 from dist_train.files import write_atomically
-from dist_train.train import loop
+from dist_train.train import inputs, loop
 from dist_train.train.checkpoint import CheckpointWriter
 from dist_train.train.step import TrainStep
 
@@ -50,7 +50,7 @@ def run_rank(environment: dict[str, str], samples: Path, options: list[str], mar
 
         setattr(owner, name, marked)
 
-    vars(loop)["TrainLoader"] = RecordedLoader
+    vars(inputs)["TrainLoader"] = RecordedLoader
     if marks is not None:
         mark(TrainStep, "__call__", "step")
         mark(loop, "evaluate_split", "evaluation")
