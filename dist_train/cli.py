@@ -163,7 +163,12 @@ def _command_parser() -> argparse.ArgumentParser:
         help="part of a name, or with wildcards, as '*dinov2*'; each that fits is looked at, about a second each "
         "(default: the paper's, and timm's families)",
     )
+    _add_uses_of_a_run(commands)
+    return parser
 
+
+def _add_uses_of_a_run(commands: Any) -> None:
+    """The commands that take a run folder. commands: argparse's subparsers."""
     evaluate = commands.add_parser("evaluate", help="accuracy of a run on a split, or how well it finds tags")
     evaluate.add_argument("run", type=Path, help="run folder")
     evaluate.add_argument("--split", default="test")
@@ -241,7 +246,6 @@ def _command_parser() -> argparse.ArgumentParser:
             help="which weights (default: the best on val, if val was evaluated and with no --ema, else the last)",
         )
         command.add_argument("--ema", action="store_true", help="the averaged weights of train.ema, not the raw ones")
-    return parser
 
 
 def _say_recipes(name: str | None) -> int:
