@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import sys
@@ -16,6 +15,7 @@ from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError, run_command, written
 from dist_train.files import write_atomically
 from dist_train.image_folder import with_shard_set
+from dist_train.machine import is_installed
 from dist_train.output import keep_stdout, say
 from dist_train.parse import RECIPES, expanded, find_recipe, own_recipes, parse_recipe, parse_training, recipe_from_run
 from dist_train.recipe import check, ranks_of_this_job
@@ -267,7 +267,7 @@ def _run(options: argparse.Namespace) -> int:
     recipe = recipe_from_run(options.run)
     if options.command == "export":
         _check_export(options)
-    if options.command == "demo" and importlib.util.find_spec("gradio") is None:
+    if options.command == "demo" and not is_installed("gradio"):
         raise UseError("demo: needs gradio; pip install 'dist-train[page]'")
     # Importing torch and DALI takes seconds: what is wrong above is told before.
     from dist_train.use.evaluate import evaluate
@@ -340,7 +340,7 @@ def _check_export(options: argparse.Namespace) -> None:
     if file is not None and file.suffix not in (".onnx", ".safetensors", "") and not file.is_dir():
         raise UseError(f"{file}: name a file .onnx or .safetensors, or a new folder without a dot")
     if file is not None and file.suffix == ".onnx":
-        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not is_installed(name)]
         if missing:
             raise UseError(f"{file}: needs {', '.join(missing)}; pip install 'dist-train[onnx]'")
     if options.public and options.hub is None:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import subprocess
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; nothing is imported to find out.
+
+    A folder of its name, such as `wandb` leaves wherever it has run, or what an uninstalled package leaves behind, is
+    found as a package too, but has no file.
+    """
+    found = importlib.util.find_spec(package)
+    return found is not None and getattr(found, "origin", "") is not None
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:

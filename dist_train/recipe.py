@@ -7,7 +7,6 @@ doctor` names all of them.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,6 +21,7 @@ from dist_train.data.remote import is_url
 from dist_train.data.vocabulary import WHOLE_TAGS, read_vocabulary
 from dist_train.errors import UseError, WorkError
 from dist_train.image_folder import is_image_source
+from dist_train.machine import is_installed
 from dist_train.models.abilities import Abilities
 from dist_train.models.names import CNNS, abilities, check_model, check_weights
 from dist_train.ranges import check_ranges
@@ -207,7 +207,7 @@ def _check_lora(recipe: Recipe) -> None:
         raise UseError(f"model.lora: {recipe.model.backbone} has no transformer blocks for adapters; use a ViT, or 0")
     if recipe.model.freeze != "none":
         raise UseError("model.lora freezes the backbone but for its adapters: use model.freeze none with it")
-    if importlib.util.find_spec("peft") is None:
+    if not is_installed("peft"):
         raise UseError("model.lora needs the package peft: pip install 'dist-train[lora]'")
 
 
@@ -247,9 +247,7 @@ def _check_augmentation(config: DataConfig) -> None:
 
 
 def _check_wandb(recipe: Recipe) -> None:
-    found = importlib.util.find_spec("wandb") if recipe.train.wandb_project else True
-    # A folder `wandb`, which it leaves wherever it has run, is found as a package too, but has no file.
-    if found is None or getattr(found, "origin", "") is None:
+    if recipe.train.wandb_project and not is_installed("wandb"):
         raise UseError("train.wandb_project needs the package: pip install wandb")
 
 

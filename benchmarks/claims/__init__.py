@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from dist_train.errors import UseError
+from dist_train.machine import is_installed
 
 
 def require(package: str, module: str) -> None:
     """Raise UseError, naming the cure, where a package of the extra `benchmarks` is not installed."""
-    if find_spec(module) is None:
+    if not is_installed(module):
         raise UseError(f'this benchmark needs {package}: pip install -e ".[benchmarks]"')

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.errors import UseError, WorkError, run_command, written
 from dist_train.files import write_atomically
+from dist_train.machine import is_installed
 from dist_train.output import keep_stdout, say
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def find_graph() -> tuple[Path, str]:
     except metadata.PackageNotFoundError:
         raise UseError(f"the wheel {WHEEL} is not installed: {cure}") from None
     for package in ("onnx", "onnxruntime"):
-        if util.find_spec(package) is None:
+        if not is_installed(package):
             raise UseError(f"this needs {package}: {cure}")
     path = Path(str(wheel.locate_file(INSIDE)))
     if not path.is_file():

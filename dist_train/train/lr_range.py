@@ -7,7 +7,6 @@ diverges. Where it falls the rate is useful; where it rises the rate is too high
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import logging
 import math
@@ -17,6 +16,7 @@ from pathlib import Path
 from dist_train.config import Recipe
 from dist_train.errors import WorkError, written
 from dist_train.files import write_atomically
+from dist_train.machine import is_installed
 from dist_train.train.ranks import mean_over_ranks
 from dist_train.train.rehearsal import rehearsal
 from dist_train.train.schedule import scaled_rate
@@ -85,7 +85,7 @@ def range_test(recipe: Recipe, low: float, high: float, steps: int, output: Path
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, _table(result).encode())
     files = [str(output)]
-    if importlib.util.find_spec("matplotlib") is None:
+    if not is_installed("matplotlib"):
         log.info("no picture: pip install matplotlib")
     else:
         picture = output.with_suffix(".png")
