@@ -37,6 +37,7 @@ from dist_train.train.meters import (
     synchronize,
 )
 from dist_train.train.precision import compute_dtype
+from dist_train.train.setup import with_normalisation
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +66,8 @@ def _measure(recipe: Recipe, arm: str, warmup: int, steps: int, let_go: ExitStac
     place = init_process_group()
     if place.world_size != 1:
         raise UseError("benchmarks step measures one device; start it without a launcher")
+    if recipe.data.labels != "class":
+        raise UseError("benchmarks measure models of classes: use data.labels class")
     device = torch_device(place)
     micro_batch = recipe.train.micro_batch_size or recipe.train.batch_size
     if recipe.train.batch_size % micro_batch:
@@ -121,7 +124,7 @@ def load(
     outside = outside_torch_mb(device) if device.type == "cuda" else 0.0
     begin = time.perf_counter()
     loader = TrainLoader(
-        recipe.data,
+        with_normalisation(recipe).data,
         manifest,
         place,
         batch_size=recipe.train.batch_size,

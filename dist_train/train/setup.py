@@ -27,23 +27,27 @@ from dist_train.train.step import TrainStep, make_forward
 
 
 def without_auto(recipe: Recipe, device: torch.device, world_size: int, checkpoint: Path | None = None) -> Recipe:
-    """The recipe with what model.compile and deepspeed.precision `auto` are here, and data.mean and data.std: those of
-    the weights that it starts from, or of the checkpoint that it goes on from."""
-    data = recipe.data
-    if "auto" in (data.mean, data.std):
-        if checkpoint is None:
-            mean, std = normalisation(recipe.model, data.image_size)
-        else:
-            mean, std = (tuple(read_document(checkpoint)["recipe"]["data"][key]) for key in ("mean", "std"))
-        data = replace(
-            data, mean=mean if data.mean == "auto" else data.mean, std=std if data.std == "auto" else data.std
-        )
+    """The recipe with what `auto` is here, in model.compile, deepspeed.precision, data.mean and data.std."""
+    recipe = with_normalisation(recipe, checkpoint)
     return replace(
         recipe,
-        data=data,
         model=replace(recipe.model, compile=compile_mode(recipe, device, world_size)),
         deepspeed=replace(recipe.deepspeed, precision=precision_of(recipe.deepspeed)),
     )
+
+
+def with_normalisation(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:
+    """The recipe with numbers for data.mean and data.std `auto`, as loaders need them: those of the weights that it
+    starts from, or of the checkpoint that it goes on from."""
+    data = recipe.data
+    if "auto" not in (data.mean, data.std):
+        return recipe
+    if checkpoint is None:
+        mean, std = normalisation(recipe.model, data.image_size)
+    else:
+        mean, std = (tuple(read_document(checkpoint)["recipe"]["data"][key]) for key in ("mean", "std"))
+    data = replace(data, mean=mean if data.mean == "auto" else data.mean, std=std if data.std == "auto" else data.std)
+    return replace(recipe, data=data)
 
 
 def run_in_a_line(recipe: Recipe, manifest: Manifest, place: Place) -> str:

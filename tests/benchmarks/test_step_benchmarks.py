@@ -35,7 +35,7 @@ def test_a_point_is_measured_in_each_arm_and_printed(
     recipe = (
         "--data.image_size 32 --data.crop_margin 8 --data.threads 1 --model.backbone vit_tiny_patch16 --model.head ifa"
     )
-    batch = "--train.batch_size 8 --train.micro_batch_size 4"
+    batch = "--train.batch_size 8 --train.micro_batch_size 4 --data.mean auto --data.std auto"
     arguments = f"step --name small --arms synthetic,loader,end_to_end --warmup 1 --steps 3 {recipe} {batch}"
     assert main([*arguments.split(), "--data.shards", str(shards)]) == 0
     document = json.loads((results / "step/small.json").read_bytes())
