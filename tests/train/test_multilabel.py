@@ -270,18 +270,18 @@ def test_sets_without_tags_and_runs_of_other_labels_are_refused(
 
 @pytest.mark.slow
 def test_the_recipe_learns_the_tags_of_drawn_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In a few epochs the mAP on test is far above that of guessing, which is the share of images with a tag."""
+    """In its epochs the mAP on test is far above that of guessing, which is the share of images with a tag."""
     from shards.__main__ import main as shards_main
 
     drawn, run = tmp_path / "set", tmp_path / "run"
     assert shards_main(["demo", str(drawn), "--pictures", "1500", "--size", "36"]) == 0
     recipe = ["--config", str(harness.REPOSITORY / "launch/recipes/tags.yaml")]
-    assert main(["train", *recipe, f"--data.shards={drawn}", f"--train.run={run}", "--train.epochs=4"]) == 0
+    assert main(["train", *recipe, f"--data.shards={drawn}", f"--train.run={run}"]) == 0
     capsys.readouterr()
     assert main(["evaluate", str(run)]) == 0
     figures = json.loads(capsys.readouterr().out)
     rows = list(csv.DictReader((run / "evaluation_test.csv").open(encoding="utf-8")))
     occur = [int(row["positives"]) for row in rows if int(row["positives"])]
     guessing = sum(occur) / len(occur) / figures["samples"]
-    assert figures["map"] > 1.5 * guessing
+    assert figures["map"] > 2 * guessing
     assert figures["tuned_f1_macro"] > figures["f1_macro"]  # rare tags seldom reach 0.5
