@@ -168,6 +168,10 @@ def check_combination(recipe: Recipe, device: str, world_size: int = 1) -> None:
             f"{recipe.model.backbone} has batch norms, whose float32 statistics DeepSpeed's {precision} cannot "
             "take; use deepspeed.precision bf16 with deepspeed.zero_stage 0, or float32"
         )
+    if recipe.train.noise_every and precision == "fp16":
+        raise UseError(
+            "train.noise_every: deepspeed.precision fp16 scales what it measures; use bf16, or noise_every 0"
+        )
     if config.offload == "optimizer" and stage == 0:
         raise UseError("deepspeed.offload optimizer needs deepspeed.zero_stage 1, 2 or 3")
     if config.offload == "parameters" and stage != 3:
