@@ -24,7 +24,7 @@ from dist_train.train.engine import init_process_group
 from dist_train.train.noise_scale import FEWEST, WINDOW, NoiseMeter, ratio_of_means, separate
 from dist_train.train.setup import build_step
 from tests.harness import logged_steps, train, write_shard_set
-from tests.train.deepspeed_worker import BATCH, CLASSES, NARROW, loader_of, recipe_of, start
+from tests.train.deepspeed_worker import BATCH, NARROW, loader_of, recipe_of, start
 from tests.train.forked_ranks import run_on
 
 STEPS = 3
@@ -188,9 +188,7 @@ def reference(folder: Path, name: str, options: list[str], shards: Path, ranks: 
                 given = [tensor for tensor in told if tensor is not None]
                 own = [own_gradient(model, tuple(t[i : i + 1] for t in given)) for i in range(len(told[1]))]
                 parts.append(torch.stack([torch.cat([g.flatten() for g in o.values()]) for o in own]))
-                singles.append(
-                    torch.stack([torch.cat([g.flatten() for n, g in o.items() if n in norms]) for o in own])
-                )
+                singles.append(torch.stack([torch.cat([g.flatten() for n, g in o.items() if n in norms]) for o in own]))
         small = torch.stack([part.mean(dim=0).square().sum() for part in parts]).mean()
         large = torch.cat(parts).mean(dim=0).square().sum()
         of_norms = torch.cat(singles)
@@ -239,7 +237,7 @@ def test_with_blocks_that_are_computed_again_only_whole_gradients_are_read(shard
 
 
 def test_what_it_cannot_look_into_is_refused() -> None:
-    with pytest.raises(UseError, match="noise_every: deepspeed.precision fp16 scales"):
+    with pytest.raises(UseError, match=r"noise_every: deepspeed.precision fp16 scales"):
         check_combination(recipe_of(Path(), ["--train.noise_every=10", "--deepspeed.precision=fp16"]), "cuda")
-    with pytest.raises(UseError, match="graphs does not go with train.noise_every"):
+    with pytest.raises(UseError, match=r"graphs does not go with train.noise_every"):
         check_combination(recipe_of(Path(), ["--train.noise_every=10", "--model.compile=graphs"]), "cuda")
