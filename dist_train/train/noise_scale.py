@@ -209,7 +209,8 @@ class NoiseMeter:
 
     def _gradient(self, gradient: Tensor) -> None:
         """Called with the gradient of a parameter of this micro-batch alone, before it is added to others or sent."""
-        self._squares.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).square())
+        flat = gradient.detach().flatten().float()
+        self._squares.append(flat @ flat)  # in two thirds of a norm's time
 
     def _normed(self, norm: nn.LayerNorm, inputs: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad:
