@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.benchmark import Benchmark
-from benchmarks.claims import agreement, histogram, kill, landscape, noise, paper, precision, probe, study
+from benchmarks.claims import agreement, gap, histogram, kill, landscape, noise, paper, precision, probe, study
 from benchmarks.speed import batch_size, engine, exchange, gpu, ifa, loader, scale, step
 
 SPEED: tuple[Benchmark, ...] = (
@@ -18,6 +18,7 @@ SPEED: tuple[Benchmark, ...] = (
 )
 CLAIMS: tuple[Benchmark, ...] = (
     study.BENCHMARK,
+    gap.BENCHMARK,
     paper.BENCHMARK,
     landscape.BENCHMARK,
     precision.BENCHMARK,
