@@ -1,0 +1,117 @@
+"""The benchmark `gap`: what its remedies change in a recipe, what it makes of the runs, and one in small."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import result
+from benchmarks.__main__ import main
+from benchmarks.claims import gap
+from benchmarks.claims.gap_answers import answer_questions, closed, closers
+from benchmarks.claims.gap_runs import FIXED, HEADS, REMEDIES, Run, plan, searched_as, searches
+from benchmarks.claims.gap_runs import accuracies as accuracies_of
+from dist_train.config import ModelConfig, Recipe
+from dist_train.models.build import build_model
+from dist_train.train.schedule import count_steps, learning_rate
+from tests.harness import write_shard_set
+
+BATCHES = [16, 64, 256]
+
+
+def recipe(remedy: str, batch: int, train: Any = "frozen") -> Recipe:
+    arguments = gap.Arguments(set=Path("set"), weights=Path("w.safetensors"), name="x", train=train, epochs=4)
+    return gap.recipe_of(Run("cls", remedy, batch, 0), arguments, BATCHES, 0.02, samples=1000)
+
+
+def test_a_remedy_changes_what_it_says_and_nothing_else() -> None:
+    fixed = recipe(FIXED, 256)
+    half_life = torch.log(torch.tensor(0.5)) / torch.log(
+        torch.tensor([0.9, recipe("momentum by samples", 256).optim.momentum])
+    )
+    assert 16 * half_life[0] == pytest.approx(256 * half_life[1])  # in samples
+
+    def rate(of: Recipe) -> float:
+        """The highest in the run."""
+        return learning_rate(of.optim, of.train.batch_size, of.optim.warmup_steps, 10_000, 1000)
+
+    assert rate(recipe("linear", 256)) == pytest.approx(16 * rate(fixed), rel=1e-3)
+    assert rate(recipe("square root", 256)) == pytest.approx(4 * rate(fixed), rel=1e-3)
+    steps = recipe("equal steps", 256).train
+    assert abs(count_steps(steps.epochs, 1000, 256) - count_steps(4, 1000, 16)) <= 1
+    assert recipe("adamw", 256).optim.name == "adamw"
+    assert recipe("frozen embedding", 256, "all").model.freeze == "0"
+    assert (fixed.model.freeze, recipe(FIXED, 256, "all").model.freeze) == ("backbone", "none")
+    for remedy in ("own rate", "linear, momentum by samples"):
+        assert recipe(remedy, 256).data == fixed.data
+
+
+def test_every_run_has_a_rate_that_was_searched_for_its_optimizer_and_is_planned_once() -> None:
+    remedies = [name for name in REMEDIES if name != "frozen embedding"]
+    runs = plan(list(HEADS), remedies, BATCHES, 2)
+    assert len({run.name for run in runs}) == len(runs) == 2 * len(HEADS) * (len(BATCHES) + len(remedies))
+    for run in runs:
+        place = searched_as(run.remedy, BATCHES)
+        assert place in list(searches(run.head, BATCHES, remedies))
+        assert REMEDIES[place[0]].optimizer == REMEDIES[run.remedy].optimizer
+        assert place[1] == (256 if "own rate" in run.remedy else 16)
+
+
+def rows_of(levels: dict[tuple[str, str, int], list[float]]) -> list[dict[str, Any]]:
+    return [
+        {"head": head, "remedy": remedy, "batch_size": batch, "seed": seed, "top1": top1 / 100}
+        for (head, remedy, batch), its in levels.items()
+        for seed, top1 in enumerate(its)
+    ]
+
+
+def test_the_share_of_the_gap_is_what_a_remedy_wins_back_and_a_head_without_a_gap_has_none() -> None:
+    rows = rows_of(
+        {
+            ("cls", FIXED, 16): [80.0, 81.0, 82.0],
+            ("cls", FIXED, 64): [77.0, 78.5, 79.5],
+            ("cls", FIXED, 256): [70.0, 71.0, 72.0],
+            ("cls", "linear", 256): [79.5, 81.0, 82.0],
+            ("cls", "own rate", 256): [75.0, 76.0, 77.0],
+            ("ifa", FIXED, 16): [80.0, 82.0, 81.0],
+            ("ifa", FIXED, 64): [80.0, 82.0, 81.0],
+            ("ifa", FIXED, 256): [81.0, 81.0, 81.0],
+            ("ifa", "linear", 256): [83.0, 84.0, 85.0],
+        }
+    )
+    assert accuracies_of(rows, "cls", FIXED, 16) == {0: 80.0, 1: 81.0, 2: 82.0}
+    assert closed(rows, "cls", "linear", BATCHES).mean == pytest.approx(100 * (9.5 + 10 + 10) / 3 / 10)
+    assert not closed(rows, "ifa", "linear", BATCHES)
+    assert closers(rows, ["cls", "ifa"], ["own rate", "linear"], BATCHES)[0][0] == "linear"
+    answers = {answer["question"]: answer["verdict"] for answer in answer_questions(rows, BATCHES)}
+    assert answers["Does `linear` win back what batch 256 loses?"] == "yes"
+    assert answers["Does `own rate` win back what batch 256 loses?"] == "no"
+    assert answers["Is at least 95 % of the gap explained by one of them?"] == "yes"
+    assert answers["Is `ifa` better than CLS at batch 256 at the fixed rate?"] == "yes"
+    assert answers["Does accuracy fall with the batch size, at one rate and number of epochs?"] == "undecided"
+
+
+def test_a_small_one_searches_trains_answers_and_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
+    shards = write_shard_set(tmp_path / "set", {"train": [16], "val": [8], "test": [8]}, baked=16)
+    model, _ = build_model(ModelConfig(backbone="vit_tiny_patch16"), 16, 4)
+    weights = {f"{name.removeprefix('backbone.')}": tensor for name, tensor in model.state_dict().items()}
+    save_file({name: its for name, its in weights.items() if not name.startswith("head")}, tmp_path / "w.safetensors")
+    words = ["gap", str(shards), f"--weights={tmp_path / 'w.safetensors'}", "--name=x", "--backbone=vit_tiny_patch16"]
+    words += ["--size=16", "--heads=cls", "--batches=4,8", "--remedies=own rate", "--rates=0.01", "--epochs=1"]
+    words.append(f"--scratch={tmp_path / 'scratch'}")
+    assert main([*words, "--seeds=1"]) == 0
+    document = json.loads((tmp_path / "results/gap/x.json").read_bytes())
+    assert [row["searched_rate"] for row in document["rows"]] == [True, True, False, False, False]
+    assert document["answers"]
+    assert not list(tmp_path.rglob("checkpoints"))
+    assert main([*words, "--seeds=2"]) == 0  # more seeds, of the same search
+    again = json.loads((tmp_path / "results/gap/x.json").read_bytes())["rows"]
+    assert again[:5] == document["rows"] and len(again) == 8
+    assert main(["gap", str(shards), "--weights=w", "--name=x", "--heads=mlp"]) == 2
+    assert "no head 'mlp'" in capfd.readouterr().err
