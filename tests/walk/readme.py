@@ -121,6 +121,7 @@ WALK: dict[str, Run | Skip] = {
     "python -m benchmarks ifa": Skip(SLOW.format("test_step_benchmarks.py")),
     "python -m benchmarks paper": Skip("the paper's data and weights, days; tests/benchmarks/test_sweeps.py"),
     "python -m benchmarks landscape": Skip(SLOW.format("test_landscape.py")),
+    "python -m benchmarks gap": Skip("pretrained weights, and hundreds of runs; tests/benchmarks/test_gap.py"),
     "python -m benchmarks study": Skip(SLOW.format("test_sweeps.py")),
     "python -m benchmarks engine": Skip(SLOW.format("test_step_benchmarks.py")),
     "python -m benchmarks exchange": Skip(SLOW.format("test_exchange_benchmark.py")),
