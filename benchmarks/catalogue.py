@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.benchmark import Benchmark
-from benchmarks.claims import agreement, histogram, kill, landscape, paper, precision, probe, study
+from benchmarks.claims import agreement, histogram, kill, knee, landscape, paper, precision, probe, study
 from benchmarks.speed import batch_size, engine, exchange, gpu, ifa, loader, scale, step
 
 SPEED: tuple[Benchmark, ...] = (
@@ -20,6 +20,7 @@ CLAIMS: tuple[Benchmark, ...] = (
     study.BENCHMARK,
     paper.BENCHMARK,
     landscape.BENCHMARK,
+    knee.BENCHMARK,
     precision.BENCHMARK,
     probe.BENCHMARK,
     kill.BENCHMARK,
