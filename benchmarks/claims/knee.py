@@ -121,10 +121,16 @@ class Setting:
         recipe = replace(self.trunk, data=replace(self.trunk.data, threads=self.threads))
         return {"recipe": asdict(recipe), "step": self.steps[stage]}
 
+    @property
+    def trained_by(self) -> dict[str, Any]:
+        """The trunk's recipe, without where its folder lies, as JSON has it."""
+        recipe = comparable(self.trunk)
+        del recipe["train"]["run"]
+        return json.loads(json.dumps(recipe))
+
     def describe(self) -> dict[str, Any]:
         """What decides the loss of a branch of a given stage, batch and seed."""
-        recipe = comparable(self.trunk)
-        return {"recipe": recipe, "samples_per_branch": self.samples, "rate_scaling": self.scaling}
+        return {"recipe": self.trained_by, "samples_per_branch": self.samples, "rate_scaling": self.scaling}
 
 
 def run(arguments: Arguments, base: Recipe) -> Path:
@@ -197,7 +203,7 @@ class Record:
         self.settings: dict[str, Any] = document.get("parameters", {}).get("settings", {})
         self.rows: list[Row] = document.get("rows", [])
         self.stages: list[Row] = document.get("knees", [])
-        mine, there = json.loads(json.dumps(setting.describe())), self.settings.get(setting.label)
+        mine, there = setting.describe(), self.settings.get(setting.label)
         if there is not None and any(there[key] != value for key, value in mine.items()):
             key = next(key for key, value in mine.items() if there[key] != value)
             raise UseError(
@@ -235,7 +241,7 @@ class Record:
 def begin_folder(setting: Setting) -> None:
     """Raise UseError where the folder has the trunk of another recipe; else note in it whose it is."""
     note = setting.folder / "knee.json"
-    mine = json.loads(json.dumps(comparable(setting.trunk)))
+    mine = setting.trained_by
     if note.is_file() and json.loads(note.read_bytes()) != mine:
         raise UseError(f"{setting.folder}: holds branches of another recipe; remove it, or use another train.run")
     setting.folder.mkdir(parents=True, exist_ok=True)
