@@ -52,6 +52,17 @@ def find_knee(losses: Floats, batches: Sequence[int], tolerance: float) -> Found
     return _found(knees, len(losses))
 
 
+def better_than_smallest(losses: Floats, batches: Sequence[int]) -> int | None:
+    """The batch of the lowest mean loss, if it is lower than that of the smallest batch more surely than by chance (one
+    case in twenty); with one seed None. The rate was then low for the smallest batch, and a larger one made up for it.
+    """
+    differences = excess(losses)
+    best = int(np.argmin(differences.mean(axis=0)))
+    draws = bootstrap_means(differences)[:, best]
+    sure = len(draws) > 0 and float(np.quantile(draws, (1 + CONFIDENCE) / 2)) < 0
+    return batches[best] if sure else None
+
+
 def crossing(differences: Floats, batches: Sequence[int], tolerance: float) -> Floats:
     """(rows,): of each row of (rows, batches), the largest batch at which the line through its points, straight over
     log2 of the batch, is not above the tolerance. Infinite where that is the last point; next to an infinite excess it

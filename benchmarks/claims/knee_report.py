@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.benchmark import Chart
 from benchmarks.charts import COLOURS, GREY, MARKERS, batch_axis, legend, new_axes, plain
-from benchmarks.claims.knee_fit import Floats, Found, excess, find_knee, fit_critical
+from benchmarks.claims.knee_fit import Floats, Found, better_than_smallest, excess, find_knee, fit_critical
 from benchmarks.tables import Document, Row, having
 
 if TYPE_CHECKING:
@@ -47,19 +47,22 @@ def losses_of(rows: Sequence[Row], setting: str, stage: float, key: str = LOSS) 
 
 def knee_of(rows: Sequence[Row], stage: Row, tolerance: float) -> Row:
     """The stage {setting, stage, start_loss, ...} with what its rows say: see `knee_fit`. Numbers are None where they
-    lie beyond what was measured; `says` has the knee in words."""
+    lie beyond what was measured; `says` has the knee in words, `doubt` why neither number is to be trusted."""
     losses = losses_of(rows, stage["setting"], stage["stage"])
     if losses is None:
         return stage
     allowed = tolerance * float(losses.values[:, 0].mean())
     knee = find_knee(losses.values, losses.batches, allowed)
     fitted = fit_critical(losses.values, losses.batches, stage["start_loss"])
+    best = better_than_smallest(losses.values, losses.batches)
+    doubt = f"{best} is better than {losses.batches[0]}: the rate is low for the smallest batch" if best else None
     return stage | {
         "seeds": len(losses.seeds),
         "allowed_loss": round(allowed, 5),
         **_numbers("knee", knee),
         "says": in_words(knee, losses.batches),
         **_numbers("fitted", fitted),
+        "doubt": doubt,
     }
 
 
@@ -89,7 +92,8 @@ def headline(document: Document) -> str:
         if "says" in knee:
             predicted = knee.get("predicted")
             beside = f", predicted {predicted:.0f}" if predicted is not None else ""
-            parts.append(f"{knee['setting']} at {knee['stage']:.0%}: {knee['says']}{beside}")
+            doubtful = ", doubtful" if knee.get("doubt") else ""
+            parts.append(f"{knee['setting']} at {knee['stage']:.0%}: {knee['says']}{beside}{doubtful}")
     return "; ".join(parts)
 
 

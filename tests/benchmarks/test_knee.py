@@ -17,8 +17,17 @@ from hypothesis import strategies as st
 from benchmarks import points, result
 from benchmarks.charts import png
 from benchmarks.claims import knee, knee_run
-from benchmarks.claims.knee_fit import CONFIDENCE, Found, crossing, excess, find_knee, fit_critical
-from benchmarks.claims.knee_report import in_words
+from benchmarks.claims.knee_fit import (
+    CONFIDENCE,
+    Floats,
+    Found,
+    better_than_smallest,
+    crossing,
+    excess,
+    find_knee,
+    fit_critical,
+)
+from benchmarks.claims.knee_report import in_words, knee_of
 from benchmarks.report import benchmark_of, tables_of
 from dist_train.config import Recipe
 from dist_train.data.manifest import read_manifest
@@ -33,7 +42,7 @@ BATCHES = [8, 16, 32, 64, 128, 256]
 SIZES = np.array(BATCHES, float)
 
 
-def losses(critical: float, seeds: int, noise: float, rng: np.random.Generator) -> np.ndarray:
+def losses(critical: float, seeds: int, noise: float, rng: np.random.Generator) -> Floats:
     """Branches from a loss of 3 by the samples that McCandlish et al. say a batch needs, with noise that a seed's
     branches share and noise of their own."""
     shared, own = rng.standard_normal((seeds, 1)), rng.standard_normal((seeds, len(SIZES)))
@@ -65,6 +74,21 @@ def test_a_branch_that_diverged_is_worse_than_any() -> None:
     assert find_knee(values[:, :5], BATCHES[:5], 0.1).value == math.inf  # the largest is not worse
     with pytest.raises(ValueError, match="smallest batch has no finite loss"):
         excess(values[:, 3:])
+
+
+def test_a_rate_that_is_low_for_the_smallest_batch_is_said_to_be() -> None:
+    values = losses(60, 4, 0.01, np.random.default_rng(0))
+    assert better_than_smallest(values, BATCHES) is None
+    values[:, 2] -= 0.2
+    assert better_than_smallest(values, BATCHES) == 32
+    assert better_than_smallest(values[:1], BATCHES) is None
+    rows = [
+        {"setting": "one", "stage": 0.5, "seed": seed, "batch": batch, "val_loss": loss}
+        for seed, line in enumerate(values.tolist())
+        for batch, loss in zip(BATCHES, line, strict=True)
+    ]
+    found = knee_of(rows, {"setting": "one", "stage": 0.5, "start_loss": 3.0}, 0.01)
+    assert found["doubt"] == "32 is better than 8: the rate is low for the smallest batch"
 
 
 def largest_within(differences: list[float], tolerance: float) -> float:
@@ -120,7 +144,7 @@ def test_branches_of_a_noisy_quadratic_give_its_noise_scale() -> None:
                 x -= rate / (1 + critical / batch) * (x + part.mean(axis=0))
             line.append(x @ x / 2)
         values.append(line)
-    found = fit_critical(np.array(values), BATCHES, start @ start / 2)
+    found = fit_critical(np.array(values), BATCHES, float(start @ start) / 2)
     assert found.value == pytest.approx(critical, rel=0.05)
 
 
