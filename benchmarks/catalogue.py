@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.benchmark import Benchmark
-from benchmarks.claims import agreement, histogram, kill, knee, landscape, paper, precision, probe, study
+from benchmarks.claims import agreement, gap, histogram, kill, knee, landscape, noise, paper, precision, probe, study
 from benchmarks.speed import batch_size, engine, exchange, gpu, ifa, loader, scale, step
 
 SPEED: tuple[Benchmark, ...] = (
@@ -18,10 +18,12 @@ SPEED: tuple[Benchmark, ...] = (
 )
 CLAIMS: tuple[Benchmark, ...] = (
     study.BENCHMARK,
+    gap.BENCHMARK,
     paper.BENCHMARK,
     landscape.BENCHMARK,
     knee.BENCHMARK,
     precision.BENCHMARK,
+    noise.BENCHMARK,
     probe.BENCHMARK,
     kill.BENCHMARK,
     agreement.BENCHMARK,

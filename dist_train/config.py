@@ -285,6 +285,11 @@ class TrainConfig:
     timeout_s: Annotated[float, Range(1, 10**8)] = 1800.0  # three years: more is beyond what collectives can count
     """Longest that ranks wait for each other, seconds: a rank that died ends the job at once, one that is silent or
     hangs within this time. Must be longer than anything that rank 0 does alone, such as writing weights."""
+    noise_every: Annotated[int, NOT_NEGATIVE] = 0
+    """Estimate the gradient noise scale, the batch size beyond which more samples in a step gain little, from every
+    n-th step. Logged as noise_scale (of all parameters; needs several ranks or micro-batches) and noise_scale_norms (of
+    the layer norms alone), over the last 100 measured steps since the start of the process, with the ends of 95 %
+    intervals. A measured step runs without torch.compile, and none as a CUDA graph. 0: never."""
     skip_bad_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps whose loss may be NaN or infinite: they change no weights and are logged; one more ends the run."""
     profile_steps: Annotated[int, NOT_NEGATIVE] = 0

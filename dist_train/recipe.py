@@ -28,6 +28,14 @@ from dist_train.ranges import check_ranges
 from dist_train.train.schedule import check_schedule, count_steps
 from dist_train.train.settings import deepspeed_settings, precision_of, read_deepspeed_config, why_no_graphs
 
+AUGMENTATION_OFF: dict[str, float | bool | str] = {
+    "crop": "squash",
+    "crop_margin": 0,
+    "flip": False,
+    "auto_augment": "none",
+    **dict.fromkeys(("brightness", "contrast", "saturation", "hue", "grey", "blur", "erasing", "mixup", "cutmix"), 0),
+}
+"""Every key of the data section that augments images, and the value at which it does not."""
 METRICS_NAME = "metrics.jsonl"
 """The file of a run folder that says that a run has begun in it."""
 
@@ -168,6 +176,10 @@ def check_combination(recipe: Recipe, device: str, world_size: int = 1) -> None:
             f"{recipe.model.backbone} has batch norms, whose float32 statistics DeepSpeed's {precision} cannot "
             "take; use deepspeed.precision bf16 with deepspeed.zero_stage 0, or float32"
         )
+    if recipe.train.noise_every and precision == "fp16":
+        raise UseError(
+            "train.noise_every: deepspeed.precision fp16 scales what it measures; use bf16, or noise_every 0"
+        )
     if config.offload == "optimizer" and stage == 0:
         raise UseError("deepspeed.offload optimizer needs deepspeed.zero_stage 1, 2 or 3")
     if config.offload == "parameters" and stage != 3:
@@ -223,10 +235,7 @@ def _check_feature_cache(recipe: Recipe) -> None:
         raise UseError("data.feature_cache goes with the classes of images alone: use data.labels class, or no cache")
     if recipe.model.text_tokens:
         raise UseError("data.feature_cache keeps features of images alone: use model.text_tokens 0, or no cache")
-    off: dict[str, float | bool | str] = {"crop": "squash", "crop_margin": 0, "flip": False, "auto_augment": "none"}
-    off |= dict.fromkeys(("brightness", "contrast", "saturation", "hue", "grey", "blur", "erasing"), 0)
-    off |= {"mixup": 0, "cutmix": 0}
-    on = [f"data.{key} {str(value).lower()}" for key, value in off.items() if getattr(data, key) != value]
+    on = [f"data.{key} {str(value).lower()}" for key, value in AUGMENTATION_OFF.items() if getattr(data, key) != value]
     if on:
         raise UseError(
             f"data.feature_cache: a sample has the same features in every epoch, so nothing may augment it; set "

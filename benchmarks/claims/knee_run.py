@@ -79,11 +79,9 @@ def branch_recipe(trunk: Recipe, batch: int, seed: int) -> Recipe:
     """What a branch is trained by. Its seed's order, cut into as many streams as at the smallest batch, gives the same
     samples in the same order whatever the batch; seed 0 is not the trunk's."""
     streams = choose_streams(trunk.train.batch_size, trunk.data.streams)
-    changes: dict[str, Any] = {"batch_size": batch, "seed": trunk.train.seed + 1 + seed}
-    if hasattr(trunk.train, "noise_every"):
-        changes["noise_every"] = 0
-    changes["run"] = str(Path(trunk.train.run).parent / "branches")
-    return replace(trunk, data=replace(trunk.data, streams=streams), train=replace(trunk.train, **changes))
+    run = str(Path(trunk.train.run).parent / "branches")
+    train = replace(trunk.train, batch_size=batch, seed=trunk.train.seed + 1 + seed, run=run, noise_every=0)
+    return replace(trunk, data=replace(trunk.data, streams=streams), train=train)
 
 
 def measure_branch(point: dict[str, Any]) -> dict[str, float | None]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import timm
 
+import dist_train.models.own  # noqa: F401  # timm lists what it was told of
 from dist_train.errors import UseError
 from dist_train.models.backbones import timm_name
 from dist_train.models.names import CNNS, VIT_SIZES, abilities, is_paper_name

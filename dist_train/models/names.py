@@ -63,6 +63,8 @@ def check_name(backbone: str) -> None:
         return
     import timm  # slow, and the only one that knows
 
+    import dist_train.models.own  # noqa: F401  # and what it is told
+
     architecture, _, tag = backbone.partition(".")
     if re.fullmatch(r"\w+", architecture) and timm.is_model(architecture):
         tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]

@@ -262,13 +262,15 @@ class _Run:
         assert bad_steps is not None
         steps_counted = self.meter.steps - bad_steps.skipped_since_log
         loss = mean_over_ranks(loss_sum / steps_counted, self.place.world_size)
-        figures = {
+        figures: dict[str, Any] = {
             "step": state.step,
             "epoch": round(state.samples_consumed / self.samples, 4),
             "samples": state.samples_consumed,
             "loss": loss,
             "lr": rate,
         } | self.meter.read()
+        if self.train_step.noise is not None:
+            figures |= self.train_step.noise.read()
         self.record.step(figures, self.total_steps, self.recipe.train.epochs)
         warn_of_stragglers(self.meter, self.place)
         self.throughput.append(figures["images_per_s"])

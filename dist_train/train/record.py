@@ -158,7 +158,8 @@ class RunRecord:
         self._metrics.flush()
         values = {f"{group}/{name}": value for name, value in figures.items() if name not in ("step", "split")}
         for name, value in values.items():
-            self._board.add_scalar(name, value, figures["step"])
+            if value is not None:
+                self._board.add_scalar(name, value, figures["step"])
         if self._wandb is not None:
             self._wandb.log(group, values, figures["step"])
 

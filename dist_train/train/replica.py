@@ -95,6 +95,9 @@ class Replica:
         """As DeepSpeed's."""
         return False
 
+    def get_global_grad_norm(self) -> None:
+        """As DeepSpeed's where it does not know; the gradients are there to look at."""
+
     def destroy(self) -> None:
         """As DeepSpeed's: let go of what outlives the object."""
         self.drop_gradients()

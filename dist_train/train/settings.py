@@ -50,6 +50,8 @@ def why_no_graphs(recipe: Recipe, device: str, world_size: int) -> str:
         return "does not go with DeepSpeed's engine (deepspeed.zero_stage above 0, precision fp16, deepspeed.config)"
     if world_size > 1:
         return f"is for one GPU, not {world_size}: the exchange of gradients is not recorded"
+    if recipe.train.noise_every:
+        return "does not go with train.noise_every, which looks into the passes"
     if recipe.model.checkpoint_blocks:
         return "does not go with model.checkpoint_blocks, whose random numbers cannot be recorded"
     return ""
@@ -95,8 +97,9 @@ def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int, parame
     }
     extra, path = read_deepspeed_config(config), Path(config.config or "")
     ours = _buckets(config.zero_stage, world_size, parameters)
-    if config.zero_stage in (1, 2) and recipe.optim.clip_norm == 0 and config.offload == "none":
-        ours["compute_grad_norm"] = False  # a norm for each parameter, which only clipping reads
+    read = recipe.optim.clip_norm > 0 or recipe.train.noise_every > 0
+    if config.zero_stage in (1, 2) and not read and config.offload == "none":
+        ours["compute_grad_norm"] = False  # a norm for each parameter, which nothing reads
     extra["zero_optimization"] = ours | _section(extra, "zero_optimization", path)
     return _merge(extra, settings, path, "")
 

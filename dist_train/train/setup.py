@@ -22,6 +22,7 @@ from dist_train.train.engine import build_engine, compile_mode, torch_device
 from dist_train.train.inputs import one_sample
 from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter, device_name, training_flops_per_sample
+from dist_train.train.noise_scale import NoiseMeter
 from dist_train.train.settings import precision_of
 from dist_train.train.step import TrainStep, make_forward
 
@@ -93,15 +94,23 @@ def build_step(
         inputs = one_sample(recipe) if model.feature_shape is None else (torch.zeros(1, *model.feature_shape),)
         flops = training_flops_per_sample(model, *inputs)
     engine = build_engine(model, recipe, place, micro_batch)
+    accumulation = recipe.train.batch_size // (place.world_size * micro_batch)
+    noise = None
+    if recipe.train.noise_every:
+        per_sample = not recipe.model.checkpoint_blocks  # whose outputs are made twice
+        noise = NoiseMeter(
+            engine.module, recipe.train.noise_every, recipe.train.batch_size, accumulation, place, per_sample
+        )
     return TrainStep(
         engine,
         make_forward(engine, recipe, device),
         Objective(recipe.optim, class_counts, device),
         recipe,
-        recipe.train.batch_size // (place.world_size * micro_batch),
+        accumulation,
         place.rank,
         StepMeter(device, flops),
         bad_steps,
+        noise,
         graphs,
         parameters,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,7 @@ from dist_train.train.graphs import GraphedPass, generator_of
 from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter, forget_peak_memory, peak_memory_mb
 from dist_train.train.mixing import Mix, mix_neighbours
+from dist_train.train.noise_scale import NoiseMeter
 from dist_train.train.precision import check_products, compute_dtype, measured_products, set_arithmetic, uses_autocast
 from dist_train.train.replica import Replica
 
@@ -37,6 +39,7 @@ class TrainStep:
     rank: int
     meter: StepMeter
     bad_steps: BadSteps | None = None
+    noise: NoiseMeter | None = None
     graphs: bool = False
     parameters: int = 0
     """Numbers that the model has; here, as ZeRO 3 leaves none of them in place."""
@@ -50,9 +53,16 @@ class TrainStep:
         A step that `bad_steps` skips changes nothing and has loss 0. The first step ever runs without compiled code or
         graph: its matrix products are looked at. Raises WorkError where they are not in the recipe's precision.
         """
-        engine, seed = self.engine, self.recipe.train.seed
-        for group in engine.optimizer.param_groups:
+        for group in self.engine.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
+        noise = self.noise if self.noise is not None and self.noise.due(step) else None
+        with noise.watching() if noise is not None else nullcontext():
+            loss = self._passes(batches, step, noise)
+        return torch.zeros((), device=self.engine.device) if loss is None else loss
+
+    def _passes(self, batches: Iterator[Batch], step: int, noise: NoiseMeter | None) -> Tensor | None:
+        """The micro-batches of a step and its update. Returns this rank's mean loss, or None where it is skipped."""
+        engine, seed = self.engine, self.recipe.train.seed
         total: Tensor | None = None
         first_step = self.products is None
         for micro in range(self.accumulation):
@@ -71,10 +81,16 @@ class TrainStep:
             else:
                 loss = self._pass(batch, mix, step)
             if loss is None:
-                return torch.zeros((), device=engine.device)
+                return None
+            if noise is not None:
+                noise.micro_batch_done()
+                if micro == self.accumulation - 1 and engine.zero_optimization_stage() == 0:
+                    noise.before_update([p.grad for p in engine.module.parameters() if p.grad is not None])
             engine.step()
             share = loss / self.accumulation
             total = share if total is None else total + share
+        if noise is not None:
+            noise.step_done(engine.get_global_grad_norm())
         assert total is not None
         return total
 

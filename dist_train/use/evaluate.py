@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -64,6 +65,11 @@ def _describe(result: Evaluation, class_counts: Tensor) -> dict[str, Any]:
         "top5": result.top5,
         "loss": result.loss,
         "class_mean_top1": result.class_mean(),
-        "most_frequent_tenth_of_classes_top1": result.class_mean(by_count[:tenth]),
-        "least_frequent_tenth_of_classes_top1": result.class_mean(by_count[-tenth:]),
+        "most_frequent_tenth_of_classes_top1": _known(result.class_mean(by_count[:tenth])),
+        "least_frequent_tenth_of_classes_top1": _known(result.class_mean(by_count[-tenth:])),
     }
+
+
+def _known(value: float) -> float | None:
+    """None for NaN, which is no JSON: of classes of which the split has no sample."""
+    return None if math.isnan(value) else value

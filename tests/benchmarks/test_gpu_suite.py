@@ -64,6 +64,7 @@ def measured_by(monkeypatch: pytest.MonkeyPatch, measure: Callable[[str, dict[st
     monkeypatch.setattr(gpu, "ask", lambda _, kind, arguments, limit: measure(kind, arguments))
 
 
+@pytest.mark.slow
 def test_a_suite_that_is_killed_keeps_its_rows_and_the_same_command_measures_the_others(results: Path) -> None:
     command = [str(REPOSITORY / "benchmarks/gpu_suite.sh"), "--smoke", "--name", "cut", "--results", str(results)]
     command += ["--shards", str(results / "shards"), "--budget", "3000"]  # enough however busy the machine is

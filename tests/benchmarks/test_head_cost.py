@@ -64,8 +64,10 @@ def test_the_counted_cost_grows_with_images_and_tokens_where_it_should() -> None
 
 
 def test_heads_that_cannot_be_compared_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["ifa", "--name", "x", "--heads", "cls,mlp"]) == 2
-    assert "no head 'mlp'; there are cls, mean, ifa, last_n, all_layers, attentive, stacked" in capfd.readouterr().err
+    assert main(["ifa", "--name", "x", "--heads", "cls,nonesuch"]) == 2
+    assert (
+        "no head 'nonesuch'; there are cls, mean, ifa, last_n, all_layers, attentive, stacked" in capfd.readouterr().err
+    )
     assert main(["ifa", "--name", "x", "--heads", "ifa"]) == 2
     assert "the others are compared with cls; use cls,ifa" in capfd.readouterr().err
 

@@ -363,6 +363,7 @@ def test_a_cell_of_the_paper_runs_small_and_is_printed_beside_the_papers(
 
 
 @pytest.mark.launch
+@pytest.mark.slow
 def test_the_study_in_small(tmp_path: Path, results: Path, capsys: Any) -> None:
     """Every experiment of it once, stopped half-way and gone on with."""
     vocabulary = tmp_path / "vocab.txt"

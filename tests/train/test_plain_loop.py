@@ -70,8 +70,9 @@ def through_deepspeed(
 ) -> dict[str, list[float]]:
     """Losses by model, optimizer, accumulation and ZeRO stage, of that many ranks that are started once."""
     world_size, jobs = request.param, {}
-    accumulations = (4,) if world_size == 1 else (1, 4)  # one rank and no accumulation is what test_training.py has
-    for model, optimizer, accumulation, zero_stage in product(MODELS, OPTIMIZERS, accumulations, range(4)):
+    for model, optimizer, zero_stage in product(MODELS, OPTIMIZERS, range(4)):
+        # One rank and no accumulation is what test_training.py has.
+        accumulation = 1 if world_size == 2 and optimizer == "sgd" else 4
         micro_batch = BATCH // world_size // accumulation
         division = [f"--train.micro_batch_size={micro_batch}", f"--deepspeed.zero_stage={zero_stage}"]
         jobs[f"{model}-{optimizer}-{accumulation}-{zero_stage}"] = [*MODELS[model], *OPTIMIZERS[optimizer], *division]
@@ -83,9 +84,9 @@ def through_deepspeed(
 def test_fifty_losses_are_those_of_a_plain_loop(
     plain: dict[str, list[float]], through_deepspeed: dict[str, list[float]], zero_stage: int
 ) -> None:
-    """CLS, IFA and ViLT; SGD and AdamW; accumulation 1 and 4: within 1e-5 in float32."""
+    """CLS, IFA and ViLT; SGD and AdamW; on two ranks without accumulation and with it: within 1e-5 in float32."""
     found = {name: losses for name, losses in through_deepspeed.items() if name.endswith(f"-{zero_stage}")}
-    assert len(found) in (6, 12)
+    assert len(found) == 6
     for combination, losses in found.items():
         expected = plain["-".join(combination.split("-")[:2])]
         assert max(expected[-10:]) < min(expected[:3])  # it learns, so the losses say something

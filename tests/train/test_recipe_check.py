@@ -7,16 +7,18 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from dist_train.cli import main
+from dist_train.config import DataConfig
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError
 from dist_train.parse import parse_recipe
-from dist_train.recipe import check_step, problems
+from dist_train.recipe import AUGMENTATION_OFF, check_step, problems
 from tests.harness import REPOSITORY, write_shard_set
 
 # What is wrong, and what is said of it. {folder} is that of the test, where `set` is a shard set of 32 images without
@@ -157,3 +159,13 @@ def test_what_is_wrong_is_told_before_the_slow_imports_and_before_the_hub_is_ask
     done = subprocess.run([sys.executable, "-c", script, *lines], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("error: ") == done.stderr.count("\n") >= len(lines)
+
+
+def test_every_key_of_the_data_section_augments_or_is_known_not_to() -> None:
+    """A new one that augments and is not in the list would be ignored by data.feature_cache, without a word."""
+    beside = {"crop_scale", "crop_ratio", "randaugment_ops", "randaugment_magnitude", "blur_sigma"}  # of the others
+    where = {"shards", "cache", "cache_gb", "digest", "feature_cache", "streams", "shuffle_window", "device", "threads"}
+    what = {"image_size", "eval_crop", "eval_crop_pct", "mean", "std", "tokenizer", "tag_order", "tag_vocabulary"}
+    what |= {"tag_min_count", "labels", "prefetch", "max_bad_samples", "max_pixels"}
+    keys = {key.name for key in fields(DataConfig)}
+    assert keys == AUGMENTATION_OFF.keys() | beside | where | what

