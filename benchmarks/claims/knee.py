@@ -204,8 +204,7 @@ class Record:
         self.rows: list[Row] = document.get("rows", [])
         self.stages: list[Row] = document.get("knees", [])
         mine, there = setting.describe(), self.settings.get(setting.label)
-        if there is not None and any(there[key] != value for key, value in mine.items()):
-            key = next(key for key, value in mine.items() if there[key] != value)
+        if there is not None and (key := next((key for key in mine if not alike(mine[key], there[key])), None)):
             raise UseError(
                 f"--setting: '{setting.label}' was measured with another {key.replace('_', ' ')}; name this one "
                 "otherwise, or give the result another --name"
@@ -237,12 +236,19 @@ class Record:
         return write_result("knee", self.name, {"settings": self.settings}, self.rows, {"knees": stages})
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Whether two descriptions are the same in what both have: a version may know keys that another did not."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(alike(one[key], other[key]) for key in one.keys() & other.keys())
+    return bool(one == other)
+
+
 # ---------------------------------------------------------------------- the trunk
 def begin_folder(setting: Setting) -> None:
     """Raise UseError where the folder has the trunk of another recipe; else note in it whose it is."""
     note = setting.folder / "knee.json"
     mine = setting.trained_by
-    if note.is_file() and json.loads(note.read_bytes()) != mine:
+    if note.is_file() and not alike(json.loads(note.read_bytes()), mine):
         raise UseError(f"{setting.folder}: holds branches of another recipe; remove it, or use another train.run")
     setting.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(note, (json.dumps(mine, indent=1) + "\n").encode())

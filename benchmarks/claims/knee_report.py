@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOSS = "val_loss"
-"""Of the two losses of a row, the one that branches are compared by."""
+"""Of the two losses of a row, the one that branches are compared by: differences between batches vary less from seed to
+seed (results/knee/demo.json), and it is of the last weights, while a training loss is of weights up to a batch older."""
 
 
 @dataclass(frozen=True)

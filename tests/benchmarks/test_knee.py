@@ -273,6 +273,13 @@ def test_the_prediction_is_what_the_trunk_has_logged_before_the_branches(tmp_pat
     assert knee.predicted_batch(tmp_path, 12) == dict(zip(none, scale.values(), strict=True))
 
 
+def test_a_key_that_another_version_did_not_have_makes_no_other_setting() -> None:
+    before = {"recipe": {"train": {"seed": 0}}, "samples_per_branch": 24}
+    assert knee.alike({"recipe": {"train": {"seed": 0, "noise_every": 0}}, "samples_per_branch": 24}, before)
+    assert not knee.alike({"recipe": {"train": {"seed": 1, "noise_every": 0}}, "samples_per_branch": 24}, before)
+    assert not knee.alike({"recipe": {"train": {"seed": 0}}, "samples_per_branch": 48}, before)
+
+
 def test_what_cannot_be_is_refused_before_anything_is_trained(recipe: Recipe, results: Path) -> None:
     for option, value, said in (
         ("largest", 12, "not 2, 4, 8, ... times train.batch_size 4"),
