@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOSS = "val_loss"
-"""Of the two losses of a row, the one that branches are compared by: differences between batches vary less from seed to
-seed (results/knee/demo.json), and it is of the last weights, while a training loss is of weights up to a batch older."""
+"""Of the two losses of a row, the one that branches are compared by: differences between batches vary less from seed
+to seed (results/knee/demo.json), and it is of the last weights, where a training loss is of some up to a batch older.
+"""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _draw_excess(knees: Sequence[Row], rows: Sequence[Row]) -> Figure:
         axes.axhline(knee["allowed_loss"], color=colour, linestyle=":", linewidth=0.9)
         batches |= set(losses.batches)
     batch_axis(axes, sorted(batches))
-    axes.set_ylabel("higher loss")
+    axes.set_ylabel("loss above that of the smallest batch")
     legend(figure, len(knees))
     return figure
 
