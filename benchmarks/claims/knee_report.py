@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOSS = "val_loss"
-"""Of the two losses of a row, the one that branches are compared by: differences between batches vary less from seed
-to seed (results/knee/demo.json), and it is of the last weights, where a training loss is of some up to a batch older.
-"""
+"""Of the two losses of a row, the one that branches are compared by: it is of the last weights, where a training loss
+is of some up to a batch older, which counts against large batches. Which of the two is less noisy is open: three seeds
+in results/knee/demo.json do not tell them apart."""
 
 
 @dataclass(frozen=True)
