@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.benchmark import Benchmark
-from benchmarks.claims import agreement, gap, histogram, kill, landscape, noise, paper, precision, probe, study
+from benchmarks.claims import agreement, gap, histogram, kill, knee, landscape, noise, paper, precision, probe, study
 from benchmarks.speed import batch_size, engine, exchange, gpu, ifa, loader, scale, step
 
 SPEED: tuple[Benchmark, ...] = (
@@ -21,6 +21,7 @@ CLAIMS: tuple[Benchmark, ...] = (
     gap.BENCHMARK,
     paper.BENCHMARK,
     landscape.BENCHMARK,
+    knee.BENCHMARK,
     precision.BENCHMARK,
     noise.BENCHMARK,
     probe.BENCHMARK,

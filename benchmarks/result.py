@@ -44,10 +44,15 @@ def write_result(
     return path
 
 
+def read_document(bench: str, name: str) -> dict[str, Any]:
+    """A result; empty where there is none."""
+    path = RESULTS / bench / f"{name}.json"
+    return json.loads(path.read_bytes()) if path.exists() else {}
+
+
 def read_rows(bench: str, name: str) -> list[dict[str, Any]]:
     """The rows of a result; none where there is no such result."""
-    path = RESULTS / bench / f"{name}.json"
-    return json.loads(path.read_bytes())["rows"] if path.exists() else []
+    return read_document(bench, name).get("rows", [])
 
 
 def finished_rows(bench: str, name: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:

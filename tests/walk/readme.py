@@ -118,6 +118,7 @@ WALK: dict[str, Run | Skip] = {
     "python -m benchmarks histogram": Run(),
     "python -m benchmarks step": Skip(SLOW.format("test_step_benchmarks.py")),
     "python -m benchmarks batch_size": Skip(SLOW.format("test_sweeps.py")),
+    "python -m benchmarks knee": Skip(SLOW.format("test_knee.py")),
     "python -m benchmarks ifa": Skip(SLOW.format("test_step_benchmarks.py")),
     "python -m benchmarks paper": Skip("the paper's data and weights, days; tests/benchmarks/test_sweeps.py"),
     "python -m benchmarks landscape": Skip(SLOW.format("test_landscape.py")),

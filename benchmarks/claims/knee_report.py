@@ -1,0 +1,181 @@
+"""What the branches of `benchmarks/claims/knee.py` say: the knee of each setting and stage, in numbers and pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.benchmark import Chart
+from benchmarks.charts import COLOURS, GREY, MARKERS, batch_axis, legend, new_axes, plain
+from benchmarks.claims.knee_fit import Floats, Found, better_than_smallest, excess, find_knee, fit_critical
+from benchmarks.tables import Document, Row, having
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LOSS = "val_loss"
+"""Of the two losses of a row, the one that branches are compared by: it is of the last weights, where a training loss
+is of some up to a batch older, which counts against large batches. Which of the two is less noisy is open: three seeds
+in results/knee/demo.json do not tell them apart."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of one stage, in the seeds that have all batches: values (seeds, batches), batches ascending."""
+
+    batches: list[int]
+    seeds: list[int]
+    values: Floats
+
+
+def losses_of(rows: Sequence[Row], setting: str, stage: float, key: str = LOSS) -> Losses | None:
+    """The losses of a stage; one that was not finite is infinite. None before a first seed is complete."""
+    of_stage = [row for row in rows if (row["setting"], row["stage"]) == (setting, stage)]
+    by_run = {(row["seed"], row["batch"]): row[key] for row in of_stage}
+    batches = sorted({batch for _, batch in by_run})
+    seeds = sorted({seed for seed, _ in by_run})
+    whole = [seed for seed in seeds if all((seed, batch) in by_run for batch in batches)]
+    values = [[by_run[seed, batch] for batch in batches] for seed in whole]
+    values = [[math.inf if value is None else value for value in line] for line in values]
+    if not values or len(batches) < 2 or not np.isfinite([line[0] for line in values]).all():
+        return None
+    return Losses(batches, whole, np.array(values, np.float64))
+
+
+def knee_of(rows: Sequence[Row], stage: Row, tolerance: float) -> Row:
+    """The stage {setting, stage, start_loss, ...} with what its rows say: see `knee_fit`. Numbers are None where they
+    lie beyond what was measured; `says` has the knee in words, `doubt` why neither number is to be trusted."""
+    losses = losses_of(rows, stage["setting"], stage["stage"])
+    if losses is None:
+        return stage
+    allowed = tolerance * float(losses.values[:, 0].mean())
+    knee = find_knee(losses.values, losses.batches, allowed)
+    fitted = fit_critical(losses.values, losses.batches, stage["start_loss"])
+    best = better_than_smallest(losses.values, losses.batches)
+    doubt = f"{best} is better than {losses.batches[0]}: the rate is low for the smallest batch" if best else None
+    return stage | {
+        "seeds": len(losses.seeds),
+        "allowed_loss": round(allowed, 5),
+        **_numbers("knee", knee),
+        "says": in_words(knee, losses.batches),
+        **_numbers("fitted", fitted),
+        "doubt": doubt,
+    }
+
+
+def _numbers(name: str, found: Found) -> Row:
+    ends = {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+    return {key: round(value, 1) if math.isfinite(value) else None for key, value in ends.items()}
+
+
+def in_words(knee: Found, batches: Sequence[int]) -> str:
+    """`37 (22 to 61)`; what lies outside of the batches, or below the second, is said to."""
+
+    def one(value: float) -> str:
+        if math.isinf(value):
+            return f"beyond {batches[-1]}"
+        return f"below {batches[1]}" if value < batches[1] else f"{value:.0f}"
+
+    if math.isnan(knee.low):
+        return f"{one(knee.value)} (one seed)"
+    low, high = one(knee.low), one(knee.high)
+    return f"{one(knee.value)} ({low} to {high})" if low != high else one(knee.value)
+
+
+def headline(document: Document) -> str:
+    """The knees, and beside them what the noise scale predicted."""
+    parts = []
+    for knee in document.get("knees") or []:
+        if "says" in knee:
+            predicted = knee.get("predicted")
+            beside = f", predicted {predicted:.0f}" if predicted is not None else ""
+            doubtful = ", doubtful" if knee.get("doubt") else ""
+            parts.append(f"{knee['setting']} at {knee['stage']:.0%}: {knee['says']}{beside}{doubtful}")
+    return "; ".join(parts)
+
+
+def charts(document: Document) -> list[Chart]:
+    """The excess loss over the batch size, and prediction beside measurement."""
+    found = []
+    knees = [knee for knee in document.get("knees") or [] if "says" in knee]
+    if knees:
+        caption = (
+            "Loss on val after the same samples, less that of the smallest batch of the same seed: mean and standard "
+            "error over the seeds. The dotted lines are what counts as not worse."
+        )
+        found.append(Chart("", caption, partial(_draw_excess, knees, document["rows"])))
+    if compared := having(knees, "predicted", "fitted"):
+        caption = (
+            "The batch at which a sample teaches half as much, fitted to the branches, over the gradient noise scale "
+            "where they begin, which predicts it. Between the grey lines they are within a factor of two."
+        )
+        found.append(Chart("predicted", caption, partial(_draw_predicted, compared)))
+    return found
+
+
+def name_of(knee: Row) -> str:
+    """Of a stage, in a legend."""
+    return f"{knee['setting']}, at {knee['stage']:.0%}"
+
+
+def _draw_excess(knees: Sequence[Row], rows: Sequence[Row]) -> Figure:
+    figure, axes = new_axes(3.5 + 0.2 * len(knees))
+    batches: set[float] = set()
+    for i, knee in enumerate(knees):
+        losses = losses_of(rows, knee["setting"], knee["stage"])
+        assert losses is not None  # it has a knee
+        values = excess(losses.values)
+        shown = np.isfinite(values).all(axis=0)
+        sizes, values = np.array(losses.batches)[shown], values[:, shown]
+        error = values.std(axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
+        colour = COLOURS[i % len(COLOURS)]
+        style: dict[str, Any] = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "capsize": 2}
+        axes.errorbar(sizes, values.mean(axis=0), error, label=plain(name_of(knee)), **style)
+        axes.axhline(knee["allowed_loss"], color=colour, linestyle=":", linewidth=0.9)
+        batches |= set(losses.batches)
+    batch_axis(axes, sorted(batches))
+    axes.set_ylabel("loss above that of the smallest batch")
+    legend(figure, len(knees))
+    return figure
+
+
+def _draw_predicted(knees: Sequence[Row]) -> Figure:
+    figure, axes = new_axes(3.5 + 0.2 * len(knees))
+    for i, knee in enumerate(knees):
+        spans: list[list[list[float]] | None] = []
+        for name in ("predicted", "fitted"):
+            low, high = knee.get(f"{name}_low"), knee.get(f"{name}_high")
+            value = knee[name]
+            ends = [value - low if low is not None else 0.0, high - value if high is not None else 0.0]
+            spans.append([[max(0.0, end)] for end in ends])
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        axes.errorbar([knee["predicted"]], [knee["fitted"]], spans[1], spans[0], label=plain(name_of(knee)), **style)
+    values = [knee[name] for knee in knees for name in ("predicted", "fitted")]
+    reach = np.array([max(1e-3, min(values)) / 2, 2 * max(values)])
+    for factor in (0.5, 1, 2):
+        axes.plot(reach, factor * reach, color=GREY, linewidth=0.8, linestyle="-" if factor == 1 else "--")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xlabel("gradient noise scale")
+    axes.set_ylabel("fitted batch")
+    legend(figure, 2)  # one point needs its name too
+    return figure
+
+
+COLUMNS = [
+    ("setting", "setting", ""),
+    ("stage", "stage", ".0%"),
+    ("batch", "batch", ",d"),
+    ("seed", "seed", "d"),
+    ("rate", "rate", ".3g"),
+    ("steps", "steps", ",d"),
+    ("samples", "samples", ",d"),
+    ("val_loss", "loss on val", ".4f"),
+    ("train_loss", "training loss", ".4f"),
+    ("seconds", "s", ",.0f"),
+]
