@@ -36,8 +36,12 @@ def predicted_knee(runs: Sequence[Path]) -> Row:
 
 
 def measured_knee(name: str) -> list[Row]:
-    """The rows of the result `knee/NAME.json`; none where it has not been measured."""
-    return [row for row in result.read_rows("knee", name) if isinstance(row, dict)]
+    """The knees of the result `knee/NAME.json`, each of a setting at a stage of its training; none where it has not
+    been measured."""
+    path = result.RESULTS / "knee" / f"{name}.json"
+    document = json.loads(path.read_bytes()) if path.exists() else {}
+    knees = document.get("knees") if isinstance(document, dict) else None
+    return [knee for knee in knees or [] if isinstance(knee, dict)]
 
 
 def _last_logged(metrics: Path) -> dict[str, Any]:

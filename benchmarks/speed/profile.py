@@ -62,7 +62,7 @@ def advice(document: Document) -> list[str]:
 
 
 def _what_to_do(document: Document, rows: Sequence[Row], chosen: Row, name: Callable[[Row], str]) -> str:
-    best = max(rows, key=lambda row: row["top1"])
+    best = max(rows, key=lambda row: (row["top1"], row is chosen))
     points = f"{tolerance_of(document):g} point{'s' * (tolerance_of(document) != 1)}"
     if len(rows) == 1:
         return f"Only {name(chosen)} was trained (top-1 {accuracy(chosen)}): nothing is recommended over anything else."
@@ -195,8 +195,7 @@ def tables(one: Result) -> Iterator[Table]:
     yield _eager_and_compiled(rows)
     predicted = [row for row in trained(one.document) if row.get("noise_scale") or row.get("noise_scale_norms")]
     yield table_of("The batch beyond which more gains little, as predicted", _named(rows, PREDICTS), predicted)
-    measured = [{key: value for key, value in row.items() if not isinstance(value, list | dict)} for row in _knee(one)]
-    yield table_of("The same, as measured", None, measured)
+    yield table_of("The same, as measured", MEASURED, measured_knee(one.path.stem))
 
 
 def _named(rows: Sequence[Row], columns: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
@@ -232,6 +231,14 @@ PREDICTS = [
     ("noise_scale_norms", "by the layer norms", ",.0f"),
     ("noise_scale_norms_low", "low", ",.0f"),
     ("noise_scale_norms_high", "high", ",.0f"),
+]
+MEASURED = [
+    ("setting", "setting", ""),
+    ("stage", "stage", ".0%"),
+    ("seeds", "seeds", "d"),
+    ("says", "knee", ""),
+    ("fitted", "fitted", ",.0f"),
+    ("predicted", "predicted", ",.0f"),
 ]
 
 
@@ -275,10 +282,6 @@ def _eager_and_compiled(rows: Sequence[Row]) -> Table:
     return table_of("Eager and compiled", _named(rows, columns), list(by_point.values()) if len(ways) > 1 else [])
 
 
-def _knee(one: Result) -> list[Row]:
-    return measured_knee(one.path.stem)
-
-
 # ---------------------------------------------------------------- what is not there
 def missing(one: Result) -> Iterator[str]:
     """What the page does not show as it was not measured, and what would."""
@@ -299,5 +302,5 @@ def missing(one: Result) -> Iterator[str]:
         yield "The largest micro-batch that fits: --search 1024 finds it."
     if not any(row.get("noise_scale") or row.get("noise_scale_norms") for row in rows):
         yield "The predicted knee: --train.noise_every 10 has the trainings estimate the noise scale."
-    if not _knee(one):
+    if not measured_knee(one.path.stem):
         yield f"The measured knee: python -m benchmarks knee --name {one.path.stem}."

@@ -124,11 +124,13 @@ def test_what_was_not_measured_is_said_with_what_would(tmp_path: Path, monkeypat
     }
     rows = [row(16, [0.8, 0.9], 9.0, **all_there), row(16, [0.8, 0.9], 8.0, compile="kernels", **all_there)]
     (tmp_path / "knee").mkdir()
-    (tmp_path / "knee/made-up.json").write_text(json.dumps({"rows": [{"batch_size": 77, "curve": [1, 2]}]}))
+    (tmp_path / "knee/made-up.json").write_text(
+        json.dumps({"rows": [], "knees": [{"stage": 0.2, "says": "37 (22 to 61)"}]})
+    )
     one = result_of(rows)
     assert list(missing(one)) == []
     cells = [cell for table in tables(one) for line in table.cells for cell in line]
-    assert "99" in cells and "77" in cells and "[1, 2]" not in cells
+    assert "99" in cells and "20%" in cells and "37 (22 to 61)" in cells
 
 
 def test_the_predicted_knee_is_what_runs_logged_last(tmp_path: Path) -> None:
