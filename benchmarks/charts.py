@@ -107,7 +107,7 @@ def lines(
     batch_axis(axes, [*(batch for points in series.values() for batch, _ in points), *crosses])
     axes.set_ylabel(plain(label))
     if zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.04 * axes.get_ylim()[1])  # points that are nearly alike would be at its edge
     legend(figure, len(series))
     return figure
 

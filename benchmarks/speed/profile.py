@@ -17,6 +17,7 @@ from benchmarks.tables import FOLDED, Document, Row, Table, having, is_number, s
 from dist_train.files import write_atomically
 
 FEW_SEEDS = 4  # below it, draws of what there is understate the doubt too much to call anything settled
+ROUGH = 1.5  # 95th percentile of the step times over their median, from which costs are said to be rough
 TEXT_SIZE = 12.5  # of figures, points: a telephone shows them at four fifths
 COST_NAMES = {"train_minutes": "time", "train_price": "money", "train_wh": "energy"}
 
@@ -102,6 +103,8 @@ def _what_it_costs(document: Document, chosen: Row) -> str:
     if having([chosen], "train_price"):
         hourly = asked(document).get("price_per_hour")
         costs.append(f"cost {chosen['train_price']:,.3g}" + (f" at {hourly:g} an hour" if is_number(hourly) else ""))
+    if having([chosen], "step_ms", "step_ms_p95") and chosen["step_ms_p95"] > ROUGH * chosen["step_ms"]:
+        costs[0] += f" (roughly: a slow step took {chosen['step_ms_p95'] / chosen['step_ms']:.1f} times the usual)"
     *others, last = costs
     said = f"The steps of such a training {' and '.join([', '.join(others), last] if others else [last])}"
     if not having([chosen], "train_wh"):

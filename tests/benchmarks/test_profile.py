@@ -79,7 +79,8 @@ def test_little_evidence_is_said_to_be_little() -> None:
     assert "one seed decides nothing" in sure and "resamples" not in sure
     _, sure, _ = advice(result_of([row(16, [0.9, 0.91], 9.0), row(64, [0.7, 0.71], 5.0)]).document)
     assert "a hint, as 2 seeds are few" in sure and "in 100 % of resamples" in sure
-    what, sure, _ = advice(result_of([row(16, [0.9, 0.91], 9.0)]).document)
+    what, sure, cost = advice(result_of([row(16, [0.9, 0.91], 9.0, step_ms_p95=250.0)]).document)
+    assert "9 minutes (roughly: a slow step took 2.5 times the usual);" in cost
     assert what.startswith("Only batch 16 was trained") and sure == "It was trained with 2 seeds."
     assert advice({"rows": [{"batch_size": 4, "step_ms": 1.0}]}) == []
 
