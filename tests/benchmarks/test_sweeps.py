@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from benchmarks import points, result
 from benchmarks.__main__ import main
-from benchmarks.claims import paper
+from benchmarks.claims import paper, runs
 from benchmarks.claims.paper import row_of, table_cells
 from benchmarks.claims.runs import finish_runs
 from benchmarks.pages import tables_of
@@ -197,18 +197,46 @@ def test_a_sweep_over_batch_sizes(shards: Path, tmp_path: Path, results: Path, c
     assert "0 of 3 points to measure" in capsys.readouterr().out
     assert json.loads((results / "batch_size/s.json").read_bytes())["rows"] == rows
 
-    assert main([*command, "--seeds", "2"]) == 0  # a second seed is added, and nothing measured anew
+
+def test_seeds_are_added_to_a_result_and_nothing_is_measured_anew(
+    shards: Path, tmp_path: Path, results: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here with trainings and steps that take no time; those of one seed come before those of the next."""
+    measured: list[int] = []
+    trained: list[tuple[str, int]] = []
+
+    def measure(recipe: Recipe, arm: str, *_: Any) -> dict[str, Any]:
+        assert arm == "end_to_end"  # what it trains on is there
+        measured.append(recipe.train.batch_size)
+        rate = {"images_per_s": 10.0 * recipe.train.batch_size, "memory_mb": 100.0, "joules_per_image": 7.2}
+        return {"step_ms": 100.0, "step_ms_p95": 110.0, "data_wait_share": 0.25} | rate
+
+    def finish(recipes: list[Recipe], *_: Any) -> Iterator[Recipe]:
+        for recipe in recipes:
+            trained.append((Path(recipe.train.run).name, recipe.train.seed))
+            yield recipe
+
+    monkeypatch.setattr(sweep.step, "measure", measure)
+    monkeypatch.setattr(runs, "finish_runs", finish)
+    monkeypatch.setattr(runs, "test_evaluation", lambda recipe: {"top1": 0.5 + recipe.train.seed / 10})
+    monkeypatch.setattr(runs, "trained_at", lambda recipe: "abc1234")
+    recipe = f"{SMALL} --data.shards {shards} --train.run {tmp_path / 'runs'} --train.epochs 2 --train.seed 1"
+    command = ["batch_size", "--name", "s", "--heads", "cls", "--batches", "4,8", "--accuracy", *recipe.split()]
+    assert main(command) == 0 and "one seed decides nothing" in capsys.readouterr().out
+    trained.clear()
+
+    assert main([*command, "--seeds", "3"]) == 0
     said = capsys.readouterr().out
-    assert "0 of 3 points to measure" in said and "2 seeds are few" in said and " % of resamples of the 2 seeds" in said
-    assert f"on one page: {results / 'batch_size/s.html'}" in said
-    for row, before in zip(json.loads((results / "batch_size/s.json").read_bytes())["rows"], rows, strict=True):
-        runs = [tmp_path / f"runs/vit_tiny_patch16-cls-32px-batch{row['batch_size']}{more}" for more in ("", "-seed1")]
-        summaries = [json.loads((run / "summary.json").read_bytes()) for run in runs]
-        assert [yaml.safe_load((run / "recipe.yaml").read_text())["train"]["seed"] for run in runs] == [0, 1]
-        assert row["top1_by_seed"] == [summary["evaluations"]["test"]["top1"] for summary in summaries]
-        assert row["top1_by_seed"][0] == before["top1"] and row["seeds"] == 2
-        assert row["top1"] == pytest.approx(sum(row["top1_by_seed"]) / 2)
-        assert row["top1_error"] == pytest.approx(abs(row["top1_by_seed"][0] - row["top1_by_seed"][1]) / 2)
+    assert "0 of 2 points to measure" in said and measured == [4, 8]
+    assert "3 seeds are few" in said and "batch 8 is recommended in 60 % of resamples of the 3 seeds" in said
+    assert f"on one page: {results / 'batch_size/s.html'}" in said and (results / "batch_size/s.html").is_file()
+    name = "vit_tiny_patch16-cls-32px-batch"
+    assert trained == [(f"{name}{b}{more}", s) for more, s in (("", 1), ("-seed1", 2), ("-seed2", 3)) for b in (4, 8)]
+    for row in json.loads((results / "batch_size/s.json").read_bytes())["rows"]:
+        assert row["top1_by_seed"] == pytest.approx([0.6, 0.7, 0.8]) and row["top1"] == pytest.approx(0.7)
+        assert row["top1_error"] == pytest.approx(0.1 / 3**0.5) and row["seeds"] == 3
+        assert row["data_wait_share"] == 0.25 and row["trained_at"] == "abc1234"
+        assert row["train_wh"] == pytest.approx(7.2 * 20 * 2 / 3600)  # 20 samples, two epochs
 
 
 def test_a_memory_limit_makes_running_out_of_memory_a_result() -> None:
