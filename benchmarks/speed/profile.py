@@ -13,7 +13,18 @@ from typing import Any
 from benchmarks.pages import Result, render
 from benchmarks.speed.knee import measured_knee
 from benchmarks.speed.recommend import COSTS, cheapest_ways, seeds_of
-from benchmarks.tables import FOLDED, Document, Row, Table, having, is_number, short_backbone, table_of, text_of
+from benchmarks.tables import (
+    FOLDED,
+    Document,
+    Row,
+    Table,
+    figures,
+    having,
+    is_number,
+    short_backbone,
+    table_of,
+    text_of,
+)
 from dist_train.files import write_atomically
 
 FEW_SEEDS = 4  # below it, draws of what there is understate the doubt too much to call anything settled
@@ -123,16 +134,15 @@ def choices(document: Document) -> Iterator[tuple[str, str]]:
         for row in rows:
             if not row.get(f"recommended{suffix}"):
                 continue
-            share = row.get(f"recommended_share{suffix}")
+            shares = figures([row], f"recommended_share{suffix}")
             comes_to = duration(row[cost]) if cost == "train_minutes" else f"{row[cost]:,.3g}{units[cost]}"
-            sure = f"in {percent(share)} of resamples" if is_number(share) else "by one seed"
+            sure = f"in {percent(shares[0])} of resamples" if shares else "by one seed"
             yield COST_NAMES[cost], f"{namer(rows)(row)}, top-1 {accuracy(row)}, {comes_to} a training, {sure}"
 
 
 def tolerance_of(document: Document) -> float:
     """Points of top-1 that what is recommended may be below the best."""
-    said = document.get("tolerance", asked(document).get("tolerance"))
-    return said if is_number(said) else 1.0
+    return next(iter(figures([document, asked(document)], "tolerance")), 1.0)
 
 
 def asked(document: Document) -> dict[str, Any]:
