@@ -12,6 +12,8 @@ from benchmarks.tables import Columns, Document, Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from benchmarks.pages import Result
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -39,6 +41,7 @@ class Benchmark:
         tables: the tables of the rows, in place of one with `columns`.
         takes_recipe: whether the command also takes a recipe's arguments.
         pictured: whether the charts are in RESULTS.md too, as PNG files beside the result.
+        write_page: writes a page of a result of its own beside it, where the result has what that shows.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Benchmark:
     tables: Callable[[Document], list[Table]] | None = None
     takes_recipe: bool = False
     pictured: bool = False
+    write_page: Callable[[Result], Path | None] | None = None
 
     def say_headline(self, document: Document) -> str:
         """The headline, or the number of rows where there is none."""

@@ -35,12 +35,12 @@ HEAD_COLOURS = {
 HEAD_MARKERS = {"cls": "o", "ifa": "s", "stacked": "^"}
 
 
-def png(chart: Chart) -> bytes:
-    """The figure as a PNG file, the same bytes each time."""
+def png(chart: Chart, text_size: float = 10) -> bytes:
+    """The figure as a PNG file, the same bytes each time. text_size: in points."""
     import matplotlib
 
     content = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE | {"font.size": text_size}):
         chart.draw().savefig(content, format="png", dpi=110, metadata={"Software": None})
     return content.getvalue()
 
@@ -85,21 +85,29 @@ def bars(
 
 
 def lines(
-    series: Mapping[str, Sequence[tuple[float, float]]], label: str, *, crosses: Sequence[float] = (), zero: bool = True
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    label: str,
+    *,
+    crosses: Sequence[float] = (),
+    zero: bool = True,
+    errors: Mapping[str, Sequence[float]] | None = None,
 ) -> Figure:
     """Lines over the batch size by name, points as (batch size, value). crosses: batch sizes that ran out of memory;
-    zero: whether the axis of the values begins there."""
+    zero: whether the axis of the values begins there; errors: of the points of each line, drawn as bars where any is
+    not 0."""
     figure, axes = new_axes(HEIGHT + 0.2 * len(series))
     for i, (name, points) in enumerate(series.items()):
         x, y = zip(*points, strict=True)
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         axes.plot(x, y, label=plain(name), color=colour, marker=marker)
+        if errors and any(errors[name]):
+            axes.errorbar(x, y, yerr=errors[name], fmt="none", ecolor=colour, elinewidth=1, capsize=3)
     for batch in sorted(set(crosses)):
         axes.plot(batch, 0.97, "x", color=RED, markersize=8, transform=axes.get_xaxis_transform())
     batch_axis(axes, [*(batch for points in series.values() for batch, _ in points), *crosses])
     axes.set_ylabel(plain(label))
     if zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.04 * axes.get_ylim()[1])  # points that are nearly alike would be at its edge
     legend(figure, len(series))
     return figure
 

@@ -130,8 +130,8 @@ def describe_row(row: Row, what: str) -> str:
     return f"{what}: {', '.join(figures)}"
 
 
-# What tells a point from another says which it is; the line of its row repeats none of it.
+# What tells a point from another says which it is; the line of its row repeats none of it, nor why it lacks a figure.
 _NAMED = (
     *("what", "arm", "profiles", "backbone", "head", "text_tokens", "image_size", "batch_size", "micro_batch"),
-    "precision",
+    *("precision", "no_energy"),
 )

@@ -1,13 +1,24 @@
-"""Figures over the batch size, which the benchmarks `step` and `batch_size` both have."""
+"""Figures over the batch size, which the benchmarks `step` and `batch_size` both have, and those of accuracies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.benchmark import Chart
-from benchmarks.charts import bars, lines
+from benchmarks.charts import COLOURS, GREY, MARKERS, RED, bars, legend, lines, new_axes, plain
+from benchmarks.speed.recommend import COSTS, cheapest_ways
 from benchmarks.tables import Row, having, short_backbone
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COST_LABELS = {
+    "train_minutes": "minutes of a training",
+    "train_price": "price of a training",
+    "train_wh": "energy of a training, Wh",
+}
 
 
 def over_batches(rows: Sequence[Row], memory: str) -> list[Chart]:
@@ -59,3 +70,51 @@ def series_of(rows: Sequence[Row], by_way: bool = True) -> dict[str, list[Row]]:
             parts.append(f"in micro-batches of {row['micro_batch']}")
         found.setdefault(", ".join(part for part in parts if part), []).append(row)
     return {name: sorted(its, key=lambda row: row["batch_size"]) for name, its in found.items()}
+
+
+def of_accuracies(rows: Sequence[Row]) -> list[Chart]:
+    """Accuracy over the batch size, and against each cost of training."""
+    charts = []
+    trained = having(rows, "batch_size", "top1")
+    if len({row["batch_size"] for row in trained}) > 1:
+        errors = {
+            name: [100 * (row.get("top1_error") or 0) for row in its] for name, its in series_of(trained, False).items()
+        }
+        several = any(error > 0 for its in errors.values() for error in its)
+        caption = "Test top-1 over the batch size, by head" + ("; bars: standard error over seeds." if several else ".")
+        draw = partial(lines, points_of(trained, "top1", 100, by_way=False), "test top-1, %", zero=False, errors=errors)
+        charts.append(Chart("accuracy", caption, draw))
+    for cost, suffix in COSTS.items():
+        if cheap := cheapest_ways(having(trained, cost), cost):
+            caption = (
+                f"Accuracy against the {COST_LABELS[cost]}: filled points are on the Pareto front, a ring marks what "
+                "is recommended, numbers are batch sizes."
+            )
+            charts.append(Chart(f"pareto{suffix}", caption, partial(_draw_front, cheap, cost, suffix)))
+    return charts
+
+
+def _draw_front(rows: Sequence[Row], cost: str, suffix: str) -> Figure:
+    series = series_of(rows, by_way=False)
+    figure, axes = new_axes()
+    for i, (name, its) in enumerate(series.items()):
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        axes.plot([], [], linestyle="none", label=plain(name), **style)
+        # Heads of one batch cost nearly the same: the numbers of each line have a side of their own.
+        beside: dict[str, Any] = {"xytext": (6, 4)} if i % 2 == 0 else {"xytext": (-6, -4), "ha": "right", "va": "top"}
+        for row in its:
+            at, error = (row[cost], 100 * row["top1"]), 100 * (row.get("top1_error") or 0)
+            fill = style["color"] if row.get(f"pareto{suffix}") else "white"
+            if error:
+                axes.errorbar(*at, yerr=error, fmt="none", ecolor=style["color"], elinewidth=1, capsize=3)
+            axes.plot(*at, markerfacecolor=fill, linestyle="none", **style)
+            axes.annotate(f"{row['batch_size']:,}", at, textcoords="offset points", color=style["color"], **beside)
+            if row.get(f"recommended{suffix}"):
+                axes.plot(*at, "o", markersize=15, markerfacecolor="none", color=RED)
+    if front := sorted((row[cost], 100 * row["top1"]) for row in rows if row.get(f"pareto{suffix}")):
+        axes.step(*zip(*front, strict=True), where="post", color=GREY, linewidth=1, zorder=1)
+    axes.set_xlabel(COST_LABELS[cost])
+    axes.set_ylabel("test top-1, %")
+    axes.margins(0.1)
+    legend(figure, len(series))
+    return figure

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from nvidia.dali import backend
 
+from benchmarks.speed.energy import nvml_device
 from benchmarks.speed.gpu_profile import kernels_of
 from benchmarks.speed.peers import PREPARED, Task, dali_native
 from benchmarks.speed.step_point import load
-from benchmarks.speed.timing import nvml_device
 from benchmarks.tables import Row
 from dist_train.config import recipe_from_dict
 from dist_train.train.engine import init_process_group

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -18,13 +17,14 @@ import numpy as np
 import torch
 
 from benchmarks.speed.bare import bare_step
+from benchmarks.speed.energy import EnergyMeter, joules_per_step
 from benchmarks.speed.gpu_profile import kernels_of
 from benchmarks.speed.memory import allocated, free_memory, peak_bytes, peak_mb
 from benchmarks.speed.own_step import OwnStep, synthetic_batch
 from benchmarks.speed.peers import PREPARED
 from benchmarks.speed.step import PAPER_CLASSES, SYNTHETIC_VOCABULARY, describe
 from benchmarks.speed.step_point import load, utilisation
-from benchmarks.speed.timing import EnergyMeter, median_ms, ratio, timed, timed_in_turns
+from benchmarks.speed.timing import median_ms, ratio, timed, timed_in_turns
 from benchmarks.tables import Row
 from dist_train.config import Head, Recipe, recipe_from_dict
 from dist_train.data.loader import Batch
@@ -36,7 +36,6 @@ from dist_train.train.meters import forget_peak_memory, memory_figures, synchron
 
 WARM_UP = 3  # steps of each contestant: the first is looked at, the second compiles, all allocate
 PROFILED = 3  # steps whose kernels are looked at
-ENERGY_S = 1.0  # of steps; a GPU's counter moves every tenth of a second or so
 Contestants = dict[str, Callable[[int], Any]]
 
 
@@ -108,7 +107,8 @@ def _steps(point: Row, let_go: ExitStack) -> Row:
         row |= figures
         seconds, profiles = min(seconds, graphs_seconds), profiles | more
     row |= utilisation(recipe, own.flops, seconds, device)
-    row["joules_per_image"] = joules_per_image(lambda: own(batches), batch, seconds, device)
+    joules = joules_per_step(lambda: own(batches), seconds, EnergyMeter(device), device)
+    row["joules_per_image"] = None if joules is None else round(joules / batch, 4)
     if point["loaded"]:
         row |= beside_loading(own, batches, loaded, point["loaded_steps"])
         if device.type == "cuda":  # the loader's kernels among the model's, and how long neither runs
@@ -230,17 +230,3 @@ def launched(step: Callable[[], Any]) -> Callable[[int], Any]:
 def per_second(batch: int, turns: list[list[float]]) -> float:
     """Images a second at the median step."""
     return round(batch / float(np.median(np.concatenate(turns))), 1)
-
-
-def joules_per_image(step: Callable[[], Any], batch: int, seconds: float, device: torch.device) -> float | None:
-    """Energy of as many steps of about `seconds` as its counter needs to be true; None where there is no counter."""
-    meter, steps = EnergyMeter(device), math.ceil(ENERGY_S / seconds)
-    if meter.read() is None:
-        return None
-    synchronize(device)
-    meter.start()
-    for _ in range(steps):
-        step()
-    synchronize(device)
-    joules = meter.read()
-    return None if joules is None else round(joules / (steps * batch), 4)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.speed.energy import ENOUGH_S, EnergyMeter, joules_per_step
 from benchmarks.speed.memory import free_memory, limit_memory
 from benchmarks.speed.own_step import (
     OwnStep,
@@ -19,7 +20,7 @@ from benchmarks.speed.own_step import (
     synthetic_batch,
 )
 from benchmarks.speed.step import PAPER_CLASSES, SYNTHETIC_VOCABULARY
-from benchmarks.speed.timing import EnergyMeter, step_figures, timed
+from benchmarks.speed.timing import step_figures, timed
 from dist_train.config import Recipe, recipe_from_dict
 from dist_train.data.loader import Batch, TrainLoader
 from dist_train.data.manifest import read_manifest
@@ -105,13 +106,16 @@ def _measure(recipe: Recipe, arm: str, warmup: int, steps: int, let_go: ExitStac
     figures |= {"data_wait_share": round(own.meter.data_wait() / sum(times), 4)} | memory_figures(device) | loaded
     figures["memory_mb"] = max(figures["memory_mb"], round(own.meter.recorded_mb, 1))
     figures["matrix_products"] = own.products
+    if joules is not None and sum(times) < ENOUGH_S:
+        each = joules_per_step(lambda: own(batches), float(np.median(times)), energy, device)
+        joules = None if each is None else steps * each
     # What follows takes memory of its own.
     saved_mb = saved_activations_mb(own.engine.module, own.forward, next(batches))
     figures |= {"saved_activations_mb": saved_mb, "parameters": own.parameters}
     figures["gflops_per_image"] = round(own.flops / 1e9, 3)
     figures |= utilisation(recipe, own.flops, float(np.median(times)), device)
     figures["joules_per_image"] = None if joules is None else round(joules / (steps * recipe.train.batch_size), 4)
-    return figures
+    return figures | ({"no_energy": energy.absent} if energy.absent else {})
 
 
 def load(

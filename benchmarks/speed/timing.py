@@ -1,4 +1,4 @@
-"""Times of steps and what follows from them: alone, in turns with others, with the energy that they take."""
+"""Times of steps and what follows from them: alone, and in turns with others."""
 
 from __future__ import annotations
 
@@ -74,35 +74,3 @@ def step_figures(times: list[float], batch_size: int) -> dict[str, Any]:
         "step_ms_p99": round(1000 * p99, 2),
         "images_per_s": round(batch_size / median, 2),
     }
-
-
-class EnergyMeter:
-    """Joules that a GPU took since `start`, by its own counter; None on devices without one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._handle: Any = None
-        if device.type == "cuda":
-            try:
-                self._nvml, self._handle = nvml_device(device)
-                self.start()
-            except Exception:  # no library, or no such counter
-                self._handle = None
-
-    def start(self) -> None:
-        """Begin to count."""
-        if self._handle is not None:
-            self._begin = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
-
-    def read(self) -> float | None:
-        """Joules since `start`."""
-        if self._handle is None:
-            return None
-        return (self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) - self._begin) / 1000
-
-
-def nvml_device(device: torch.device) -> tuple[Any, Any]:
-    """NVML, and its handle of a GPU. Raises whatever it raises where there is none."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import report, result
+from benchmarks import pages, report, result
 from benchmarks.__main__ import main
 from benchmarks.catalogue import BENCHMARKS
-from benchmarks.speed.batch_size import cheapest
+from benchmarks.speed.recommend import cheapest_ways
 from benchmarks.tables import Table
 from tests.benchmarks.test_report_study import study_rows
 
@@ -30,7 +30,7 @@ YES_OR_NO = {"pareto", "recommended", "identical_weights", "each_sample_once"}
 
 
 def tables_of(bench: str, document: dict[str, Any]) -> list[Table]:
-    return report.tables_of(report.benchmark_of(bench), document)
+    return pages.tables_of(report.benchmark_of(bench), document)
 
 
 def headline(bench: str, document: dict[str, Any]) -> str:
@@ -74,7 +74,7 @@ def put(results: Path, bench: str, name: str, rows: list[dict[str, Any]], **more
 def made_up_rows(columns: list[tuple[str, str, str]], number: int = 2) -> list[dict[str, Any]]:
     """Rows in which every column holds a number of its own."""
     words = {"loader", "note", "what", "arm", "backbone", "head", "precision", "experiment", "data", "head_init", "run"}
-    words |= {"contestant", "lr_scaling", "budget", "table", "cell", "scale", "baseline", "features"}
+    words |= {"contestant", "lr_scaling", "budget", "table", "cell", "scale", "baseline", "features", "trained_at"}
     rows = []
     for r in range(number):
         row: dict[str, Any] = {}
@@ -187,12 +187,13 @@ def test_every_bench_with_something_to_show_has_its_figures(written: Path) -> No
         article = re.search(rf'<article id="{bench}--.*?</article>', page, re.DOTALL)
         figures[bench] = article[0].count("<img ") if article else 0
     # Study: both data sets over batch sizes; scaling, steps, init, text, patch. Batch size: throughput, memory,
-    # accuracy, Pareto front. Engine: by operators and by phase, two ZeRO stages. Landscape: surface and line.
+    # accuracy, fronts of time, money and energy. Engine: by operators and by phase, two ZeRO stages. Landscape:
+    # surface and line.
     assert figures == {
         "study": 7,
         "paper": 2,
         "landscape": 2,
-        "batch_size": 4,
+        "batch_size": 6,
         "ifa": 2,
         "step": 2,
         "engine": 4,
@@ -254,7 +255,7 @@ def test_the_same_results_give_the_same_bytes(written: Path, monkeypatch: pytest
     files = [path for path in written.parent.rglob("*") if path.suffix in (".md", ".html", ".png")]
     before = {path: path.read_bytes() for path in files}
     assert (
-        len([path for path in files if path.suffix == ".png"]) == 1 + 7 + 4 + 2
+        len([path for path in files if path.suffix == ".png"]) == 1 + 7 + 6 + 2
     )  # loader, study, batch_size, landscape
     monkeypatch.setattr(result, "RESULTS", written)
     report.write_report()
@@ -263,7 +264,7 @@ def test_the_same_results_give_the_same_bytes(written: Path, monkeypatch: pytest
 
 def test_the_pictures_of_the_markdown_are_there(written: Path) -> None:
     linked = re.findall(r"!\[[^]]*\]\(([^)]*)\)", (written.parent / "RESULTS.md").read_text())
-    assert len(set(linked)) == 1 + 7 + 4 + 2 and all((written.parent / link).is_file() for link in linked)
+    assert len(set(linked)) == 1 + 7 + 6 + 2 and all((written.parent / link).is_file() for link in linked)
     assert "results/loader/made-up.png" in linked and "results/landscape/made-up.png" in linked
 
 
@@ -321,15 +322,15 @@ def test_a_gpu_has_a_table_for_each_kind_of_point() -> None:
     assert tables[2].cells[1][-1] == "broken" and tables[3].cells == [["loader: a", "30,000", "1.010"]]
     assert tables[4].cells == [["another", "7"]]
     for some, more in ((rows, True), (rows[4:5], False), (rows[5:], False)):
-        one = report.Result(KNOWN["gpu"], Path("x"), {"rows": some})
-        assert (report.everything(one)[-1].title == "Everything measured") is more
+        one = pages.Result(KNOWN["gpu"], Path("x"), {"rows": some})
+        assert (pages.everything(one)[-1].title == "Everything measured") is more
 
 
 def test_the_pareto_figure_takes_the_cheapest_way_to_each_batch() -> None:
     base = {"backbone": "vit_tiny_patch16", "head": "cls", "batch_size": 64, "top1": 0.5}
     whole, parts = base | {"micro_batch": 64, "train_minutes": 3.0}, base | {"micro_batch": 16, "train_minutes": 2.0}
-    assert cheapest([whole, parts], "train_minutes") == [parts]
-    assert cheapest([whole, parts | {"head": "ifa"}], "train_minutes") == [whole, parts | {"head": "ifa"}]
+    assert cheapest_ways([whole, parts], "train_minutes") == [parts]
+    assert cheapest_ways([whole, parts | {"head": "ifa"}], "train_minutes") == [whole, parts | {"head": "ifa"}]
 
 
 def test_each_bench_says_its_result_in_a_line() -> None:

@@ -7,7 +7,8 @@ import statistics
 from typing import Any
 
 from benchmarks.claims.study_figures import comparison, over_batch_sizes
-from benchmarks.report import benchmark_of, tables_of
+from benchmarks.pages import tables_of
+from benchmarks.report import benchmark_of
 
 
 def study_rows() -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,16 @@ from hypothesis import strategies as st
 
 from benchmarks import points, result
 from benchmarks.__main__ import main
-from benchmarks.claims import paper
+from benchmarks.claims import paper, runs
 from benchmarks.claims.paper import row_of, table_cells
 from benchmarks.claims.runs import finish_runs
-from benchmarks.report import benchmark_of, tables_of
+from benchmarks.pages import tables_of
+from benchmarks.report import benchmark_of
 from benchmarks.speed import fit, step_point, sweep
 from benchmarks.speed.fit import largest_micro_batch
+from benchmarks.speed.recommend import mark
 from benchmarks.speed.step import measure
-from benchmarks.speed.sweep import Sweep, mark_front
+from benchmarks.speed.sweep import Arguments
 from dist_train import machine
 from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
@@ -169,7 +171,8 @@ def test_a_sweep_over_batch_sizes(shards: Path, tmp_path: Path, results: Path, c
     sweep = "batch_size --name s --heads cls --batches 4,8 --micro-batch 4 --warmup 1 --steps 3 --price-per-hour 2"
     command = [*sweep.split(), "--accuracy", *recipe.split()]
     assert main(command) == 0
-    assert "3 of 3 points to measure" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 of 3 points to measure" in said and "one seed decides nothing" in said
     document = json.loads((results / "batch_size/s.json").read_bytes())
     rows = document["rows"]
     assert [(row["batch_size"], row["micro_batch"], row["accumulation"]) for row in rows] == [
@@ -193,6 +196,47 @@ def test_a_sweep_over_batch_sizes(shards: Path, tmp_path: Path, results: Path, c
     assert main(command) == 0  # goes on, and nothing is left
     assert "0 of 3 points to measure" in capsys.readouterr().out
     assert json.loads((results / "batch_size/s.json").read_bytes())["rows"] == rows
+
+
+def test_seeds_are_added_to_a_result_and_nothing_is_measured_anew(
+    shards: Path, tmp_path: Path, results: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here with trainings and steps that take no time; those of one seed come before those of the next."""
+    measured: list[int] = []
+    trained: list[tuple[str, int]] = []
+
+    def measure(recipe: Recipe, arm: str, *_: Any) -> dict[str, Any]:
+        assert arm == "end_to_end"  # what it trains on is there
+        measured.append(recipe.train.batch_size)
+        rate = {"images_per_s": 10.0 * recipe.train.batch_size, "memory_mb": 100.0, "joules_per_image": 7.2}
+        return {"step_ms": 100.0, "step_ms_p95": 110.0, "data_wait_share": 0.25} | rate
+
+    def finish(recipes: list[Recipe], *_: Any) -> Iterator[Recipe]:
+        for recipe in recipes:
+            trained.append((Path(recipe.train.run).name, recipe.train.seed))
+            yield recipe
+
+    monkeypatch.setattr(sweep.step, "measure", measure)
+    monkeypatch.setattr(runs, "finish_runs", finish)
+    monkeypatch.setattr(runs, "test_evaluation", lambda recipe: {"top1": 0.5 + recipe.train.seed / 10})
+    monkeypatch.setattr(runs, "trained_at", lambda recipe: "abc1234")
+    recipe = f"{SMALL} --data.shards {shards} --train.run {tmp_path / 'runs'} --train.epochs 2 --train.seed 1"
+    command = ["batch_size", "--name", "s", "--heads", "cls", "--batches", "4,8", "--accuracy", *recipe.split()]
+    assert main(command) == 0 and "one seed decides nothing" in capsys.readouterr().out
+    trained.clear()
+
+    assert main([*command, "--seeds", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "0 of 2 points to measure" in said and measured == [4, 8]
+    assert "3 seeds are few" in said and "batch 8 is recommended in 60 % of resamples of the 3 seeds" in said
+    assert f"on one page: {results / 'batch_size/s.html'}" in said and (results / "batch_size/s.html").is_file()
+    name = "vit_tiny_patch16-cls-32px-batch"
+    assert trained == [(f"{name}{b}{more}", s) for more, s in (("", 1), ("-seed1", 2), ("-seed2", 3)) for b in (4, 8)]
+    for row in json.loads((results / "batch_size/s.json").read_bytes())["rows"]:
+        assert row["top1_by_seed"] == pytest.approx([0.6, 0.7, 0.8]) and row["top1"] == pytest.approx(0.7)
+        assert row["top1_error"] == pytest.approx(0.1 / 3**0.5) and row["seeds"] == 3
+        assert row["data_wait_share"] == 0.25 and row["trained_at"] == "abc1234"
+        assert row["train_wh"] == pytest.approx(7.2 * 20 * 2 / 3600)  # 20 samples, two epochs
 
 
 def test_a_memory_limit_makes_running_out_of_memory_a_result() -> None:
@@ -247,7 +291,7 @@ def test_sizes_are_tried_by_steps_one_after_the_other_in_one_process() -> None:
 
 
 def test_each_batch_is_measured_in_each_mode_and_trained_in_the_fastest() -> None:
-    swept = Sweep(("vit_tiny_patch16",), ("cls",), (16, 32), (128,), compile=("none", "graphs"))
+    swept = Arguments("s", "vit_tiny_patch16", "cls", "16,32", compile="none,graphs")
     recipes = list(sweep.points(Recipe(), swept))
     assert [(r.train.batch_size, r.model.compile) for r in recipes] == [
         (16, "none"),
@@ -267,6 +311,8 @@ def test_each_batch_is_measured_in_each_mode_and_trained_in_the_fastest() -> Non
 def test_a_mode_that_there_is_not_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["batch_size", "--name", "a", "--compile", "none,fast"]) == 2
     assert "--compile: no 'fast'; there are none, kernels, graphs" in capsys.readouterr().err
+    assert main(["batch_size", "--name", "a", "--seeds", "2"]) == 2
+    assert "--seeds 2: a number of trainings, 1 or more, with --accuracy" in capsys.readouterr().err
 
 
 def test_the_largest_micro_batch_is_searched_once_for_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +323,7 @@ def test_the_largest_micro_batch_is_searched_once_for_each_model(monkeypatch: py
         return {"cls": 48, "ifa": 32}[recipe.model.head]
 
     monkeypatch.setattr(sweep, "largest_micro_batch", search)
-    swept = Sweep(("vit_tiny_patch16",), ("cls", "ifa"), (16, 64), (128,), micro_batch=16, search=64)
+    swept = Arguments("s", "vit_tiny_patch16", batches="16,64", compile="none", micro_batch=16, search=64)
     recipes = list(sweep.points(Recipe(), swept))
     rows = [sweep.describe(recipe) for recipe in recipes]
     for _ in range(2):  # the second time all is known
@@ -295,7 +341,9 @@ POINTS = st.lists(
 
 @given(POINTS, st.sampled_from([0.0, 5.0, 10.0, 30.0]))
 def test_the_front_is_what_no_point_beats(rows: list[dict[str, Any]], tolerance: float) -> None:
-    mark_front(rows, tolerance)
+    for number, row in enumerate(rows):
+        row["batch_size"] = number
+    mark(rows, tolerance)
     for row in rows:
         beaten = any(
             (other["train_minutes"] < row["train_minutes"] and other["top1"] >= row["top1"])
