@@ -9,7 +9,7 @@ With `--train frozen` heads learn on features of the frozen backbone, which take
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,13 @@ from benchmarks.benchmark import Benchmark, Chart
 from benchmarks.charts import bars, lines
 from benchmarks.claims.gap_answers import answer_questions, closers, table_rows
 from benchmarks.claims.gap_runs import FIXED, HEADS, REMEDIES, Run, accuracies, plan, searched_as, searches
-from benchmarks.claims.runs import finish_runs, outcome, read_summary
+from benchmarks.claims.runs import finish_runs, is_finished, outcome, read_summary
 from benchmarks.result import read_rows, write_result
 from benchmarks.tables import Document, Row, by, table_of
 from benchmarks.tables import Table as ReportTable
 from dist_train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from dist_train.data.manifest import read_manifest
-from dist_train.errors import UseError
+from dist_train.errors import UseError, WorkError
 from dist_train.output import say
 from dist_train.train.schedule import count_steps
 
@@ -58,7 +58,7 @@ class Arguments:
     """global batch sizes, the smallest first"""
     remedies: str = ",".join(name.replace(", ", " + ") for name in REMEDIES if name not in (FIXED, "frozen embedding"))
     """which, beside none"""
-    rates: str = "0.003,0.01,0.03,0.1,0.3"
+    rates: str = "0.001,0.003,0.01,0.03,0.1,0.3"
     """of SGD to search among"""
     adamw_rates: str = "0.0001,0.0003,0.001,0.003,0.01"
     """of AdamW"""
@@ -110,7 +110,7 @@ def run(arguments: Arguments) -> Path:
         rate = chosen[each.head, *searched_as(each.remedy, batches)]
         recipes[each.name] = recipe_of(each, arguments, batches, rate, samples)
     by_folder = {recipe.train.run: each for each, recipe in zip(left, recipes.values(), strict=True)}
-    for recipe in finish_runs(list(recipes.values()), arguments.jobs, "gap"):
+    for recipe in ended(list(recipes.values()), arguments.jobs, "gap"):
         each = by_folder[recipe.train.run]
         rows[each.name] = row_of(each, recipe)
         path = write()
@@ -138,7 +138,7 @@ def search(
     left = [each for its in runs.values() for each in its if each.name not in rows]
     recipes = [recipe_of(each, arguments, batches, each.rate, samples) for each in left]
     by_folder = {recipe.train.run: each for each, recipe in zip(left, recipes, strict=True)}
-    for recipe in finish_runs(recipes, arguments.jobs, "search"):
+    for recipe in ended(recipes, arguments.jobs, "search"):
         each = by_folder[recipe.train.run]
         rows[each.name] = row_of(each, recipe)
     chosen = {}
@@ -153,8 +153,23 @@ def search(
 
 
 def _merit(rows: Sequence[Row]) -> tuple[float, float]:
-    """Mean accuracy on val, then less loss."""
+    """Mean accuracy on val, then less loss; a run that diverged has none."""
+    if any(row["diverged"] for row in rows):
+        return -1.0, 0.0
     return sum(row["val_top1"] for row in rows), -sum(row["val_loss"] for row in rows)
+
+
+def ended(recipes: Sequence[Recipe], jobs: int, what: str) -> Iterator[Recipe]:
+    """`finish_runs`, and then those whose loss was not finite, as a high rate makes it: that is a result too."""
+    from dist_train.train.badsteps import BAD_BATCH_NAME
+
+    try:
+        yield from finish_runs(recipes, jobs, what)
+    except WorkError:
+        failed = [recipe for recipe in recipes if not is_finished(recipe)]
+        if not all((Path(recipe.train.run) / BAD_BATCH_NAME).is_file() for recipe in failed):
+            raise
+        yield from failed
 
 
 def _adamw(remedy: str) -> bool:
@@ -206,13 +221,16 @@ def recipe_of(run: Run, arguments: Arguments, batches: Sequence[int], rate: floa
 
 
 def row_of(run: Run, recipe: Recipe) -> Row:
-    """A finished run; removes its checkpoints, which hold the whole backbone each."""
-    summary = read_summary(recipe)
+    """A run that has ended; removes its checkpoints, which hold the whole backbone each."""
     shutil.rmtree(Path(recipe.train.run) / "checkpoints", ignore_errors=True)
-    val = summary["evaluations"]["val"]
     found: Row = {"run": run.name, **asdict(run), "searched_rate": run.rate > 0, "lr": recipe.optim.lr}
     del found["rate"]
-    found |= {"epochs": recipe.train.epochs, "steps": summary["steps"], "seconds": summary["seconds"]}
+    found |= {"epochs": recipe.train.epochs, "diverged": not is_finished(recipe)}
+    if found["diverged"]:
+        return found
+    summary = read_summary(recipe)
+    val = summary["evaluations"]["val"]
+    found |= {"steps": summary["steps"], "seconds": summary["seconds"]}
     return found | outcome(recipe) | {"val_top1": val["top1"], "val_loss": val["loss"]}
 
 
@@ -263,6 +281,7 @@ COLUMNS = [
     ("lr", "rate", "g"),
     ("epochs", "epochs", "d"),
     ("steps", "steps", ",d"),
+    ("diverged", "diverged", ""),
     ("seed", "seed", "d"),
     ("top1", "test top-1", ".2%"),
     ("test_loss", "test loss", ".4f"),

@@ -79,8 +79,11 @@ def _falls(rows: Sequence[Row], heads: Sequence[str], batches: Sequence[int]) ->
 def _closes(rows: Sequence[Row], heads: Sequence[str], remedy: str, batches: Sequence[int]) -> Answer | None:
     said, whole = [], []
     for head in heads:
-        share = closed(rows, head, remedy, batches)
-        if share:
+        diverged = [row for row in rows if row["head"] == head and row["remedy"] == remedy and row.get("diverged")]
+        if diverged:
+            said.append(f"{head}: {len(diverged)} runs diverged")
+            whole.append(False)
+        elif share := closed(rows, head, remedy, batches):
             short = accuracies(rows, head, remedy, batches[-1]) - accuracies(rows, head, FIXED, batches[0])
             said.append(f"{head}: {share} % ({short} points to batch {batches[0]})")
             whole.append(share.mean >= EXPLAINED and share.sign > 0)

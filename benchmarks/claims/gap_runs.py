@@ -109,8 +109,7 @@ def plan(heads: Sequence[str], remedies: Sequence[str], batches: Sequence[int], 
 
 
 def accuracies(rows: Sequence[Row], head: str, remedy: str, batch_size: int) -> Seeds:
-    """Test top-1 in percent by seed."""
+    """Test top-1 in percent by seed; none of runs that diverged."""
     wanted = (head, remedy, batch_size)
-    return Seeds(
-        {row["seed"]: 100 * row["top1"] for row in rows if (row["head"], row["remedy"], row["batch_size"]) == wanted}
-    )
+    its = [row for row in rows if (row["head"], row["remedy"], row["batch_size"]) == wanted]
+    return Seeds({row["seed"]: 100 * row["top1"] for row in its if "top1" in row})

@@ -12,14 +12,14 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks.arguments import numbers
 from benchmarks.benchmark import Benchmark
 from benchmarks.points import run_point
 from benchmarks.result import write_result
 from benchmarks.tables import Document, Row, describe_row, figures, having, span
-from dist_train.config import Recipe, recipe_from_dict, recipe_to_dict
+from dist_train.config import Recipe, ZeroStage, recipe_from_dict, recipe_to_dict
 from dist_train.errors import UseError
 from dist_train.output import say
 
@@ -66,7 +66,7 @@ def run(arguments: Arguments, recipe: Recipe) -> Path:
             asked = replace(
                 recipe,
                 train=replace(recipe.train, micro_batch_size=batch // accumulation, noise_every=1),
-                deepspeed=replace(recipe.deepspeed, zero_stage=stage),
+                deepspeed=replace(recipe.deepspeed, zero_stage=cast(ZeroStage, stage)),
             )
             point = {"recipe": recipe_to_dict(asked), "samples": arguments.samples}
             point |= {"warm": arguments.warm, "steps": arguments.steps}
