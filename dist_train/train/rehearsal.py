@@ -22,6 +22,7 @@ from dist_train.place import Place
 from dist_train.recipe import check
 from dist_train.train.engine import init_process_group, torch_device
 from dist_train.train.inputs import begin_outputs, begin_tokenizer, check_same_set, tag_targets, train_loader
+from dist_train.train.micro_batch import with_micro_batch
 from dist_train.train.ranks import from_rank_zero
 from dist_train.train.record import start_console_log
 from dist_train.train.schedule import count_steps
@@ -80,7 +81,9 @@ def rehearsal(recipe: Recipe) -> Iterator[Rehearsal]:
 def _built(recipe: Recipe, place: Place, manifest: Manifest) -> Rehearsal:
     tokenizer = begin_tokenizer(recipe, manifest, place, resumed=False)
     outputs = begin_outputs(recipe, manifest, place, None)
-    model, _ = initial_model(recipe, outputs, tokenizer.vocab_size if tokenizer else 0)
+    vocabulary = tokenizer.vocab_size if tokenizer else 0
+    recipe = with_micro_batch(recipe, place, len(outputs), vocabulary)
+    model, _ = initial_model(recipe, outputs, vocabulary)
     counts = [info.count for info in manifest.classes]
     return Rehearsal(
         recipe,
