@@ -186,7 +186,8 @@ def _trace_zero(
     _pass_of(model, recipe, micro_batch, outputs)(lambda loss: loss.backward())
     passing = live.peak - before
     averaged = before - whole
-    del average, kept
+    del average
+    kept.clear()
 
     numbers = sum(parameter.numel() for parameter in trained)
     part, width = numbers / world_size, dtype.itemsize

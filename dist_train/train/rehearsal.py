@@ -44,6 +44,8 @@ class Rehearsal:
     batches: Iterator[Batch]
     total_steps: int
     """Of the whole run."""
+    outputs: list[str]
+    """Names of what the model predicts."""
 
 
 @contextmanager
@@ -93,6 +95,7 @@ def _built(recipe: Recipe, place: Place, manifest: Manifest) -> Rehearsal:
         build_step(model, recipe, place, counts),
         iter(train_loader(recipe, manifest, place, tokenizer, targets=tag_targets(recipe, outputs))),
         count_steps(recipe.train.epochs, manifest.split("train").samples, recipe.train.batch_size),
+        outputs,
     )
 
 
