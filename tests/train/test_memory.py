@@ -74,12 +74,13 @@ def check(recipe: Recipe, place: Place, within: float) -> None:
 
 
 REPLICAS = {
-    "adamw, accumulated, averaged": "--optim.name adamw --train.micro_batch_size 4 --train.ema 0.9",
-    "ViLT with IFA, blocks again": "--model.head ifa --model.text_tokens 6 --model.checkpoint_blocks true",
-    "bf16, mixed, clipped": "--deepspeed.precision bf16_autocast --data.cutmix 0.5 --optim.clip_norm 1",
+    "ViLT with IFA, blocks again, accumulated, averaged": "--model.head ifa --model.text_tokens 6 "
+    "--model.checkpoint_blocks true --optim.name adamw --train.micro_batch_size 4 --train.ema 0.9",
+    "bf16, mixed, clipped, frozen": "--deepspeed.precision bf16_autocast --data.cutmix 0.5 --optim.clip_norm 1 "
+    "--model.freeze 6 --model.drop_path 0.1",
 }
 OTHERS = {
-    "frozen": "--model.freeze 6 --model.drop_path 0.1",
+    "plain": "",
     "adapters": "--model.lora 4",
     "dropout": "--model.dropout 0.1",
     "tags": "--data.labels tags --data.mixup 0.2",
@@ -134,8 +135,8 @@ def test_predicting_takes_no_memory_and_no_random_numbers() -> None:
     drawn = torch.rand(2)
     torch.manual_seed(3)
     before = living()
-    recipe = recipe_of("--model.backbone vit_base_patch16 --train.batch_size 512 --model.checkpoint_blocks true")
-    assert predict_step(recipe, OUTPUTS).peak_mb > 1400
+    recipe = recipe_of("--train.batch_size 4096 --model.checkpoint_blocks true")
+    assert predict_step(recipe, OUTPUTS).peak_mb > 1000
     assert living() - before < 1e6
     assert torch.equal(torch.rand(2), drawn)
 

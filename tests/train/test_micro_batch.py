@@ -24,7 +24,7 @@ from dist_train.train.losses import Objective
 from dist_train.train.memory import blank_batch, predict_step
 from dist_train.train.micro_batch import largest_that_fits, of_micro_batch, steps_fit
 from dist_train.train.setup import build_step, initial_model
-from tests.harness import CLASSES, arguments, logged_steps, newest_weights, read_summary, same
+from tests.harness import CLASSES, arguments, logged_steps, newest_weights, read_summary, same, train
 from tests.train.forked_ranks import run_on, train_on
 
 
@@ -151,8 +151,6 @@ def test_a_run_that_goes_on_keeps_its_number_while_it_fits_on_as_many_ranks(shar
 def test_where_nothing_fits_the_run_says_what_would_help(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.harness import train
-
     monkeypatch.setattr(micro_batch, "memory_limit", lambda recipe, place: 1e6)
     assert train(shards, tmp_path / "run", train__micro_batch_size="auto") == 1
     assert "not even 1 of 12 samples at a time fit into the 1 MB" in capfd.readouterr().err
@@ -205,7 +203,12 @@ def _train_a_little(recipe: object, place: object) -> list[float]:
 
 @pytest.mark.launch
 @pytest.mark.parametrize(
-    ("stages", "runs_out"), [([0, 3], "backward"), pytest.param([1, 2, 3], "forward", marks=pytest.mark.slow)]
+    ("stages", "runs_out"),
+    [
+        ([3], "backward"),
+        pytest.param([0, 1, 2], "backward", marks=pytest.mark.slow),
+        pytest.param([0, 1, 2, 3], "forward", marks=pytest.mark.slow),
+    ],
 )
 def test_steps_that_run_out_of_memory_leave_nothing_behind(stages: list[int], runs_out: str, tmp_path: Path) -> None:
     options = arguments(tmp_path, tmp_path / "run", train__batch_size=24)
