@@ -59,7 +59,7 @@ def run(arguments: Arguments) -> Path:
             {"what": words.replace("--model.", "").replace("--train.", "").replace("--", ""), "on": "cpu"} | row
         )
         say(describe_row(rows[-1], rows[-1]["what"]))
-    for row in _of_gpus() if arguments.gpu else ():
+    for row in of_gpus() if arguments.gpu else ():
         rows.append(row)
         say(describe_row(row, f"{row['on']}, {row['what']}"))
     return write_result("memory", arguments.name, {"classes": CLASSES}, rows)
@@ -111,19 +111,25 @@ def _resident_mb() -> float:
     return psutil.Process().memory_info().rss / 1e6
 
 
-def _of_gpus() -> Iterator[dict[str, Any]]:
-    """A row for each measured point of `gpu` that is not compiled, at the settings that it was measured at."""
-    from dist_train.train.memory import predict_step
+def of_gpus() -> Iterator[dict[str, Any]]:
+    """A row for each measured point of `gpu`, but for what is compiled, and what had a loader's batches beside it."""
+    from dist_train.train.memory import StepMemory, predict_step
+
+    predicted: dict[str, StepMemory] = {}  # of several GPUs at once
 
     for path in sorted((RESULTS / "gpu").glob("*.json")):
         for row in json.loads(path.read_bytes())["rows"]:
-            if "memory_mb" not in row or row.get("compile") != "none" or row.get("arm") != "synthetic":
+            alone = row.get("arm") == "synthetic" and row.get("compile") == "none" and "dali_mb" not in row
+            if "memory_mb" not in row or not alone:
                 continue
             keys = ("backbone", "head", "text_tokens"), ("batch_size",), ("precision", "zero_stage")
             sections = zip(("model", "train", "deepspeed"), keys, strict=True)
             words = [f"--{section}.{key}={row[key]}" for section, names in sections for key in names]
             recipe, _ = parse_recipe([*words, f"--data.image_size={row['image_size']}"])
-            step = predict_step(recipe, CLASSES, VOCABULARY if row["text_tokens"] else 0, on_gpu=True)
+            if row["what"] not in predicted:
+                vocabulary = VOCABULARY if row["text_tokens"] else 0
+                predicted[row["what"]] = predict_step(recipe, CLASSES, vocabulary, on_gpu=True)
+            step = predicted[row["what"]]
             yield {
                 "what": row["what"].removeprefix("step: "),
                 "on": path.stem,

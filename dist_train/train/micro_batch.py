@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 MARGIN = 0.1
 """Share of the device's memory that stays free: for DALI, which decodes beside the steps, for evaluations, and for what
 an allocator cannot use of what it has."""
+_MALLOC = 250e6  # bytes that a CPU's process holds beyond its tensors: freed blocks, and what kernels' libraries load
 _STEPS = 2  # the first allocates gradients and the optimizer's state, the second has all of it
 
 
@@ -108,7 +109,8 @@ def memory_limit(recipe: Recipe, place: Place) -> float:
         return free - MARGIN * total - loader_bytes(recipe, recipe.train.eval_batch_size, device)
     # All ranks have come so far before any goes on, which would take of what the others count.
     free = min(gather(available_memory(), place))
-    return (1 - MARGIN) * free / place.local_world_size - loader_bytes(recipe, recipe.train.eval_batch_size, device)
+    share = (1 - MARGIN) * free / place.local_world_size - _MALLOC
+    return share - loader_bytes(recipe, recipe.train.eval_batch_size, device)
 
 
 def loader_bytes(recipe: Recipe, size: int, device: torch.device) -> int:

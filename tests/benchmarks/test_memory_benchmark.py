@@ -1,4 +1,4 @@
-"""The benchmark `memory`: what it measures, and what the committed result says."""
+"""The benchmark `memory`: what it measures, and how near predictions come to the committed points of GPUs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ from benchmarks import result
 from benchmarks.__main__ import main
 from benchmarks.speed import prediction
 
-COMMITTED = Path(prediction.__file__).parents[1] / "results/memory/cpu.json"
 
-
-def test_what_is_committed_meets_what_the_documents_say() -> None:
-    document = json.loads(COMMITTED.read_bytes())
-    here = [row for row in document["rows"] if row["on"] == "cpu"]
-    gpus = [row for row in document["rows"] if row["on"] != "cpu"]
-    assert [row["of_allocated"] for row in here] == pytest.approx([1] * len(prediction.SETTINGS), abs=0.01)
-    assert len(gpus) > 20 and all(abs(row["of_allocated"] - 1) < 0.06 for row in gpus)
-    assert sum(abs(row["of_allocated"] - 1) < 0.03 for row in gpus) > 0.8 * len(gpus)
-    assert "within" in prediction.headline(document)
+@pytest.mark.slow
+def test_what_gpus_took_is_predicted_to_three_hundredths() -> None:
+    rows = list(prediction.of_gpus())
+    assert len(rows) > 20 and {row["on"] for row in rows} >= {"nvidia-h100", "nvidia-h200"}
+    assert [row["of_allocated"] for row in rows] == pytest.approx([1] * len(rows), abs=0.03)
 
 
 @pytest.mark.slow
