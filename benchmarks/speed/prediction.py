@@ -45,8 +45,8 @@ class Arguments:
     """of the result: benchmarks/results/memory/NAME.json"""
     settings: int = len(SETTINGS)
     """how many of the recipes to measure here"""
-    gpu: bool = True
-    """whether to predict the committed rows of GPUs"""
+    here_alone: bool = False
+    """do not predict the committed rows of GPUs"""
 
 
 def run(arguments: Arguments) -> Path:
@@ -59,7 +59,7 @@ def run(arguments: Arguments) -> Path:
             {"what": words.replace("--model.", "").replace("--train.", "").replace("--", ""), "on": "cpu"} | row
         )
         say(describe_row(rows[-1], rows[-1]["what"]))
-    for row in of_gpus() if arguments.gpu else ():
+    for row in () if arguments.here_alone else of_gpus():
         rows.append(row)
         say(describe_row(row, f"{row['on']}, {row['what']}"))
     return write_result("memory", arguments.name, {"classes": CLASSES}, rows)

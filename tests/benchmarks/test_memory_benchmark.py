@@ -25,7 +25,7 @@ def test_a_recipe_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypatc
     monkeypatch.setattr(result, "RESULTS", tmp_path)
     small = "--model.backbone vit_tiny_patch16 --data.image_size 32 --train.batch_size 4"
     monkeypatch.setattr(prediction, "SETTINGS", (small,))
-    assert main(["memory", "--name", "small", "--gpu", "false"]) == 0
+    assert main(["memory", "--name", "small", "--here-alone"]) == 0
     (row,) = json.loads((tmp_path / "memory/small.json").read_bytes())["rows"]
     assert row["of_allocated"] == pytest.approx(1, abs=0.01)
     assert row["resident_mb"] > 0.5 * row["predicted_mb"]
