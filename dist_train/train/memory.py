@@ -195,8 +195,8 @@ def _trace_zero(
     optimizer = 4 * part * (1 + states)  # with the float32 weights that it steps
     gradients = width * (numbers if stage == 1 else part)
     bucket = width * min(bucket_numbers(numbers), numbers)
+    weights, held = float(whole), 0.0
     if stage < 3:
-        weights, held = whole, 0.0
         passing += (2 if stage == 1 else 1) * bucket if world_size > 1 else 0
     else:  # its part of the gradients has a buffer for good; the weights stay gathered from forward to backward pass
         weights, held = whole / world_size, gradients
