@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.benchmark import Benchmark
 from benchmarks.claims import agreement, gap, histogram, kill, knee, landscape, noise, paper, precision, probe, study
-from benchmarks.speed import batch_size, engine, exchange, gpu, ifa, loader, scale, step
+from benchmarks.speed import batch_size, engine, exchange, gpu, ifa, loader, prediction, scale, step
 
 SPEED: tuple[Benchmark, ...] = (
     batch_size.BENCHMARK,
@@ -15,6 +15,7 @@ SPEED: tuple[Benchmark, ...] = (
     exchange.BENCHMARK,
     loader.BENCHMARK,
     scale.BENCHMARK,
+    prediction.BENCHMARK,
 )
 CLAIMS: tuple[Benchmark, ...] = (
     study.BENCHMARK,

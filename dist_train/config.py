@@ -256,8 +256,10 @@ class TrainConfig:
     """Passes over the train split."""
     batch_size: Annotated[int, Range(1, 2**24)] = 64
     """Global batch: samples per optimizer step, over all ranks (the paper's mini-batch)."""
-    micro_batch_size: Annotated[int, NOT_NEGATIVE] = 0
-    """Samples of one forward pass on one rank; accumulation follows. 0: the whole share of the rank."""
+    micro_batch_size: Annotated[int | Literal["auto"], NOT_NEGATIVE] = 0
+    """Samples of one forward pass on one rank; accumulation follows. 0: the whole share of the rank. auto: the largest
+    divisor of the share that fits into the memory of every rank's device, found at the start of a run and written into
+    its recipe.yaml as a number; not with batch norms that train, whose statistics are those of a micro-batch."""
     ema: Annotated[float, SHARE] = 0.0
     """Decay per step of averaged weights that are evaluated and exported beside the raw ones, as 0.9998; not with ZeRO
     3. In the first steps the decay is (1 + step) / (10 + step), so that the start is soon forgotten. 0: none."""

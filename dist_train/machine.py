@@ -59,3 +59,34 @@ def ask_git(*arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that this process may still take: what the machine has free or can free, and no more than
+    the control groups around the process (a container's, a job's) have left. root: where /proc and /sys are."""
+    import psutil
+
+    free = [psutil.virtual_memory().available]
+    memberships = root / "proc/self/cgroup"
+    for line in memberships.read_text().splitlines() if memberships.exists() else []:
+        _, controllers, group = line.split(":", 2)
+        if controllers in ("", "memory"):
+            mount = root / "sys/fs/cgroup" / controllers
+            names = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+            )
+            # From its own group up to the mount; of a path that the container does not show, the mount alone.
+            own = mount / group.strip("/")
+            free += [left for folder in (own, *own.parents) if (left := _left_in_group(folder, *names)) is not None]
+    return min(free)
+
+
+def _left_in_group(folder: Path, limit_name: str, usage_name: str) -> int | None:
+    """Bytes that a control group may still take; None where it has no limit. Files in the page cache make room."""
+    try:
+        limit, usage = (folder / limit_name).read_text().strip(), int((folder / usage_name).read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    cached = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+    return max(0, int(limit) - usage + cached) if limit.isdigit() else None

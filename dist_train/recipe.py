@@ -16,7 +16,7 @@ from dist_train.config import DataConfig, Precision, Recipe
 from dist_train.data.augment import BLUR_KERNEL
 from dist_train.data.device import decoding_gpu
 from dist_train.data.manifest import Manifest, check_has_tags, read_manifest
-from dist_train.data.plan import choose_streams, micro_batch_of
+from dist_train.data.plan import choose_streams, micro_batch_of, rank_batch
 from dist_train.data.remote import is_url
 from dist_train.data.vocabulary import WHOLE_TAGS, read_vocabulary
 from dist_train.errors import UseError, WorkError
@@ -287,7 +287,11 @@ def _check_monitor(recipe: Recipe) -> None:
 
 
 def _check_batch(recipe: Recipe, world_size: int) -> None:
-    micro_batch = micro_batch_of(recipe.train.batch_size, world_size, recipe.train.micro_batch_size)
+    if recipe.train.micro_batch_size == "auto":
+        _check_auto_micro_batch(recipe)
+        micro_batch = rank_batch(recipe.train.batch_size, world_size)  # if this can be paired, some can
+    else:
+        micro_batch = micro_batch_of(recipe.train.batch_size, world_size, recipe.train.micro_batch_size)
     if recipe.train.skip_bad_steps and micro_batch * world_size < recipe.train.batch_size:
         # The gradients of a step's first micro-batch could not be taken back.
         raise UseError("train.skip_bad_steps needs one micro-batch a step; set train.micro_batch_size to 0")
@@ -299,6 +303,21 @@ def _check_batch(recipe: Recipe, world_size: int) -> None:
         raise UseError(
             f"data.mixup and data.cutmix pair the samples of a micro-batch, which has an odd {micro_batch}; "
             "choose train.batch_size or train.micro_batch_size so that it is even"
+        )
+
+
+def _check_auto_micro_batch(recipe: Recipe) -> None:
+    """What the micro-batch decides on beside memory must not depend on how much of it there is."""
+    if recipe.train.skip_bad_steps:
+        raise UseError("train.skip_bad_steps needs one micro-batch a step; set train.micro_batch_size to 0, not auto")
+    if recipe.data.feature_cache:
+        raise UseError(
+            "train.micro_batch_size auto: with data.feature_cache steps are of the head alone and take little; use 0"
+        )
+    if _can(recipe).batch_norms and recipe.model.freeze != "backbone":
+        raise UseError(
+            f"train.micro_batch_size auto: {recipe.model.backbone} has batch norms, whose statistics are those of a "
+            "micro-batch, so what is learnt would depend on the memory there is; give a number"
         )
 
 
@@ -322,8 +341,9 @@ def _check_data_device(recipe: Recipe, device: str) -> None:
 def _check_deepspeed_settings(recipe: Recipe, device: str, world_size: int) -> None:
     if recipe.deepspeed.config is None:
         return
+    size = recipe.train.micro_batch_size
     try:
-        micro_batch = micro_batch_of(recipe.train.batch_size, world_size, recipe.train.micro_batch_size)
+        micro_batch = micro_batch_of(recipe.train.batch_size, world_size, 0 if size == "auto" else size)
     except UseError:  # which `_check_batch` tells
         return
     known = replace(recipe, deepspeed=replace(recipe.deepspeed, precision=_precision_on(recipe, device)))

@@ -1,17 +1,19 @@
 """The largest micro-batch that fits into a device's memory, found by real steps: a helper of `batch_size`.
 
-On a GPU one process tries size after size: running out of memory is an exception there, and what was tried is freed. On
-a CPU the system ends a process that takes too much, so each size has a process of its own.
+The search is that of `train.micro_batch_size: auto` (`dist_train/train/micro_batch.py`), over any sizes and not the
+divisors of a batch alone, and begins at what is predicted. On a GPU one process tries size after size: running out of
+memory is an exception there, and what was tried is freed. On a CPU the system ends a process that takes too much, so
+each size has a process of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from benchmarks.points import run_point
-from benchmarks.speed.step import measure
+from benchmarks.speed.step import PAPER_CLASSES, SYNTHETIC_VOCABULARY, measure
 from dist_train.config import Recipe, recipe_from_dict
 from dist_train.errors import WorkError
 
@@ -26,9 +28,19 @@ def largest_micro_batch(recipe: Recipe, most: int, environment: Mapping[str, str
     """
     import torch
 
+    from dist_train.machine import available_memory
+    from dist_train.train.micro_batch import largest_that_fits
+
     recipe = replace(recipe, model=replace(recipe.model, compile="none"))
     if not torch.cuda.is_available():
-        return search(most, lambda size: fits(measure(of_size(recipe, size), "synthetic", 0, STEPS, {}, limit)))
+
+        def fits(size: int) -> bool:
+            # A GPU's row counts here how often it ran out of memory before.
+            row = measure(of_size(recipe, size), "synthetic", 0, STEPS, {}, limit)
+            return row.get("out_of_memory") is not True
+
+        sizes = sizes_to(most)
+        return largest_that_fits(sizes, fits, predicted(recipe, sizes, limit or available_memory()))
     point = {"recipe": asdict(recipe), "most": most, "memory_limit": limit}
     try:
         return run_point("benchmarks.speed.fit:search_here", point, environment)
@@ -38,35 +50,48 @@ def largest_micro_batch(recipe: Recipe, most: int, environment: Mapping[str, str
 
 def search_here(point: dict[str, Any]) -> int:
     """Search in this process."""
+    import torch
+
     from benchmarks.speed.memory import limit_memory
-    from benchmarks.speed.step_point import measure_point
+    from dist_train.machine import available_memory
+    from dist_train.train.engine import init_process_group
+    from dist_train.train.micro_batch import largest_that_fits, steps_fit
 
     limit_memory(point["memory_limit"])
-    recipe = recipe_from_dict(point["recipe"])
-    return search(point["most"], lambda size: fits(measure_point(of_size(recipe, size), "synthetic", 0, STEPS)))
+    recipe, sizes, place = recipe_from_dict(point["recipe"]), sizes_to(point["most"]), init_process_group()
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory()
+    guess = predicted(recipe, sizes, point["memory_limit"] or free)
+    vocabulary = SYNTHETIC_VOCABULARY if recipe.model.text_tokens else 0
+    return largest_that_fits(
+        sizes, lambda size: steps_fit(of_size(recipe, size), place, PAPER_CLASSES, vocabulary), guess
+    )
 
 
-def search(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest size that `fits`, to an eighth of it; `most` if that fits, 0 if none.
+def sizes_to(most: int) -> list[int]:
+    """Sizes up to `most`, each at most an eighth larger than the one before, or by one sample."""
+    sizes = [1]
+    while sizes[-1] < most:
+        octave = 1 << (sizes[-1].bit_length() - 1)
+        sizes.append(min(most, sizes[-1] + max(1, octave // 8)))
+    return sizes
 
-    Doubled from 16 until it does not fit, then halved between.
-    """
-    low, high = 0, 16
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    if low * 2 > most:
-        return low
-    while high - low > max(1, low // 8):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+
+def predicted(recipe: Recipe, sizes: list[int], limit: float) -> int:
+    """The largest of the sizes of which a step is predicted to fit into `limit` bytes, or the smallest."""
+    import torch
+
+    from dist_train.train.memory import predict_step
+    from dist_train.train.micro_batch import largest_that_fits
+
+    vocabulary = SYNTHETIC_VOCABULARY if recipe.model.text_tokens else 0
+
+    def fits(size: int) -> bool:
+        step = predict_step(of_size(recipe, size), PAPER_CLASSES, vocabulary, 1, torch.cuda.is_available())
+        return 1e6 * step.peak_mb <= limit
+
+    return largest_that_fits(sizes, fits, sizes[-1]) or sizes[0]
 
 
 def of_size(recipe: Recipe, size: int) -> Recipe:
     """The recipe with a batch of that size, as one micro-batch."""
     return replace(recipe, train=replace(recipe.train, batch_size=size, micro_batch_size=0))
-
-
-def fits(row: dict[str, Any]) -> bool:
-    """Whether a measured point did not run out of memory (a GPU's row also counts how often it did before)."""
-    return row.get("out_of_memory") is not True

@@ -33,7 +33,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """The most memory that a step allocates beyond what is there before it, by the allocator's own account."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

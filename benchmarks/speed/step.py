@@ -19,6 +19,7 @@ from benchmarks.result import write_result
 from benchmarks.speed.batch_charts import over_batches
 from benchmarks.tables import Document, Row, by, describe_row, figures, rate
 from dist_train.config import Recipe
+from dist_train.data.plan import micro_batch_of
 from dist_train.errors import UseError, WorkError
 from dist_train.output import say
 
@@ -93,7 +94,7 @@ def describe(recipe: Recipe, arm: str) -> Row:
         "text_tokens": recipe.model.text_tokens,
         "image_size": recipe.data.image_size,
         "batch_size": recipe.train.batch_size,
-        "micro_batch": recipe.train.micro_batch_size or recipe.train.batch_size,
+        "micro_batch": micro_batch_of(recipe.train.batch_size, 1, recipe.train.micro_batch_size),
         "precision": precision_of(recipe.deepspeed),
         "zero_stage": recipe.deepspeed.zero_stage,
         "compile": recipe.model.compile,

@@ -24,6 +24,7 @@ from benchmarks.speed.timing import step_figures, timed
 from dist_train.config import Recipe, recipe_from_dict
 from dist_train.data.loader import Batch, TrainLoader
 from dist_train.data.manifest import read_manifest
+from dist_train.data.plan import micro_batch_of
 from dist_train.data.tokenizer import TagTokenizer
 from dist_train.errors import UseError
 from dist_train.place import Place
@@ -70,11 +71,7 @@ def _measure(recipe: Recipe, arm: str, warmup: int, steps: int, let_go: ExitStac
     if recipe.data.labels != "class":
         raise UseError("benchmarks measure models of classes: use data.labels class")
     device = torch_device(place)
-    micro_batch = recipe.train.micro_batch_size or recipe.train.batch_size
-    if recipe.train.batch_size % micro_batch:
-        raise UseError(
-            f"train.micro_batch_size {micro_batch} does not divide train.batch_size {recipe.train.batch_size}"
-        )
+    micro_batch = micro_batch_of(recipe.train.batch_size, 1, recipe.train.micro_batch_size)
     batches: Iterator[Batch]
     loaded: dict[str, float] = {}
     if arm == "synthetic":
@@ -132,7 +129,7 @@ def load(
         manifest,
         place,
         batch_size=recipe.train.batch_size,
-        micro_batch=recipe.train.micro_batch_size or recipe.train.batch_size,
+        micro_batch=micro_batch_of(recipe.train.batch_size, 1, recipe.train.micro_batch_size),
         seed=recipe.train.seed,
         tokenizer=tokenizer,
     )

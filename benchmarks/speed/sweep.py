@@ -22,6 +22,7 @@ from benchmarks.speed.recommend import mark
 from benchmarks.tables import Row, describe_row
 from dist_train.config import Compile, Head, Recipe
 from dist_train.data.manifest import read_manifest
+from dist_train.data.plan import micro_batch_of
 from dist_train.errors import UseError
 from dist_train.output import say
 
@@ -190,7 +191,7 @@ def with_seeds(recipes: Sequence[Recipe], seeds: int) -> list[Recipe]:
 
 def describe(recipe: Recipe) -> Row:
     """What tells one point from another."""
-    micro = recipe.train.micro_batch_size or recipe.train.batch_size
+    micro = micro_batch_of(recipe.train.batch_size, 1, recipe.train.micro_batch_size)
     return {
         "backbone": recipe.model.backbone,
         "head": recipe.model.head,

@@ -23,7 +23,7 @@ from dist_train.cluster.hosts import read_hostfile
 from dist_train.cluster.probe import existing_folder
 from dist_train.config import Recipe
 from dist_train.data.manifest import Manifest, read_manifest
-from dist_train.data.plan import micro_batch_of
+from dist_train.data.plan import micro_batch_of, rank_batch
 from dist_train.data.remote import is_url
 from dist_train.errors import UseError, WorkError
 from dist_train.image_folder import is_image_source, sets_folder
@@ -187,6 +187,9 @@ def _manifest_at_url(recipe: Recipe) -> Manifest | None:
 def batch_finding(recipe: Recipe, ranks: int) -> Finding:
     """How the global batch is divided over the ranks, and a rank's share into micro-batches."""
     batch = recipe.train.batch_size
+    if recipe.train.micro_batch_size == "auto":
+        text = f"{batch} = {ranks} ranks x {rank_batch(batch, ranks)}, in micro-batches that the run finds"
+        return Finding("ok", "train.batch_size", text)
     micro = micro_batch_of(batch, ranks, recipe.train.micro_batch_size)
     return Finding("ok", "train.batch_size", f"{batch} = {ranks} ranks x {batch // ranks // micro} x {micro}")
 

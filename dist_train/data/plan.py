@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,12 +92,23 @@ def rank_batch(global_batch: int, world_size: int) -> int:
     return global_batch // world_size
 
 
-def micro_batch_of(global_batch: int, world_size: int, micro_batch: int = 0) -> int:
+def micro_batches(global_batch: int, world_size: int, even: bool = False) -> list[int]:
+    """Micro-batches, ascending, into which the share of a rank can be divided. even: into pairs of samples too.
+
+    Raises UseError as `rank_batch`.
+    """
+    return [size for size in _divisors(rank_batch(global_batch, world_size)) if not even or size % 2 == 0]
+
+
+def micro_batch_of(global_batch: int, world_size: int, micro_batch: int | Literal["auto"] = 0) -> int:
     """Samples of one forward pass of a rank; micro_batch 0 is the rank's whole share of the global batch.
 
-    Raises UseError, naming the numbers that would do, where the batch does not divide.
+    Raises UseError, naming the numbers that would do, where the batch does not divide; and for `auto`, for which a run
+    has a number before it divides anything.
     """
     share = rank_batch(global_batch, world_size)
+    if micro_batch == "auto":
+        raise UseError("train.micro_batch_size auto is for training and its --dry-run, which find it; give a number")
     if micro_batch and share % micro_batch:
         raise UseError(
             f"train.micro_batch_size {micro_batch} does not divide the {share} samples that each of {world_size} ranks "

@@ -42,6 +42,7 @@ from dist_train.train.evaluations import evaluate_split, evaluation_figures
 from dist_train.train.features import feature_eval_loader, feature_train_loader, prepare_features
 from dist_train.train.inputs import begin_outputs, begin_tokenizer, check_same_set, tag_targets, train_loader
 from dist_train.train.meters import StepTrace, device_name
+from dist_train.train.micro_batch import with_micro_batch
 from dist_train.train.monitor import monitored, note_evaluation, out_of_patience, why_ended
 from dist_train.train.multilabel import TagEvaluation, thresholds_to_keep
 from dist_train.train.pictures import MOST_CLASSES
@@ -106,6 +107,7 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
         log.warning("%s: %s", recipe.data.shards, untrained)
     tokenizer = begin_tokenizer(recipe, manifest, place, resumed=checkpoint is not None)
     outputs = begin_outputs(recipe, manifest, place, checkpoint)
+    recipe = with_micro_batch(recipe, place, len(outputs), tokenizer.vocab_size if tokenizer else 0, checkpoint)
     train_loader(recipe, manifest, place, tokenizer)  # says whether the cache has room before the model is built
 
     # ------------------------------------------------------------------ model
@@ -349,6 +351,7 @@ class _Run:
                 "ended_by": ended,
                 "samples": state.samples_consumed,
                 "batch_size": recipe.train.batch_size,
+                "micro_batch_size": recipe.train.micro_batch_size,
                 "world_size": self.place.world_size,
                 "backbone": recipe.model.backbone,
                 "head": recipe.model.head,

@@ -22,6 +22,7 @@ from dist_train.place import Place
 from dist_train.recipe import check
 from dist_train.train.engine import init_process_group, torch_device
 from dist_train.train.inputs import begin_outputs, begin_tokenizer, check_same_set, tag_targets, train_loader
+from dist_train.train.micro_batch import with_micro_batch
 from dist_train.train.ranks import from_rank_zero
 from dist_train.train.record import start_console_log
 from dist_train.train.schedule import count_steps
@@ -43,6 +44,8 @@ class Rehearsal:
     batches: Iterator[Batch]
     total_steps: int
     """Of the whole run."""
+    outputs: list[str]
+    """Names of what the model predicts."""
 
 
 @contextmanager
@@ -80,7 +83,9 @@ def rehearsal(recipe: Recipe) -> Iterator[Rehearsal]:
 def _built(recipe: Recipe, place: Place, manifest: Manifest) -> Rehearsal:
     tokenizer = begin_tokenizer(recipe, manifest, place, resumed=False)
     outputs = begin_outputs(recipe, manifest, place, None)
-    model, _ = initial_model(recipe, outputs, tokenizer.vocab_size if tokenizer else 0)
+    vocabulary = tokenizer.vocab_size if tokenizer else 0
+    recipe = with_micro_batch(recipe, place, len(outputs), vocabulary)
+    model, _ = initial_model(recipe, outputs, vocabulary)
     counts = [info.count for info in manifest.classes]
     return Rehearsal(
         recipe,
@@ -90,6 +95,7 @@ def _built(recipe: Recipe, place: Place, manifest: Manifest) -> Rehearsal:
         build_step(model, recipe, place, counts),
         iter(train_loader(recipe, manifest, place, tokenizer, targets=tag_targets(recipe, outputs))),
         count_steps(recipe.train.epochs, manifest.split("train").samples, recipe.train.batch_size),
+        outputs,
     )
 
 

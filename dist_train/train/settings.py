@@ -104,10 +104,15 @@ def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int, parame
     return _merge(extra, settings, path, "")
 
 
+def bucket_numbers(parameters: int) -> int:
+    """Numbers that a bucket of ZeRO's holds, of a model of so many."""
+    bucket = min(max(parameters // 10, _SMALLEST_BUCKET), _LARGEST_BUCKET)
+    return bucket - bucket % 2  # DeepSpeed refuses odd ones
+
+
 def _buckets(zero_stage: int, world_size: int, parameters: int) -> dict[str, Any]:
     """How ZeRO collects gradients; `python -m benchmarks engine` measures what it saves."""
-    bucket = min(max(parameters // 10, _SMALLEST_BUCKET), _LARGEST_BUCKET)
-    bucket -= bucket % 2  # DeepSpeed refuses odd ones
+    bucket = bucket_numbers(parameters)
     return {
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from benchmarks.claims.paper import row_of, table_cells
 from benchmarks.claims.runs import finish_runs
 from benchmarks.pages import tables_of
 from benchmarks.report import benchmark_of
-from benchmarks.speed import fit, step_point, sweep
+from benchmarks.speed import fit, sweep
 from benchmarks.speed.fit import largest_micro_batch
 from benchmarks.speed.recommend import mark
 from benchmarks.speed.step import measure
@@ -34,6 +36,7 @@ from dist_train import machine
 from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError
+from dist_train.train import memory, micro_batch
 
 SMALL = (
     "--data.image_size 32 --data.crop_margin 8 --data.threads 1 --model.backbone vit_tiny_patch16 --model.dropout 0.1"
@@ -244,43 +247,41 @@ def test_a_memory_limit_makes_running_out_of_memory_a_result() -> None:
     assert measure(recipe, "synthetic", 0, 1, {}, 5_000_000_000)["out_of_memory"] is True
 
 
-@given(st.integers(1, 600), st.sampled_from([16, 64, 100, 512]))
-def test_the_search_finds_the_largest_micro_batch_to_an_eighth(largest: int, most: int) -> None:
-    tried: list[int] = []
-
-    def fits(size: int) -> bool:
-        tried.append(size)
-        return size <= largest
-
-    found = fit.search(most, fits)
-    assert found <= min(largest, most) and max(tried) <= most
-    assert found == 0 or found in tried
-    assert min(largest, most) - found <= max(1, found // 8) or (found * 2 > most and found == max(tried))
-    assert len(tried) == len(set(tried))
+@given(st.integers(1, 600))
+def test_sizes_to_search_lie_an_eighth_apart(most: int) -> None:
+    sizes = fit.sizes_to(most)
+    assert sizes[0] == 1 and sizes[-1] == most
+    assert all(one < other <= one + max(1, one // 8) for one, other in itertools.pairwise(sizes))
 
 
-def test_the_search_makes_real_steps_in_one_process_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_begins_at_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's process goes on after a size that did not fit; a CPU's is ended by the system, so each size has one."""
     recipe, _ = parse_recipe([*SMALL.split(), "--model.compile", "graphs", "--train.micro_batch_size", "4"])
-    measured: list[Recipe] = []
+    tried: list[Recipe] = []
+
+    def steps_fit(recipe: Recipe, *_: Any) -> bool:
+        tried.append(recipe)
+        return recipe.train.batch_size <= 40
+
+    def predict_step(recipe: Recipe, *_: Any) -> Any:
+        return SimpleNamespace(peak_mb=recipe.train.batch_size)
+
+    monkeypatch.setattr("benchmarks.speed.memory.limit_memory", lambda limit: None)  # of this process
+    monkeypatch.setattr(memory, "predict_step", predict_step)
+    monkeypatch.setattr(micro_batch, "steps_fit", steps_fit)
+    assert fit.search_here({"recipe": asdict(recipe), "most": 64, "memory_limit": 45_000_000}) == 40
+    assert [recipe.train.batch_size for recipe in tried] == [44, 40]
+    assert {recipe.train.micro_batch_size for recipe in tried} == {0}
 
     def measure(tried: Recipe, arm: str, warmup: int, steps: int, *_: Any) -> dict[str, Any]:
         assert (arm, warmup, steps) == ("synthetic", 0, 2)
-        measured.append(tried)
-        # A GPU's row counts how often memory ran out, in this process: that is no answer.
+        # By PyTorch's own operators: nothing is compiled for each size.
+        assert tried.model.compile == "none"
         return {"out_of_memory": True if tried.train.batch_size > 40 else 3}
 
-    monkeypatch.setattr(step_point, "measure_point", measure)
-    assert fit.search_here({"recipe": asdict(recipe), "most": 64, "memory_limit": 0}) == 40
-    assert [tried.train.batch_size for tried in measured] == [16, 32, 64, 48, 40, 44]
-    assert {tried.train.micro_batch_size for tried in measured} == {0}
-
     if not torch.cuda.is_available():
-        measured.clear()
         monkeypatch.setattr(fit, "measure", measure)
-        assert largest_micro_batch(recipe, 64, {}, 0) == 40
-        # By PyTorch's own operators: nothing is compiled for each size.
-        assert {tried.model.compile for tried in measured} == {"none"}
+        assert largest_micro_batch(recipe, 64, {}, 30_000_000) == 40
 
 
 @pytest.mark.launch

@@ -95,6 +95,9 @@ WALK: dict[str, Run | Skip] = {
     "dist-train recipes": Run(),
     "dist-train recipes finetune/dinov2_small.yaml": Run(makes=("my.yaml",)),
     "deepspeed --module dist_train.train": Skip(HUB),
+    "dist-train train --config launch/recipes/mine.yaml --train.micro_batch_size auto": Skip(
+        "tests/train/test_micro_batch.py"
+    ),
     "dist-train train --dry-run": Skip("tests/train/test_rehearsal.py"),
     "dist-train lr": Skip("tests/train/test_rehearsal.py"),
     "cp launch/hostfile.example": Run(makes=("hostfile",)),
@@ -129,6 +132,7 @@ WALK: dict[str, Run | Skip] = {
     "python -m benchmarks probe": Skip("pretrained weights, and minutes; tests/benchmarks/test_probe.py"),
     "python -m benchmarks noise": Skip(SLOW.format("test_noise_benchmark.py")),
     "python -m benchmarks precision": Skip("nine trainings to their end"),
+    "python -m benchmarks memory": Skip(SLOW.format("test_memory_benchmark.py")),
     "python -m benchmarks scale": Run(
         "--samples 100000 --shards 1000 --nodes 4", ("benchmarks/results/scale/mine.json",)
     ),

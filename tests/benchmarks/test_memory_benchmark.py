@@ -1,0 +1,31 @@
+"""The benchmark `memory`: what it measures, and how near predictions come to the committed points of GPUs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import result
+from benchmarks.__main__ import main
+from benchmarks.speed import prediction
+
+
+@pytest.mark.slow
+def test_what_gpus_took_is_predicted_to_three_hundredths() -> None:
+    rows = list(prediction.of_gpus())
+    assert len(rows) > 20 and {row["on"] for row in rows} >= {"nvidia-h100", "nvidia-h200"}
+    assert [row["of_allocated"] for row in rows] == pytest.approx([1] * len(rows), abs=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_a_recipe_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result, "RESULTS", tmp_path)
+    small = "--model.backbone vit_tiny_patch16 --data.image_size 32 --train.batch_size 4"
+    monkeypatch.setattr(prediction, "SETTINGS", (small,))
+    assert main(["memory", "--name", "small", "--here-alone"]) == 0
+    (row,) = json.loads((tmp_path / "memory/small.json").read_bytes())["rows"]
+    assert row["of_allocated"] == pytest.approx(1, abs=0.01)
+    assert row["resident_mb"] > 0.5 * row["predicted_mb"]
