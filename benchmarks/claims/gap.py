@@ -22,7 +22,7 @@ from benchmarks.claims.gap_answers import answer_questions, closers, table_rows
 from benchmarks.claims.gap_runs import FIXED, HEADS, REMEDIES, Run, accuracies, plan, searched_as, searches
 from benchmarks.claims.runs import finish_runs, is_finished, outcome, read_summary
 from benchmarks.result import read_rows, write_result
-from benchmarks.tables import Document, Row, by, table_of
+from benchmarks.tables import FOLDED, Document, Row, by, having, table_of
 from benchmarks.tables import Table as ReportTable
 from dist_train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from dist_train.data.manifest import read_manifest
@@ -238,10 +238,18 @@ def row_of(run: Run, recipe: Recipe) -> Row:
 
 
 # ---------------------------------------------------------------- what the report shows
+def compared(document: Document) -> tuple[list[Row], list[int]]:
+    """The runs that are no search's, and the batch sizes that were trained without a remedy, ascending."""
+    rows = [row for row in having(document["rows"], "batch_size", "seed") if not row.get("searched_rate")]
+    rows = [row for row in rows if isinstance(row.get("head"), str) and isinstance(row.get("remedy"), str)]
+    return rows, sorted({row["batch_size"] for row in rows if row["remedy"] == FIXED})
+
+
 def headline(document: Document) -> str:
     """What the largest batch loses and what wins back the most."""
-    batches = numbers("batches", document["parameters"]["batches"])
-    rows = [row for row in document["rows"] if not row["searched_rate"]]
+    rows, batches = compared(document)
+    if len(batches) < 2:
+        return ""
     heads, remedies = list(by(rows, "head")), [name for name in by(rows, "remedy") if name != FIXED]
     lost = accuracies(rows, "cls", FIXED, batches[0]) - accuracies(rows, "cls", FIXED, batches[-1])
     if not lost:
@@ -253,8 +261,9 @@ def headline(document: Document) -> str:
 
 def charts(document: Document) -> list[Chart]:
     """Accuracy over the batch size by head, and the share of the gap that each remedy wins back."""
-    batches = numbers("batches", document["parameters"]["batches"])
-    rows = [row for row in document["rows"] if not row["searched_rate"]]
+    rows, batches = compared(document)
+    if len(batches) < 2:
+        return []
     heads, remedies = list(by(rows, "head")), [name for name in by(rows, "remedy") if name != FIXED]
     series = {
         head: [(batch, its.mean) for batch in batches if (its := accuracies(rows, head, FIXED, batch))]
@@ -272,8 +281,9 @@ def charts(document: Document) -> list[Chart]:
 
 
 def tables(document: Document) -> list[ReportTable]:
-    """All runs, folded."""
-    return [table_of(f"All {len(document['rows'])} runs", COLUMNS, document["rows"], folded=True)]
+    """All runs."""
+    rows = document["rows"]
+    return [table_of(f"All {len(rows)} runs", COLUMNS, rows, folded=len(rows) >= FOLDED)]
 
 
 COLUMNS = [

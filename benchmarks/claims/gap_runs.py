@@ -112,4 +112,4 @@ def accuracies(rows: Sequence[Row], head: str, remedy: str, batch_size: int) -> 
     """Test top-1 in percent by seed; none of runs that diverged."""
     wanted = (head, remedy, batch_size)
     its = [row for row in rows if (row["head"], row["remedy"], row["batch_size"]) == wanted]
-    return Seeds({row["seed"]: 100 * row["top1"] for row in its if "top1" in row})
+    return Seeds({row["seed"]: 100 * row["top1"] for row in its if row.get("top1") is not None})
