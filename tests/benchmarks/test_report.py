@@ -75,7 +75,7 @@ def made_up_rows(columns: list[tuple[str, str, str]], number: int = 2) -> list[d
     """Rows in which every column holds a number of its own."""
     words = {"loader", "note", "what", "arm", "backbone", "head", "precision", "experiment", "data", "head_init", "run"}
     words |= {"contestant", "lr_scaling", "budget", "table", "cell", "scale", "baseline", "features", "trained_at"}
-    words |= {"remedy", "setting"}
+    words |= {"remedy", "setting", "on"}
     rows = []
     for r in range(number):
         row: dict[str, Any] = {}
