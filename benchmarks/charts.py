@@ -123,4 +123,6 @@ def batch_axis(axes: Axes, batches: Sequence[float]) -> None:
 def legend(figure: Figure, entries: int) -> None:
     """Below the axes, where there is something to tell apart."""
     if entries > 1:
-        figure.legend(loc="outside lower center", ncols=2)
+        labels = [text for axes in figure.axes for text in axes.get_legend_handles_labels()[1]]
+        # Two long ones side by side are wider than the figure.
+        figure.legend(loc="outside lower center", ncols=1 if any(len(text) > 20 for text in labels) else 2)

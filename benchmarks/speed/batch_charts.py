@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.benchmark import Chart
 from benchmarks.charts import COLOURS, GREY, MARKERS, RED, bars, legend, lines, new_axes, plain
-from benchmarks.speed.recommend import COSTS, cheapest_ways
+from benchmarks.speed.recommend import COSTS, cheapest_ways, front
 from benchmarks.tables import Row, having, short_backbone
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ def of_accuracies(rows: Sequence[Row]) -> list[Chart]:
 
 def _draw_front(rows: Sequence[Row], cost: str, suffix: str) -> Figure:
     series = series_of(rows, by_way=False)
+    points = [(row[cost], row["top1"]) for row in rows]
+    on_front = [point for point, there in zip(points, front(points), strict=True) if there]  # old rows do not say
     figure, axes = new_axes()
     for i, (name, its) in enumerate(series.items()):
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
@@ -104,15 +106,16 @@ def _draw_front(rows: Sequence[Row], cost: str, suffix: str) -> Figure:
         beside: dict[str, Any] = {"xytext": (6, 4)} if i % 2 == 0 else {"xytext": (-6, -4), "ha": "right", "va": "top"}
         for row in its:
             at, error = (row[cost], 100 * row["top1"]), 100 * (row.get("top1_error") or 0)
-            fill = style["color"] if row.get(f"pareto{suffix}") else "white"
+            fill = style["color"] if (row[cost], row["top1"]) in on_front else "white"
             if error:
                 axes.errorbar(*at, yerr=error, fmt="none", ecolor=style["color"], elinewidth=1, capsize=3)
             axes.plot(*at, markerfacecolor=fill, linestyle="none", **style)
             axes.annotate(f"{row['batch_size']:,}", at, textcoords="offset points", color=style["color"], **beside)
             if row.get(f"recommended{suffix}"):
                 axes.plot(*at, "o", markersize=15, markerfacecolor="none", color=RED)
-    if front := sorted((row[cost], 100 * row["top1"]) for row in rows if row.get(f"pareto{suffix}")):
-        axes.step(*zip(*front, strict=True), where="post", color=GREY, linewidth=1, zorder=1)
+    steps = sorted((price, 100 * top1) for price, top1 in on_front)
+    axes.step(*zip(*steps, strict=True), where="post", color=GREY, linewidth=1, zorder=1)
+    axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel(COST_LABELS[cost])
     axes.set_ylabel("test top-1, %")
     axes.margins(0.1)
