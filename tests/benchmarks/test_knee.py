@@ -28,7 +28,8 @@ from benchmarks.claims.knee_fit import (
     fit_critical,
 )
 from benchmarks.claims.knee_report import in_words, knee_of
-from benchmarks.report import benchmark_of, tables_of
+from benchmarks.pages import tables_of
+from benchmarks.report import benchmark_of
 from dist_train.config import Recipe
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError
