@@ -21,6 +21,7 @@ from benchmarks.charts import bars, lines
 from benchmarks.claims.gap_answers import answer_questions, closers, table_rows
 from benchmarks.claims.gap_runs import FIXED, HEADS, REMEDIES, Run, accuracies, plan, searched_as, searches
 from benchmarks.claims.runs import finish_runs, is_finished, outcome, read_summary
+from benchmarks.claims.study_runs import with_spread
 from benchmarks.result import read_rows, write_result
 from benchmarks.tables import FOLDED, Document, Row, by, having, table_of
 from benchmarks.tables import Table as ReportTable
@@ -254,7 +255,7 @@ def headline(document: Document) -> str:
     lost = accuracies(rows, "cls", FIXED, batches[0]) - accuracies(rows, "cls", FIXED, batches[-1])
     if not lost:
         return ""
-    said = f"CLS loses {lost} points from batch {batches[0]} to {batches[-1]} at one rate"
+    said = f"CLS loses {with_spread(lost.mean, lost.error, '.1f')} points from batch {batches[0]} to {batches[-1]} at one rate"
     best = closers(rows, heads, remedies, batches)
     return said + (f"; `{best[0][0]}` wins back {best[0][1]:.0f} % over all heads" if best else "")
 
