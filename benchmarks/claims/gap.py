@@ -255,7 +255,8 @@ def headline(document: Document) -> str:
     lost = accuracies(rows, "cls", FIXED, batches[0]) - accuracies(rows, "cls", FIXED, batches[-1])
     if not lost:
         return ""
-    said = f"CLS loses {with_spread(lost.mean, lost.error, '.1f')} points from batch {batches[0]} to {batches[-1]} at one rate"
+    points = with_spread(lost.mean, lost.error, ".1f")
+    said = f"CLS loses {points} points from batch {batches[0]} to {batches[-1]} at one rate"
     best = closers(rows, heads, remedies, batches)
     return said + (f"; `{best[0][0]}` wins back {best[0][1]:.0f} % over all heads" if best else "")
 

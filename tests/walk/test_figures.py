@@ -133,3 +133,18 @@ def test_what_lies_in_the_blocks_is_what_the_probe_found() -> None:
     )
     for place, row in zip(places, others, strict=True):
         assert f"{place} {row['points']:+.1f} ± {row['standard_error']:.1f}" in text
+
+
+def test_what_a_large_batch_costs_a_head_is_what_was_measured() -> None:
+    document = json.loads((REPOSITORY / "benchmarks/results/gap/grocery-frozen.json").read_bytes())
+    levels = {row["head"]: row for row in document["test_top1_in_percent"]}
+    named = {"ifa": "ifa", "last_n": "last four", "all_layers": "all layers", "attentive": "attentive", "cls": "cls"}
+    table = [line for line in text_of("docs/training.md").splitlines() if line.startswith("| `model.head: ")]
+    assert len(table) == 6
+    for line in table:
+        head, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        name = named[head.split("`")[1].removeprefix("model.head: ")]
+        row = levels["ifa from the mean" if name == "ifa" and "head_init" in head else name]
+        assert cells == [row[key] for key in ("batch 16", "batch 256", "equal steps", "adamw, own rate")]
+    gaps = [float(row["batch 16"].split()[0]) - float(row["batch 256"].split()[0]) for row in levels.values()]
+    assert all(6 < gap < 8 for gap in sorted(gaps)[-4:])
