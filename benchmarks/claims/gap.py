@@ -258,7 +258,7 @@ def headline(document: Document) -> str:
     points = with_spread(lost.mean, lost.error, ".1f")
     said = f"CLS loses {points} points from batch {batches[0]} to {batches[-1]} at one rate"
     best = closers(rows, heads, remedies, batches)
-    return said + (f"; `{best[0][0]}` wins back {best[0][1]:.0f} % over all heads" if best else "")
+    return said + (f"; `{best[0][0]}` wins back {best[0][1]:.0f} %, over the heads that lose" if best else "")
 
 
 def charts(document: Document) -> list[Chart]:

@@ -45,13 +45,22 @@ def closed(rows: Sequence[Row], head: str, remedy: str, batches: Sequence[int]) 
 def closers(
     rows: Sequence[Row], heads: Sequence[str], remedies: Sequence[str], batches: Sequence[int]
 ) -> list[tuple[str, float]]:
-    """(remedy, percent of the gap that it wins back on average over the heads with a gap), the best first."""
+    """(remedy, percent of the gap that it wins back on average over the heads with a gap), the best first. Without
+    those by which a run of such a head diverged: of the others alone the mean would be too good."""
     means = []
+    losing = [head for head in heads if gap(rows, head, batches) and gap(rows, head, batches).sign > 0]
     for remedy in remedies:
+        if any(diverged(rows, head, remedy) for head in losing):
+            continue
         shares = [share.mean for head in heads if (share := closed(rows, head, remedy, batches))]
         if shares:
             means.append((remedy, sum(shares) / len(shares)))
     return sorted(means, key=lambda pair: -pair[1])
+
+
+def diverged(rows: Sequence[Row], head: str, remedy: str) -> int:
+    """Runs of the head under the remedy whose loss was not finite."""
+    return sum(1 for row in rows if row["head"] == head and row["remedy"] == remedy and row.get("diverged"))
 
 
 def _answer(question: str, verdict: str, evidence: str) -> Answer:
@@ -79,9 +88,8 @@ def _falls(rows: Sequence[Row], heads: Sequence[str], batches: Sequence[int]) ->
 def _closes(rows: Sequence[Row], heads: Sequence[str], remedy: str, batches: Sequence[int]) -> Answer | None:
     said, whole = [], []
     for head in heads:
-        diverged = [row for row in rows if row["head"] == head and row["remedy"] == remedy and row.get("diverged")]
-        if diverged:
-            said.append(f"{head}: {len(diverged)} runs diverged")
+        if gone := diverged(rows, head, remedy):
+            said.append(f"{head}: {gone} runs diverged")
             whole.append(False)
         elif share := closed(rows, head, remedy, batches):
             short = accuracies(rows, head, remedy, batches[-1]) - accuracies(rows, head, FIXED, batches[0])
@@ -101,6 +109,8 @@ def _explained(
     if not best:
         return None
     shown = ", ".join(f"{remedy} {share:.0f} %" for remedy, share in best)
+    others = [remedy for remedy in remedies if remedy not in dict(best)]
+    shown += f"; runs diverged: {'; '.join(others)}" if others else ""
     question = f"Is at least {EXPLAINED:.0f} % of the gap explained by one of them?"
     return _answer(question, YES if best[0][1] >= EXPLAINED else NO, f"mean over the heads that have a gap: {shown}")
 
@@ -132,7 +142,9 @@ def table_rows(rows: Sequence[Row], batches: Sequence[int]) -> list[dict[str, An
             row[f"batch {batch}"] = _level(accuracies(rows, head, FIXED, batch))
         for remedy in by(rows, "remedy"):
             if remedy != FIXED:
-                row[remedy] = _level(accuracies(rows, head, remedy, batches[-1]))
+                gone = diverged(rows, head, remedy)
+                level = _level(accuracies(rows, head, remedy, batches[-1]))
+                row[remedy] = "; ".join(filter(None, (level, f"{gone} diverged" if gone else "")))
         found.append(row)
     return found
 

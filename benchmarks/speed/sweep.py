@@ -44,7 +44,7 @@ class Arguments:
     backbones: str | None = None
     """names separated by commas (the recipe's by default)"""
     heads: str = "cls,ifa"
-    """of cls,ifa"""
+    """of cls,ifa,mean,last_n,all_layers,attentive"""
     batches: str = "16,32,64,128,256"
     """global batch sizes"""
     sizes: str | None = None

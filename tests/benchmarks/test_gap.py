@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from benchmarks import result
 from benchmarks.__main__ import main
 from benchmarks.claims import gap
 from benchmarks.claims.gap_answers import answer_questions, closed, closers
@@ -93,9 +92,8 @@ def test_the_share_of_the_gap_is_what_a_remedy_wins_back_and_a_head_without_a_ga
 
 
 def test_a_small_one_searches_trains_answers_and_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, results: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
     shards = write_shard_set(tmp_path / "set", {"train": [16], "val": [8], "test": [8]}, baked=16)
     model, _ = build_model(ModelConfig(backbone="vit_tiny_patch16"), 16, 4)
     weights = {f"{name.removeprefix('backbone.')}": tensor for name, tensor in model.state_dict().items()}
@@ -104,12 +102,12 @@ def test_a_small_one_searches_trains_answers_and_continues(
     words += ["--size=16", "--heads=cls", "--batches=4,8", "--remedies=own rate", "--rates=0.01", "--epochs=1"]
     words.append(f"--scratch={tmp_path / 'scratch'}")
     assert main([*words, "--seeds=1"]) == 0
-    document = json.loads((tmp_path / "results/gap/x.json").read_bytes())
+    document = json.loads((results / "gap/x.json").read_bytes())
     assert [row["searched_rate"] for row in document["rows"]] == [True, True, False, False, False]
     assert document["answers"]
     assert not list(tmp_path.rglob("checkpoints"))
     assert main([*words, "--seeds=2"]) == 0  # more seeds, of the same search
-    again = json.loads((tmp_path / "results/gap/x.json").read_bytes())["rows"]
+    again = json.loads((results / "gap/x.json").read_bytes())["rows"]
     assert again[:5] == document["rows"] and len(again) == 8
     assert main(["gap", str(shards), "--weights=w", "--name=x", "--heads=mlp"]) == 2
     assert "no head 'mlp'" in capfd.readouterr().err

@@ -16,7 +16,6 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import result
 from benchmarks.__main__ import main
 from benchmarks.points import Child
 from benchmarks.speed import gpu, gpu_checks, gpu_child, gpu_loader, gpu_plan, gpu_steps
@@ -47,12 +46,6 @@ ROWS = [
     "loader: on the CPU, batch 8",
 ]
 NEED_A_GPU = [CHECKS[2], CHECKS[3], ROWS[8], ROWS[9]]
-
-
-@pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
-    return tmp_path / "results"
 
 
 def read(results: Path, name: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import torch
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from benchmarks import result
 from benchmarks.__main__ import main
 from benchmarks.claims.noise import true_scales
 from dist_train.models.names import VIT_SIZES
@@ -35,13 +34,12 @@ def test_true_scales_are_those_of_all_samples_gradients(monkeypatch: pytest.Monk
         assert found[kind] == pytest.approx(trace / (float(flat.mean(dim=0).square().sum()) - trace / 6), rel=1e-9)
 
 
-def test_a_small_one_has_the_cost_and_both_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
+def test_a_small_one_has_the_cost_and_both_scales(tmp_path: Path, results: Path) -> None:
     shards = write_shard_set(tmp_path / "set", {"train": [24]}, baked=20)
     words = arguments(shards, tmp_path / "run", model__head="ifa", model__head_init="mean")
     small = ["--samples=12", "--warm=1", "--steps=2", "--accumulations=2", "--stages=0"]
     assert main(["noise", "--name=small", *small, *words]) == 0
-    (row,) = json.loads((tmp_path / "results/noise/small.json").read_bytes())["rows"]
+    (row,) = json.loads((results / "noise/small.json").read_bytes())["rows"]
     assert row["micro_batch"] == 6
     assert row["measured_ratio"] > 0
     assert {"true_noise_scale", "true_noise_scale_norms", "noise_scale", "every_10_percent"} <= row.keys()

@@ -37,12 +37,6 @@ def headline(bench: str, document: dict[str, Any]) -> str:
     return report.benchmark_of(bench).say_headline(document)
 
 
-@pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
-    return tmp_path / "results"
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results folder of a report with a result of every bench."""

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional
 
+from dist_train.data.loader import Batch
 from dist_train.errors import UseError
 from dist_train.models.classifier import Classifier
 from dist_train.models.names import VIT_SIZES
@@ -23,7 +25,7 @@ from dist_train.recipe import check_combination
 from dist_train.train.engine import init_process_group
 from dist_train.train.noise_scale import FEWEST, WINDOW, NoiseMeter, ratio_of_means, separate
 from dist_train.train.setup import build_step
-from tests.harness import logged_steps, train, write_shard_set
+from tests.harness import CLASSES, logged_steps, train, write_shard_set
 from tests.train.deepspeed_worker import BATCH, NARROW, loader_of, recipe_of, start
 from tests.train.forked_ranks import run_on
 
@@ -234,6 +236,32 @@ def test_with_blocks_that_are_computed_again_only_whole_gradients_are_read(shard
     row = logged_steps(tmp_path / "run")[-1]
     assert "noise_scale" in row
     assert "noise_scale_norms" not in row
+
+
+def test_compiled_models_are_measured_by_their_operators_and_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VIT_SIZES, "tiny", NARROW)
+    place, rows = init_process_group(), []
+    images = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    labels, numbers = torch.arange(4) % CLASSES, torch.arange(4).numpy()
+    batches = [Batch(its, labels, torch.ones(4), None, None, numbers) for its in images]
+    for compile in ("none", "kernels"):
+        options = ["--model.head=ifa", "--optim.lr=0", "--train.noise_every=2", "--train.micro_batch_size=4"]
+        recipe = recipe_of(Path(), [*options, f"--model.compile={compile}"])
+        model, _ = start(recipe)
+        step = build_step(model, recipe, place, [1] * CLASSES)
+        torch._dynamo.reset()
+        counters["stats"].clear()
+        made = []
+        for number in range(5):
+            step(iter(batches), 0.0, number)
+            made.append(counters["stats"]["unique_graphs"])
+        assert step.noise is not None
+        step.noise.read()
+        rows.append(list(step.noise._window))
+        # The first step is looked at and not compiled; the hooks of the next measured ones compile nothing anew.
+        assert made[0] == 0 and (made[1] > 0) is (compile == "kernels") and len(set(made[1:])) == 1
+    assert len(rows[0]) == 3
+    assert rows[1] == [pytest.approx(row) for row in rows[0]]
 
 
 def test_what_it_cannot_look_into_is_refused() -> None:

@@ -63,6 +63,22 @@ def test_the_output_of_evaluate_is_json_and_that_of_predict_and_grid_their_lines
     assert capsys.readouterr().out == f"{tmp_path / 'picture.png'}\n"
 
 
+def test_what_evaluate_cannot_know_is_null_and_its_output_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The least frequent class has two samples, both to train on.
+    shards = write_shard_set(tmp_path / "set", {"train": [8], "test": [3]}, baked=20)
+    assert train(shards, tmp_path / "run", train__batch_size=4, train__epochs=1) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    figures = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert figures["least_frequent_tenth_of_classes_top1"] is None
+
+
 def test_a_name_that_is_no_text_or_that_the_terminal_cannot_show_is_no_error() -> None:
     script = "import os; from dist_train.output import *; keep_stdout(); say(os.fsdecode(b'caf\\xe9'), '\\u521d')"
     for encoding, said in (("utf-8", b"caf\xe9\n\xe5\x88\x9d\n"), ("ascii", b"caf\\udce9\n\\u521d\n")):
