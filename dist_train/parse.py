@@ -370,4 +370,11 @@ def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
     text = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", text)
     text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", text)
-    return re.sub(r"a <class '(\w+)'>", r"\1", text)
+    text = re.sub(r"a <class '(\w+)'>", r"\1", text)
+    several = re.match(
+        r"([\w.]+): Does not validate against any .* Errors: - (.*?) Given value type: .*?value: (.*)", text
+    )
+    if several is None:
+        return text
+    expected = " or ".join(part.removeprefix("Expected ").rstrip(". ") for part in several[2].split(" - "))
+    return f"{several[1]}: Expected {expected}. Got value: {several[3]}"

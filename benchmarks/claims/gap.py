@@ -8,6 +8,7 @@ With `--train frozen` heads learn on features of the frozen backbone, which take
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -57,7 +58,7 @@ class Arguments:
     """which"""
     batches: str = "16,32,64,128,256"
     """global batch sizes, the smallest first"""
-    remedies: str = ",".join(name.replace(", ", " + ") for name in REMEDIES if name not in (FIXED, "frozen embedding"))
+    remedies: str = ",".join(name for name in REMEDIES if name not in (FIXED, "frozen embedding"))
     """which, beside none"""
     rates: str = "0.001,0.003,0.01,0.03,0.1,0.3"
     """of SGD to search among"""
@@ -76,13 +77,15 @@ class Arguments:
 def run(arguments: Arguments) -> Path:
     """Search the rates, train what is left and write the result after each run."""
     heads, batches = words(arguments.heads), numbers("--batches", arguments.batches)
-    remedies = [FIXED, *(name.replace(" + ", ", ") for name in words(arguments.remedies))]
+    remedies = [FIXED, *words(arguments.remedies)]
     check_words("--heads", "head", heads, tuple(HEADS))
     check_words("--remedies", "remedy", remedies, tuple(REMEDIES))
     if batches != sorted(set(batches)) or len(batches) < 2:
         raise UseError(f"--batches {arguments.batches}: name at least two, the smallest first")
     if arguments.train == "frozen" and any(REMEDIES[name].frozen_embedding for name in remedies):
         raise UseError("--remedies frozen embedding: with --train frozen all of the backbone is")
+    if not arguments.weights.is_file():
+        raise UseError(f"--weights: there is no file {arguments.weights}")
     manifest = read_manifest(str(arguments.set))
     if missing := [split for split in ("train", "val", "test") if split not in manifest.splits]:
         raise UseError(f"{arguments.set}: has no split {missing[0]}")
@@ -127,12 +130,12 @@ def search(
     rows: dict[str, Row],
 ) -> dict[tuple[str, str, int], float]:
     """The best rate by head, remedy and batch size. Adds the runs that it takes to `rows`."""
+    rates = positive("--rates", arguments.rates)
+    adamw_rates = positive("--adamw-rates", arguments.adamw_rates)
     places = [(head, *place) for head in heads for place in searches(head, batches, remedies)]
     runs = {
         place: [
-            Run(*place, seed, rate)
-            for rate in map(float, words(arguments.adamw_rates if _adamw(place[1]) else arguments.rates))
-            for seed in SEARCH_SEEDS
+            Run(*place, seed, rate) for rate in (adamw_rates if _adamw(place[1]) else rates) for seed in SEARCH_SEEDS
         ]
         for place in places
     }
@@ -151,6 +154,17 @@ def search(
         if chosen[place] in (min(tried), max(tried)):
             say(f"note: {place[0]}, {place[1]}, batch {place[2]}: the best rate {chosen[place]:g} is at the edge")
     return chosen
+
+
+def positive(option: str, text: str) -> list[float]:
+    """Numbers above 0, separated by commas. Raises UseError."""
+    try:
+        found = [float(word) for word in words(text)]
+    except ValueError:
+        found = []
+    if not found or not all(0 < rate < math.inf for rate in found):
+        raise UseError(f"{option}: numbers above 0 separated by commas are expected, not '{text}'")
+    return found
 
 
 def _merit(rows: Sequence[Row]) -> tuple[float, float]:

@@ -55,12 +55,12 @@ REMEDIES: dict[str, Remedy] = {
     "square root": Remedy(scaling="sqrt"),
     "linear": Remedy(scaling="linear"),
     "momentum by samples": Remedy(by_samples=True),
-    "linear, momentum by samples": Remedy(scaling="linear", by_samples=True),
+    "linear + momentum by samples": Remedy(scaling="linear", by_samples=True),
     "own rate": Remedy(own_rate=True),
     "equal steps": Remedy(steps=True),
     ADAMW: Remedy(optimizer="adamw"),
-    "adamw, square root": Remedy(optimizer="adamw", scaling="sqrt"),
-    "adamw, own rate": Remedy(optimizer="adamw", own_rate=True),
+    "adamw + square root": Remedy(optimizer="adamw", scaling="sqrt"),
+    "adamw + own rate": Remedy(optimizer="adamw", own_rate=True),
     "frozen embedding": Remedy(frozen_embedding=True),
 }
 """By name. `fixed` is none: SGD at the rate that is best for the smallest batch, in as many epochs."""
@@ -79,7 +79,7 @@ class Run:
     @property
     def name(self) -> str:
         """Of its folder."""
-        words = f"{self.head}-{self.remedy}-batch{self.batch_size}-seed{self.seed}".replace(",", "").replace(" ", "_")
+        words = f"{self.head}-{self.remedy}-batch{self.batch_size}-seed{self.seed}".replace(" +", "").replace(" ", "_")
         return f"search-{words}-{self.rate:g}" if self.rate else words
 
 

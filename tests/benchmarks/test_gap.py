@@ -42,7 +42,7 @@ def test_a_remedy_changes_what_it_says_and_nothing_else() -> None:
     assert recipe("adamw", 256).optim.name == "adamw"
     assert recipe("frozen embedding", 256, "all").model.freeze == "0"
     assert (fixed.model.freeze, recipe(FIXED, 256, "all").model.freeze) == ("backbone", "none")
-    for remedy in ("own rate", "linear, momentum by samples"):
+    for remedy in ("own rate", "linear + momentum by samples"):
         assert recipe(remedy, 256).data == fixed.data
 
 

@@ -72,6 +72,7 @@ def test_wrong_use_is_one_line_and_exit_2(arguments: list[str], line: str, capsy
         ("data: {mean: &m [*m]}", "data.mean"),
         ("optim: {lr: {lr: 1}}", "optim.lr"),
         ("optim: {lr: .nan}", "optim.lr is nan; it must be a finite number"),
+        ("train: {micro_batch_size: atuo}", "train.micro_batch_size: Expected int or one of 'auto'. Got value: atuo"),
         ("optim: {name: adam}", "optim.name: Expected one of 'sgd', 'adamw'. Got value: adam"),
         ("- 1", "not a recipe"),
         ("a: [", "not YAML"),

@@ -145,6 +145,6 @@ def test_what_a_large_batch_costs_a_head_is_what_was_measured() -> None:
         head, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         name = named[head.split("`")[1].removeprefix("model.head: ")]
         row = levels["ifa from the mean" if name == "ifa" and "head_init" in head else name]
-        assert cells == [row[key] for key in ("batch 16", "batch 256", "equal steps", "adamw, own rate")]
+        assert cells == [row[key] for key in ("batch 16", "batch 256", "equal steps", "adamw + own rate")]
     gaps = [float(row["batch 16"].split()[0]) - float(row["batch 256"].split()[0]) for row in levels.values()]
     assert all(6 < gap < 8 for gap in sorted(gaps)[-4:])
