@@ -12,6 +12,7 @@ import torch
 from dist_train.config import Recipe
 from dist_train.data.loader import EvalLoader
 from dist_train.output import say
+from dist_train.train.memory import predict_step
 from dist_train.train.meters import synchronize
 from dist_train.train.ranks import from_rank_zero, gather
 from dist_train.train.rehearsal import Rehearsal, rehearsal
@@ -41,6 +42,8 @@ class Estimate:
     """Whether the backbone sees each image once (data.feature_cache): eval_images are all images, and the steps, of the
     head alone, are not measured."""
     price_per_hour: float | None = None
+    predicted_mb: float | None = None
+    """Of a step alone (`memory.predict_step`); None with a cache, whose steps are of the head."""
 
     @property
     def training_s(self) -> float:
@@ -56,9 +59,10 @@ class Estimate:
         total = self.training_s + self.evaluation_s
         of_device = f" of the GPU's {self.device_mb:,.0f} MB" if self.device_mb else ""
         rank = "the process" if self.ranks == 1 else f"each of {self.ranks} ranks"
+        predicted = f"; {self.predicted_mb:,.0f} MB predicted for the step alone" if self.predicted_mb else ""
         lines = [
             f"measured   {self.steps_measured} steps of {self.batch_size} samples",
-            f"memory     {self.memory_mb:,.0f} MB{of_device}, at most, for {rank}",
+            f"memory     {self.memory_mb:,.0f} MB{of_device}, at most, for {rank}{predicted}",
             f"speed      {self.images_per_s:,.1f} images/s: {self.step_ms:,.0f} ms a step, {self.data_wait_ms:,.0f} ms "
             "of it waiting for data",
             f"time       {_duration(total)}: {self.steps:,} steps in {_duration(self.training_s)}, evaluations in "
@@ -126,7 +130,14 @@ def _measure(it: Rehearsal, cached: bool, price_per_hour: float | None) -> Estim
         eval_images=sum(times * it.manifest.split(split).samples for split, times in splits.items()),
         cached=cached,
         price_per_hour=price_per_hour,
+        predicted_mb=None if cached else _predicted_mb(it),
     )
+
+
+def _predicted_mb(it: Rehearsal) -> float:
+    vocabulary = it.tokenizer.vocab_size if it.tokenizer else 0
+    on_gpu = it.train_step.engine.device.type == "cuda"
+    return predict_step(it.recipe, len(it.outputs), vocabulary, it.place.world_size, on_gpu).peak_mb
 
 
 def _evaluations(recipe: Recipe, splits: object) -> dict[str, int]:
