@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_args, get_origin, get_type_hints
@@ -124,3 +125,14 @@ def check_words(option: str, kind: str, asked: Sequence[str], known: Sequence[st
     if unknown := set(asked) - set(known):
         named = f"{kind} '{min(unknown)}'".strip()
         raise UseError(f"{option}: no {named}; there are {', '.join(known)}")
+
+
+def positive_numbers(option: str, text: str) -> list[float]:
+    """Numbers above 0, separated by commas. Raises UseError, naming the option."""
+    try:
+        found = [float(word) for word in words(text)]
+    except ValueError:
+        found = []
+    if not found or not all(0 < number < math.inf for number in found):
+        raise UseError(f"{option}: numbers above 0 separated by commas are expected, not '{text}'")
+    return found

@@ -8,7 +8,6 @@ With `--train frozen` heads learn on features of the frozen backbone, which take
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.arguments import check_words, numbers, words
+from benchmarks.arguments import check_words, numbers, positive_numbers, words
 from benchmarks.benchmark import Benchmark, Chart
 from benchmarks.charts import bars, lines
 from benchmarks.claims.gap_answers import answer_questions, closers, table_rows
@@ -130,8 +129,8 @@ def search(
     rows: dict[str, Row],
 ) -> dict[tuple[str, str, int], float]:
     """The best rate by head, remedy and batch size. Adds the runs that it takes to `rows`."""
-    rates = positive("--rates", arguments.rates)
-    adamw_rates = positive("--adamw-rates", arguments.adamw_rates)
+    rates = positive_numbers("--rates", arguments.rates)
+    adamw_rates = positive_numbers("--adamw-rates", arguments.adamw_rates)
     places = [(head, *place) for head in heads for place in searches(head, batches, remedies)]
     runs = {
         place: [
@@ -154,17 +153,6 @@ def search(
         if chosen[place] in (min(tried), max(tried)):
             say(f"note: {place[0]}, {place[1]}, batch {place[2]}: the best rate {chosen[place]:g} is at the edge")
     return chosen
-
-
-def positive(option: str, text: str) -> list[float]:
-    """Numbers above 0, separated by commas. Raises UseError."""
-    try:
-        found = [float(word) for word in words(text)]
-    except ValueError:
-        found = []
-    if not found or not all(0 < rate < math.inf for rate in found):
-        raise UseError(f"{option}: numbers above 0 separated by commas are expected, not '{text}'")
-    return found
 
 
 def _merit(rows: Sequence[Row]) -> tuple[float, float]:

@@ -3,6 +3,8 @@
 As in Merrill et al. 2025, "Critical Batch Size Revisited" (arXiv 2505.23971): a trunk is trained at the smallest batch;
 from points of it branch runs of k times that batch, k a power of two, with the rate scaled by one rule and then
 constant. Here all branches of a seed see the same samples, and each is compared with the smallest batch of its seed.
+With `--rate-factors` every batch tries several rates and counts at its best: a knee at one rule's rates may be that
+rule's, not the batch's.
 `benchmarks/claims/knee_fit.py` says where the knee is; `knee_run.py` makes the steps.
 """
 
@@ -24,9 +26,9 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from benchmarks.arguments import words
+from benchmarks.arguments import positive_numbers, words
 from benchmarks.benchmark import Benchmark
-from benchmarks.claims.knee_report import COLUMNS, LOSS, charts, headline, knee_of
+from benchmarks.claims.knee_report import COLUMNS, LOSS, charts, factor_of, headline, knee_of
 from benchmarks.claims.runs import comparable
 from benchmarks.points import Child, gpu_environment
 from benchmarks.result import read_document, write_result
@@ -64,6 +66,8 @@ class Arguments:
     """of the branches' data order"""
     scaling: Scaling = "auto"
     """of the rate with the batch; auto: the square root for AdamW, linear for SGD"""
+    rate_factors: str = "1"
+    """multiples of that rate which every batch tries, such as 0.25,0.5,1,2,4; each batch counts at its best"""
     tolerance: float = 0.02
     """share of the smallest batch's loss by which a loss may be higher and count as not worse"""
     jobs: int = 1
@@ -76,7 +80,7 @@ class Arguments:
                 raise UseError(f"{option}: {value} is not at least 1")
         if not 0 < self.tolerance < math.inf:
             raise UseError(f"--tolerance: {self.tolerance} is not above 0; 0.02 is 2 % of the loss")
-        _ = self.shares
+        _ = self.shares, self.factors
 
     @property
     def shares(self) -> list[float]:
@@ -88,6 +92,11 @@ class Arguments:
         if not all(0 < share < 1 for share in shares):
             raise UseError(f"--stages: {self.stages}: each must lie between 0 and 1, such as 0.2,0.6")
         return shares
+
+    @property
+    def factors(self) -> list[float]:
+        """Of the rates, ascending."""
+        return sorted(set(positive_numbers("--rate-factors", self.rate_factors)))
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,8 @@ class Setting:
     samples: int
     scaling: str
     seeds: int
+    factors: list[float]
+    """Of the branches' rates."""
     threads: int
     """Of each process."""
 
@@ -111,10 +122,10 @@ class Setting:
         """Of the trunk's run folder, its checkpoints and the logs."""
         return Path(self.trunk.train.run).parent
 
-    def rate(self, stage: float, batch: int) -> float:
+    def rate(self, stage: float, batch: int, factor: float) -> float:
         """Of a branch."""
         times = batch / self.batches[0]
-        return self.rates[stage] * {"none": 1.0, "sqrt": math.sqrt(times), "linear": times}[self.scaling]
+        return factor * self.rates[stage] * {"none": 1.0, "sqrt": math.sqrt(times), "linear": times}[self.scaling]
 
     def point(self, stage: float) -> dict[str, Any]:
         """What a process is asked for at a stage: the trunk itself, and with a branch's numbers the branch."""
@@ -142,7 +153,8 @@ def run(arguments: Arguments, base: Recipe) -> Path:
     record = Record(setting, arguments)
     say(
         f"{setting.label}: batches {', '.join(map(str, setting.batches))}, {len(setting.steps)} stages, "
-        f"{arguments.seeds} seeds, {setting.samples:,} samples a branch; {len(record.missing())} branches to make"
+        f"{arguments.seeds} seeds, {len(setting.factors)} rates, {setting.samples:,} samples a branch; "
+        f"{len(record.missing())} branches to make"
     )
     begin_folder(setting)
     path = record.write()
@@ -184,7 +196,7 @@ def plan(asked: Arguments, base: Recipe) -> Setting:
     scaling = {"sgd": "linear", "adamw": "sqrt"}[base.optim.name] if asked.scaling == "auto" else asked.scaling
     threads = max(1, len(os.sched_getaffinity(0)) // asked.jobs)
     label, in_branch = asked.setting or describe(base), asked.steps * batches[-1]
-    return Setting(label, trunk, batches, steps, rates, in_branch, scaling, asked.seeds, threads)
+    return Setting(label, trunk, batches, steps, rates, in_branch, scaling, asked.seeds, asked.factors, threads)
 
 
 def describe(recipe: Recipe) -> str:
@@ -211,14 +223,16 @@ class Record:
             )
         self.settings[setting.label] = mine | {"tolerance": asked.tolerance}
 
-    def missing(self, only: float | None = None) -> list[tuple[int, int]]:
-        """(batch, seed) of the branches that have no row, at one stage or at all; a whole seed after the other."""
-        there = {(row["stage"], row["batch"], row["seed"]) for row in self.rows if row["setting"] == self.setting.label}
-        wanted = product(self.setting.steps, range(self.setting.seeds), self.setting.batches)
+    def missing(self, only: float | None = None) -> list[tuple[int, int, float]]:
+        """(batch, seed, factor) of the branches that have no row, at one stage or at all; a whole seed after the
+        other."""
+        mine = [row for row in self.rows if row["setting"] == self.setting.label]
+        there = {(row["stage"], row["batch"], row["seed"], factor_of(row)) for row in mine}
+        wanted = product(self.setting.steps, range(self.setting.seeds), self.setting.batches, self.setting.factors)
         return [
-            (batch, seed)
-            for stage, seed, batch in wanted
-            if (stage, batch, seed) not in there and only in (None, stage)
+            (batch, seed, factor)
+            for stage, seed, batch, factor in wanted
+            if (stage, batch, seed, factor) not in there and only in (None, stage)
         ]
 
     def note_stage(self, stage: float, start_loss: float | None, predicted: Row) -> None:
@@ -277,20 +291,22 @@ def predicted_batch(run: Path, step: int) -> Row:
 
 # ---------------------------------------------------------------------- the branches
 def make_branches(
-    setting: Setting, stage: float, wanted: Sequence[tuple[int, int]], free: Free, jobs: int
+    setting: Setting, stage: float, wanted: Sequence[tuple[int, int, float]], free: Free, jobs: int
 ) -> Iterator[Row]:
-    """The row of each branch (batch, seed) as it ends, `jobs` at a time.
+    """The row of each branch (batch, seed, factor) as it ends, `jobs` at a time.
 
     Raises WorkError after all others where some failed.
     """
 
-    def branch(batch: int, seed: int) -> Row:
-        asked = {"batch": batch, "seed": seed, "rate": setting.rate(stage, batch), "samples": setting.samples}
+    def branch(batch: int, seed: int, factor: float) -> Row:
+        rate = setting.rate(stage, batch, factor)
+        asked = {"batch": batch, "seed": seed, "rate": rate, "samples": setting.samples}
         with taken(free) as child:
             started = time.perf_counter()
             measured = child.ask(setting.point(stage) | asked)
             seconds = time.perf_counter() - started
-        row = {"setting": setting.label, "stage": stage} | asked | {"steps": setting.samples // batch} | measured
+        row = {"setting": setting.label, "stage": stage, "factor": factor} | asked
+        row |= {"steps": setting.samples // batch} | measured
         return row | {"seconds": round(seconds, 1), "trained_at": ask_git("rev-parse", "--short", "HEAD") or ""}
 
     pool = ThreadPoolExecutor(jobs)
@@ -303,10 +319,11 @@ def make_branches(
             try:
                 row = future.result()
             except WorkError as error:
-                failures.append("batch {}, seed {}: {}".format(*futures[future], error))
+                failures.append("batch {}, seed {}, rate factor {:g}: {}".format(*futures[future], error))
             else:
                 loss = f"loss on val {row[LOSS]:.4f}" if row[LOSS] is not None else "diverged"
-                say(f"{stage:.0%}, batch {row['batch']}, seed {row['seed']}: {loss}, {row['seconds']:.0f} s")
+                which = f"batch {row['batch']}, seed {row['seed']}, rate {row['rate']:.3g}"
+                say(f"{stage:.0%}, {which}: {loss}, {row['seconds']:.0f} s")
                 yield row
     finally:
         pool.shutdown(cancel_futures=True)

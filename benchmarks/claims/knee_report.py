@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,25 +27,38 @@ in results/knee/demo.json do not tell them apart."""
 
 @dataclass(frozen=True)
 class Losses:
-    """Of one stage, in the seeds that have all batches: values (seeds, batches), batches ascending."""
+    """Of one stage, in the seeds that have all branches: values (seeds, batches), batches ascending; factors: of each
+    batch's rate, the one with the lowest mean loss."""
 
     batches: list[int]
     seeds: list[int]
     values: Floats
+    factors: list[float]
+
+
+def factor_of(row: Row) -> float:
+    """Of a branch's rate; results from before there were several have one."""
+    return row.get("factor", 1.0)
 
 
 def losses_of(rows: Sequence[Row], setting: str, stage: float, key: str = LOSS) -> Losses | None:
     """The losses of a stage; one that was not finite is infinite. None before a first seed is complete."""
     of_stage = [row for row in rows if (row["setting"], row["stage"]) == (setting, stage)]
-    by_run = {(row["seed"], row["batch"]): row[key] for row in of_stage}
-    batches = sorted({batch for _, batch in by_run})
-    seeds = sorted({seed for seed, _ in by_run})
-    whole = [seed for seed in seeds if all((seed, batch) in by_run for batch in batches)]
-    values = [[by_run[seed, batch] for batch in batches] for seed in whole]
-    values = [[math.inf if value is None else value for value in line] for line in values]
-    if not values or len(batches) < 2 or not np.isfinite([line[0] for line in values]).all():
+    by_run = {(row["seed"], row["batch"], factor_of(row)): row[key] for row in of_stage}
+    batches = sorted({batch for _, batch, _ in by_run})
+    factors = sorted({factor for _, _, factor in by_run})
+    every = list(product(batches, factors))
+    whole = [seed for seed in sorted({run[0] for run in by_run}) if all((seed, *one) in by_run for one in every)]
+    if not whole or len(batches) < 2:
         return None
-    return Losses(batches, whole, np.array(values, np.float64))
+    found = [[by_run[seed, *one] for one in every] for seed in whole]
+    values = np.array([[math.inf if value is None else value for value in line] for line in found], np.float64)
+    values = values.reshape(len(whole), len(batches), len(factors))
+    best = values.mean(axis=0).argmin(axis=1)
+    values = values[:, np.arange(len(batches)), best]
+    if not np.isfinite(values[:, 0]).all():
+        return None
+    return Losses(batches, whole, values, [factors[i] for i in best])
 
 
 def knee_of(rows: Sequence[Row], stage: Row, tolerance: float) -> Row:
@@ -57,7 +71,7 @@ def knee_of(rows: Sequence[Row], stage: Row, tolerance: float) -> Row:
     knee = find_knee(losses.values, losses.batches, allowed)
     fitted = fit_critical(losses.values, losses.batches, stage["start_loss"])
     best = better_than_smallest(losses.values, losses.batches)
-    doubt = f"{best} is better than {losses.batches[0]}: the rate is low for the smallest batch" if best else None
+    doubt = f"{best} is better than {losses.batches[0]}: the rate does not suit the smallest batch" if best else None
     return stage | {
         "seeds": len(losses.seeds),
         "allowed_loss": round(allowed, 5),
@@ -65,6 +79,7 @@ def knee_of(rows: Sequence[Row], stage: Row, tolerance: float) -> Row:
         "says": in_words(knee, losses.batches),
         **_numbers("fitted", fitted),
         "doubt": doubt,
+        "factors": dict(zip(map(str, losses.batches), losses.factors, strict=True)),
     }
 
 

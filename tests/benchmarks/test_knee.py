@@ -27,7 +27,7 @@ from benchmarks.claims.knee_fit import (
     find_knee,
     fit_critical,
 )
-from benchmarks.claims.knee_report import in_words, knee_of
+from benchmarks.claims.knee_report import in_words, knee_of, losses_of
 from benchmarks.pages import tables_of
 from benchmarks.report import benchmark_of
 from dist_train.config import Recipe
@@ -77,7 +77,7 @@ def test_a_branch_that_diverged_is_worse_than_any() -> None:
         excess(values[:, 3:])
 
 
-def test_a_rate_that_is_low_for_the_smallest_batch_is_said_to_be() -> None:
+def test_a_rate_that_does_not_suit_the_smallest_batch_is_said_not_to() -> None:
     values = losses(60, 4, 0.01, np.random.default_rng(0))
     assert better_than_smallest(values, BATCHES) is None
     values[:, 2] -= 0.2
@@ -89,7 +89,28 @@ def test_a_rate_that_is_low_for_the_smallest_batch_is_said_to_be() -> None:
         for batch, loss in zip(BATCHES, line, strict=True)
     ]
     found = knee_of(rows, {"setting": "one", "stage": 0.5, "start_loss": 3.0}, 0.01)
-    assert found["doubt"] == "32 is better than 8: the rate is low for the smallest batch"
+    assert found["doubt"] == "32 is better than 8: the rate does not suit the smallest batch"
+
+
+def test_every_batch_counts_at_the_rate_that_is_best_for_it_over_the_seeds() -> None:
+    losses_by_batch = {  # of factors 0.5, 1 and 2, seed by seed
+        4: [(1.2, 1.0, math.inf), (1.0, 1.1, 1.0)],  # 1 is best on average: 2 diverged once
+        8: [(1.5, 1.4, 1.1), (1.5, 1.3, 1.2)],
+        16: [(1.0, 1.4, 1.6), (2.5, 1.4, 1.6)],  # 0.5 is best in one seed alone
+    }
+    rows = [
+        {"setting": "one", "stage": 0.5, "seed": seed, "batch": batch, "factor": factor}
+        | {"val_loss": loss if math.isfinite(loss) else None}
+        for batch, seeds in losses_by_batch.items()
+        for seed, line in enumerate(seeds)
+        for factor, loss in zip((0.5, 1.0, 2.0), line, strict=True)
+    ]
+    found = losses_of(rows, "one", 0.5)
+    assert found is not None and found.factors == [1.0, 2.0, 1.0]
+    assert found.values.tolist() == [[1.0, 1.1, 1.4], [1.1, 1.2, 1.4]]
+    assert knee_of(rows, {"setting": "one", "stage": 0.5, "start_loss": 3.0}, 0.01)["factors"]["8"] == 2.0
+    short = losses_of(rows[:-1], "one", 0.5)  # a seed counts once all of its branches are there
+    assert short is not None and short.seeds == [0]
 
 
 def largest_within(differences: list[float], tolerance: float) -> float:
@@ -210,6 +231,11 @@ def test_branches_are_measured_once_and_reported(
     assert len({row["train_loss"] for row in again["rows"]}) == 4
     assert again["knees"][0]["seeds"] == 2 and again["knees"][0]["fitted"] is None  # two batches are too few to fit
 
+    more = json.loads(knee.run(replace(asked, rate_factors="0.5,1"), recipe).read_bytes())
+    assert more["rows"][:4] == again["rows"]  # what was measured at the rate itself counts as factor 1
+    added = [(row["batch"], row["factor"], row["rate"]) for row in more["rows"][4:]]
+    assert added == [(4, 0.5, 0.0015), (8, 0.5, pytest.approx(0.0015 * math.sqrt(2)))]
+
     other = replace(recipe, optim=replace(recipe.optim, lr=0.001))
     with pytest.raises(UseError, match="'one' was measured with another recipe"):
         knee.run(asked, other)
@@ -290,6 +316,7 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(recipe: Recipe, re
         ("stages", "0.01", "is step 0 of 24"),
         ("steps", 0, "not at least 1"),
         ("tolerance", 0.0, "not above 0"),
+        ("rate_factors", "1,0", "numbers above 0"),
     ):
         with pytest.raises(UseError, match=said):
             knee.run(knee.Arguments(**{"name": "no", "largest": 8, option: value}), recipe)
