@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ import numpy as np
 from benchmarks.benchmark import Chart
 from benchmarks.charts import COLOURS, GREY, MARKERS, batch_axis, legend, new_axes, plain
 from benchmarks.claims.knee_fit import Floats, Found, better_than_smallest, excess, find_knee, fit_critical
-from benchmarks.tables import Document, Row, having
+from benchmarks.tables import Document, Row, having, span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +24,11 @@ LOSS = "val_loss"
 """Of the two losses of a row, the one that branches are compared by: it is of the last weights, where a training loss
 is of some up to a batch older, which counts against large batches. Which of the two is less noisy is open: three seeds
 in results/knee/demo.json do not tell them apart."""
+
+SAID_ONE_BY_ONE = 3
+"""Knees that a headline has room for."""
+NEAR = 2
+"""Factor within which a prediction counts as right."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +109,33 @@ def in_words(knee: Found, batches: Sequence[int]) -> str:
 
 
 def headline(document: Document) -> str:
-    """The knees, and beside them what the noise scale predicted."""
+    """The knees, and beside them what the noise scale predicted; of more than a few, how often that came near."""
+    knees = [knee for knee in document.get("knees") or [] if "says" in knee]
+    if len(knees) > SAID_ONE_BY_ONE:
+        return _summary(knees)
     parts = []
-    for knee in document.get("knees") or []:
-        if "says" in knee:
-            predicted = knee.get("predicted")
-            beside = f", predicted {predicted:.0f}" if predicted is not None else ""
-            doubtful = ", doubtful" if knee.get("doubt") else ""
-            parts.append(f"{knee['setting']} at {knee['stage']:.0%}: {knee['says']}{beside}{doubtful}")
+    for knee in knees:
+        predicted = knee.get("predicted")
+        beside = f", predicted {predicted:.0f}" if predicted is not None else ""
+        doubtful = ", doubtful" if knee.get("doubt") else ""
+        parts.append(f"{knee['setting']} at {knee['stage']:.0%}: {knee['says']}{beside}{doubtful}")
     return "; ".join(parts)
+
+
+def _summary(knees: Sequence[Row]) -> str:
+    known = [knee for knee in having(knees, "predicted", "fitted") if not knee.get("doubt")]
+    stages = f"{len({knee['setting'] for knee in knees})} settings, {len(knees)} stages"
+    if not known:
+        return stages
+    ratios = [knee["fitted"] / knee["predicted"] for knee in known]
+    near = sum(1 / NEAR <= ratio <= NEAR for ratio in ratios)
+    without = (
+        f" ({len(knees) - len(known)} are doubtful or have no number on one side)" if len(known) < len(knees) else ""
+    )
+    return (
+        f"{stages}: the fitted batch lies within a factor of {NEAR} of the gradient noise scale in {near} of "
+        f"{len(known)}{without}; it is {span(ratios, '.1f')} times that, {statistics.median(ratios):.1f} in the middle"
+    )
 
 
 def charts(document: Document) -> list[Chart]:

@@ -27,7 +27,7 @@ from benchmarks.claims.knee_fit import (
     find_knee,
     fit_critical,
 )
-from benchmarks.claims.knee_report import in_words, knee_of, losses_of
+from benchmarks.claims.knee_report import headline, in_words, knee_of, losses_of
 from benchmarks.pages import tables_of
 from benchmarks.report import benchmark_of
 from dist_train.config import Recipe
@@ -111,6 +111,17 @@ def test_every_batch_counts_at_the_rate_that_is_best_for_it_over_the_seeds() -> 
     assert knee_of(rows, {"setting": "one", "stage": 0.5, "start_loss": 3.0}, 0.01)["factors"]["8"] == 2.0
     short = losses_of(rows[:-1], "one", 0.5)  # a seed counts once all of its branches are there
     assert short is not None and short.seeds == [0]
+
+
+def test_the_headline_of_many_knees_says_how_often_the_prediction_came_near() -> None:
+    knee = {"stage": 0.5, "says": "16", "doubt": None}
+    pairs = [(10.0, 20.0), (10.0, 21.0), (10.0, 5.0), (10.0, 30.0), (None, 10.0)]
+    knees = [knee | {"setting": f"s{i}", "predicted": p, "fitted": f} for i, (p, f) in enumerate(pairs)]
+    knees.append(knee | {"setting": "s0", "stage": 0.1, "predicted": 1.0, "fitted": 1.0, "doubt": "the rate"})
+    said = headline({"rows": [], "knees": knees})
+    assert said.startswith("5 settings, 6 stages: the fitted batch lies within a factor of 2 of the")
+    assert "in 2 of 4 (2 are doubtful or have no number on one side)" in said
+    assert "it is 0.5 to 3.0 times that, 2.0 in the middle" in said  # of 2, 2.1, 0.5 and 3
 
 
 def largest_within(differences: list[float], tolerance: float) -> float:
