@@ -88,6 +88,7 @@ WALK: dict[str, Run | Skip] = {
     "dist-train demo": Skip("ends with Ctrl-C; tests/use/test_page.py opens the page"),
     'pip install "dist-train[': Skip("the environment is there and a test installs nothing"),
     'pip install "dist-train[onnx]"': Skip("the environment is there and a test installs nothing", example=True),
+    'pip install "dist_train-': Skip("the environment is there and a test installs nothing", example=True),
     "dist-train train --config finetune/": Skip(HUB),
     "dist-train evaluate runs/dinov2-small": Skip(HUB, example=True),
     "dist-train predict runs/dinov2-small": Skip(HUB, example=True),
@@ -159,11 +160,15 @@ def text_of(document: str) -> str:
 
 
 def commands(documents: tuple[str, ...] = DOCUMENTS) -> list[str]:
-    """What stands in the documents' blocks of ```bash, in order, without comments; each command once."""
+    """What stands in the documents' blocks of ```bash, and behind the prompts of those of ```console, in order, without
+    comments; each command once."""
     found = []
     for document in documents:
-        for block in re.findall(r"^```bash\n(.*?)^```$", text_of(document), re.MULTILINE | re.DOTALL):
+        blocks = re.findall(r"^```(bash|console)\n(.*?)^```$", text_of(document), re.MULTILINE | re.DOTALL)
+        for kind, block in blocks:
             lines = block.replace("\\\n", " ").splitlines()
+            if kind == "console":
+                lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
             found += [" ".join(re.sub(r"(^|\s)#\s.*", "", line).split()) for line in lines]
     return list(dict.fromkeys(filter(None, found)))
 
