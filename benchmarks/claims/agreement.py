@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.benchmark import Benchmark
-from benchmarks.claims.runs import finish_runs, outcome
+from benchmarks.claims.runs import is_finished, outcome
 from benchmarks.points import Child
 from benchmarks.result import read_rows, write_result
 from benchmarks.tables import Document, Row
 from dist_train.config import Recipe
 from dist_train.data.manifest import Manifest, read_manifest
+from dist_train.errors import WorkError
 from dist_train.output import say
 
 ARMS = ("ours", "plain")
@@ -28,38 +31,59 @@ class Arguments:
     """of the result: benchmarks/results/agreement/NAME.json"""
     seeds: int = 3
     """runs of each: seeds 0, 1, ..."""
+    jobs: int = 1
+    """runs at a time, on a share of the cores each; what they come to does not depend on it"""
 
 
 def run(arguments: Arguments, base: Recipe) -> Path:
     """Train both with every seed, a seed after the other. Writes the result after each run."""
     parameters = {"recipe": asdict(base), "seeds": arguments.seeds}
     manifest = read_manifest(base.data.shards)
-    there = {(row["arm"], row["seed"]): row for row in read_rows("agreement", arguments.name)}
-    rows: list[Row] = []
-    path = write_result("agreement", arguments.name, parameters, list(there.values()))
-    for seed in range(arguments.seeds):
-        run_folder = str(Path(base.train.run) / f"seed{seed}")
-        recipe = replace(base, train=replace(base.train, seed=seed, run=run_folder))
-        for arm in ARMS:
-            if (arm, seed) not in there:
-                found = _ours(recipe) if arm == "ours" else _plain(recipe, manifest)
-                there[arm, seed] = {"arm": arm, "seed": seed, **found}
-            rows = list(there.values())
-            path = write_result("agreement", arguments.name, parameters, rows, {"difference": difference(rows)})
-            say(f"{arm}, seed {seed}: test top-1 {there[arm, seed]['top1']:.4f}")
+    rows: list[Row] = read_rows("agreement", arguments.name)
+    there = {(row["arm"], row["seed"]) for row in rows}
+    threads = max(1, len(os.sched_getaffinity(0)) // arguments.jobs)
+
+    def write() -> Path:
+        return write_result("agreement", arguments.name, parameters, rows, {"difference": difference(rows)})
+
+    def train(seed: int, arm: str) -> Row:
+        recipe = replace(
+            base,
+            data=replace(base.data, threads=threads),
+            train=replace(base.train, seed=seed, run=str(Path(base.train.run) / f"seed{seed}")),
+        )
+        found = _ours(recipe, threads) if arm == "ours" else _plain(recipe, manifest, threads)
+        return {"arm": arm, "seed": seed, **found}
+
+    path = write()
+    left = [(seed, arm) for seed in range(arguments.seeds) for arm in ARMS if (arm, seed) not in there]
+    pool = ThreadPoolExecutor(arguments.jobs)
+    try:
+        for future in as_completed([pool.submit(train, seed, arm) for seed, arm in left]):
+            row = future.result()
+            rows.append(row)
+            path = write()
+            say(f"{row['arm']}, seed {row['seed']}: test top-1 {row['top1']:.4f}")
+    finally:
+        pool.shutdown(cancel_futures=True)
     return path
 
 
-def _ours(recipe: Recipe) -> Row:
-    (finished,) = finish_runs([recipe], 1, "ours")
-    return outcome(finished)
+def _ours(recipe: Recipe, threads: int) -> Row:
+    if not is_finished(recipe):
+        log = Path(f"{recipe.train.run}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with Child("benchmarks.claims.runs:train_point", {"OMP_NUM_THREADS": str(threads)}, log=log) as child:
+            if not child.ask(asdict(recipe)):
+                raise WorkError(f"{recipe.train.run}: it was asked to stop; the same command continues it")
+    return outcome(recipe)
 
 
-def _plain(recipe: Recipe, manifest: Manifest) -> Row:
+def _plain(recipe: Recipe, manifest: Manifest, threads: int) -> Row:
     root = Path(recipe.data.shards)
     splits = {name: [str(root / shard.file) for shard in split.shards] for name, split in manifest.splits.items()}
     point = {"recipe": asdict(recipe), "splits": splits, "classes": len(manifest.classes)}
-    with Child("benchmarks.claims.plain_loop:train_point") as child:
+    with Child("benchmarks.claims.plain_loop:train_point", {"OMP_NUM_THREADS": str(threads)}) as child:
         return child.ask(point)
 
 

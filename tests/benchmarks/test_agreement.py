@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.claims.agreement import difference
+from benchmarks.claims.agreement import Arguments, difference, run
 from benchmarks.claims.plain_loop import build, cosine, parameter_groups, train_point
 from dist_train.config import Recipe
 from dist_train.models.build import build_model
@@ -88,6 +89,19 @@ def test_it_trains_and_evaluates_every_test_sample(recipe: Recipe) -> None:
     splits = {split: sorted(map(str, shards.glob(f"{split}-*.tar"))) for split in ("train", "test")}
     found = train_point({"recipe": asdict(recipe), "splits": splits, "classes": 8})
     assert 9 * found["top1"] == pytest.approx(round(9 * found["top1"])) and found["train_loss"] > 0
+
+
+@pytest.mark.slow
+def test_both_arms_of_every_seed_are_trained_once_several_at_a_time(
+    recipe: Recipe, results: Path, tmp_path: Path
+) -> None:
+    base = replace(recipe, train=replace(recipe.train, run=str(tmp_path / "runs")))
+    document = json.loads(run(Arguments("tiny", seeds=1, jobs=2), base).read_bytes())
+    assert {(row["arm"], row["seed"]) for row in document["rows"]} == {("ours", 0), ("plain", 0)}
+    assert document["difference"] is None
+    again = json.loads(run(Arguments("tiny", seeds=2, jobs=2), base).read_bytes())
+    assert again["rows"][:2] == document["rows"] and len(again["rows"]) == 4
+    assert again["difference"]["seeds"] == 2
 
 
 def test_the_difference_has_the_error_of_both_arms() -> None:
