@@ -34,12 +34,13 @@ NEAR = 2
 @dataclass(frozen=True)
 class Losses:
     """Of one stage, in the seeds that have all branches: values (seeds, batches), batches ascending; factors: of each
-    batch's rate, the one with the lowest mean loss."""
+    batch's rate, the one with the lowest mean loss; tried: all of them, ascending."""
 
     batches: list[int]
     seeds: list[int]
     values: Floats
     factors: list[float]
+    tried: list[float]
 
 
 def factor_of(row: Row) -> float:
@@ -64,7 +65,7 @@ def losses_of(rows: Sequence[Row], setting: str, stage: float, key: str = LOSS) 
     values = values[:, np.arange(len(batches)), best]
     if not np.isfinite(values[:, 0]).all():
         return None
-    return Losses(batches, whole, values, [factors[i] for i in best])
+    return Losses(batches, whole, values, [factors[i] for i in best], factors)
 
 
 def knee_of(rows: Sequence[Row], stage: Row, tolerance: float) -> Row:
@@ -76,8 +77,13 @@ def knee_of(rows: Sequence[Row], stage: Row, tolerance: float) -> Row:
     allowed = tolerance * float(losses.values[:, 0].mean())
     knee = find_knee(losses.values, losses.batches, allowed)
     fitted = fit_critical(losses.values, losses.batches, stage["start_loss"])
-    best = better_than_smallest(losses.values, losses.batches)
-    doubt = f"{best} is better than {losses.batches[0]}: the rate does not suit the smallest batch" if best else None
+    smallest = losses.batches[0]
+    doubt = None
+    if best := better_than_smallest(losses.values, losses.batches):
+        doubt = f"{best} is better than {smallest}: the rate does not suit the smallest batch"
+    elif len(losses.tried) > 1 and losses.factors[0] in (losses.tried[0], losses.tried[-1]):
+        end = "lowest" if losses.factors[0] == losses.tried[0] else "highest"
+        doubt = f"of the rates that {smallest} tried the {end} is the best: its loss may be lower at others"
     return stage | {
         "seeds": len(losses.seeds),
         "allowed_loss": round(allowed, 5),
@@ -123,19 +129,17 @@ def headline(document: Document) -> str:
 
 
 def _summary(knees: Sequence[Row]) -> str:
-    known = [knee for knee in having(knees, "predicted", "fitted") if not knee.get("doubt")]
-    stages = f"{len({knee['setting'] for knee in knees})} settings, {len(knees)} stages"
-    if not known:
-        return stages
-    ratios = [knee["fitted"] / knee["predicted"] for knee in known]
-    near = sum(1 / NEAR <= ratio <= NEAR for ratio in ratios)
-    without = (
-        f" ({len(knees) - len(known)} are doubtful or have no number on one side)" if len(known) < len(knees) else ""
-    )
-    return (
-        f"{stages}: the fitted batch lies within a factor of {NEAR} of the gradient noise scale in {near} of "
-        f"{len(known)}{without}; it is {span(ratios, '.1f')} times that, {statistics.median(ratios):.1f} in the middle"
-    )
+    parts = [f"{len({knee['setting'] for knee in knees})} settings, {len(knees)} stages"]
+    for name, what in (("knee", "the knee"), ("fitted", "the fitted batch")):
+        known = [knee for knee in having(knees, "predicted", name) if not knee.get("doubt")]
+        if known:
+            ratios = [knee[name] / knee["predicted"] for knee in known]
+            near = sum(1 / NEAR <= ratio <= NEAR for ratio in ratios)
+            parts.append(
+                f"{what} is {span(ratios, '.1f')} times the gradient noise scale, {statistics.median(ratios):.1f} in "
+                f"the middle, and within a factor of {NEAR} of it in {near} of the {len(known)} that have both"
+            )
+    return "; ".join(parts)
 
 
 def charts(document: Document) -> list[Chart]:

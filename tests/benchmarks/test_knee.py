@@ -109,6 +109,11 @@ def test_every_batch_counts_at_the_rate_that_is_best_for_it_over_the_seeds() -> 
     assert found is not None and found.factors == [1.0, 2.0, 1.0]
     assert found.values.tolist() == [[1.0, 1.1, 1.4], [1.1, 1.2, 1.4]]
     assert knee_of(rows, {"setting": "one", "stage": 0.5, "start_loss": 3.0}, 0.01)["factors"]["8"] == 2.0
+    lowest = [row for row in rows if row["factor"] > 0.5]
+    assert knee_of(rows, {"setting": "one", "stage": 0.5, "start_loss": 3.0}, 0.01)["doubt"] is None
+    assert knee_of(lowest, {"setting": "one", "stage": 0.5, "start_loss": 3.0}, 0.01)["doubt"] == (
+        "of the rates that 4 tried the lowest is the best: its loss may be lower at others"
+    )
     short = losses_of(rows[:-1], "one", 0.5)  # a seed counts once all of its branches are there
     assert short is not None and short.seeds == [0]
 
@@ -116,12 +121,17 @@ def test_every_batch_counts_at_the_rate_that_is_best_for_it_over_the_seeds() -> 
 def test_the_headline_of_many_knees_says_how_often_the_prediction_came_near() -> None:
     knee = {"stage": 0.5, "says": "16", "doubt": None}
     pairs = [(10.0, 20.0), (10.0, 21.0), (10.0, 5.0), (10.0, 30.0), (None, 10.0)]
-    knees = [knee | {"setting": f"s{i}", "predicted": p, "fitted": f} for i, (p, f) in enumerate(pairs)]
-    knees.append(knee | {"setting": "s0", "stage": 0.1, "predicted": 1.0, "fitted": 1.0, "doubt": "the rate"})
+    knees = [
+        knee | {"setting": f"s{i}", "predicted": predicted, "fitted": fitted, "knee": None if i else 10.0}
+        for i, (predicted, fitted) in enumerate(pairs)
+    ]
+    knees.append(knee | {"setting": "s0", "stage": 0.1, "predicted": 1.0, "fitted": 9.0, "doubt": "the rate"})
     said = headline({"rows": [], "knees": knees})
-    assert said.startswith("5 settings, 6 stages: the fitted batch lies within a factor of 2 of the")
-    assert "in 2 of 4 (2 are doubtful or have no number on one side)" in said
-    assert "it is 0.5 to 3.0 times that, 2.0 in the middle" in said  # of 2, 2.1, 0.5 and 3
+    assert said == (
+        "5 settings, 6 stages; the knee is 1.0 times the gradient noise scale, 1.0 in the middle, and within a factor "
+        "of 2 of it in 1 of the 1 that have both; the fitted batch is 0.5 to 3.0 times the gradient noise scale, 2.0 "
+        "in the middle, and within a factor of 2 of it in 2 of the 4 that have both"
+    )
 
 
 def largest_within(differences: list[float], tolerance: float) -> float:
