@@ -152,10 +152,10 @@ def charts(document: Document) -> list[Chart]:
             "error over the seeds. The dotted lines are what counts as not worse."
         )
         found.append(Chart("", caption, partial(_draw_excess, knees, document["rows"])))
-    if compared := having(knees, "predicted", "fitted"):
+    if compared := [knee for knee in having(knees, "predicted", "knee") if not knee.get("doubt")]:
         caption = (
-            "The batch at which a sample teaches half as much, fitted to the branches, over the gradient noise scale "
-            "where they begin, which predicts it. Between the grey lines they are within a factor of two."
+            "The knee over the gradient noise scale where the branches begin, which predicts it, of the stages without "
+            "a doubt. Between the grey lines they are within a factor of two."
         )
         found.append(Chart("predicted", caption, partial(_draw_predicted, compared)))
     return found
@@ -191,21 +191,21 @@ def _draw_predicted(knees: Sequence[Row]) -> Figure:
     figure, axes = new_axes(3.5 + 0.2 * len(knees))
     for i, knee in enumerate(knees):
         spans: list[list[list[float]] | None] = []
-        for name in ("predicted", "fitted"):
+        for name in ("predicted", "knee"):
             low, high = knee.get(f"{name}_low"), knee.get(f"{name}_high")
             value = knee[name]
             ends = [value - low if low is not None else 0.0, high - value if high is not None else 0.0]
             spans.append([[max(0.0, end)] for end in ends])
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        axes.errorbar([knee["predicted"]], [knee["fitted"]], spans[1], spans[0], label=plain(name_of(knee)), **style)
-    values = [knee[name] for knee in knees for name in ("predicted", "fitted")]
+        axes.errorbar([knee["predicted"]], [knee["knee"]], spans[1], spans[0], label=plain(name_of(knee)), **style)
+    values = [knee[name] for knee in knees for name in ("predicted", "knee")]
     reach = np.array([max(1e-3, min(values)) / 2, 2 * max(values)])
     for factor in (0.5, 1, 2):
         axes.plot(reach, factor * reach, color=GREY, linewidth=0.8, linestyle="-" if factor == 1 else "--")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xlabel("gradient noise scale")
-    axes.set_ylabel("fitted batch")
+    axes.set_ylabel("knee")
     legend(figure, 2)  # one point needs its name too
     return figure
 

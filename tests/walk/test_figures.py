@@ -148,3 +148,16 @@ def test_what_a_large_batch_costs_a_head_is_what_was_measured() -> None:
         assert cells == [row[key] for key in ("batch 16", "batch 256", "equal steps", "adamw + own rate")]
     gaps = [float(row["batch 16"].split()[0]) - float(row["batch 256"].split()[0]) for row in levels.values()]
     assert all(6 < gap < 8 for gap in sorted(gaps)[-4:])
+
+
+def test_how_well_the_noise_scale_predicts_is_what_the_committed_knees_say() -> None:
+    knees = result("knee/frozen")["knees"]
+    assert len(knees) == 14 and len({knee["setting"] for knee in knees}) == 7
+    known = [knee for knee in knees if not knee["doubt"] and knee["predicted"]]
+    assert len(known) == 7
+    knee, fitted = ([one[name] / one["predicted"] for one in known] for name in ("knee", "fitted"))
+    assert (f"{min(knee):.1f}", f"{max(knee):.1f}", sum(0.5 <= ratio <= 2 for ratio in knee)) == ("0.5", "1.5", 6)
+    assert (f"{min(fitted):.1f}", f"{max(fitted):.0f}", sum(0.5 <= ratio <= 2 for ratio in fitted)) == ("0.7", "17", 4)
+    text = text_in_one_line("docs/training.md")
+    assert "is 0.5 to 1.5 times the predicted one, in six of them within a factor of two" in text
+    assert "it is 0.7 to 17 times the prediction, within a factor of two in four" in text
