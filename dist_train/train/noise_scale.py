@@ -149,19 +149,13 @@ class NoiseMeter:
         self._take_norms()
         if not self._norms:
             return
-        squares: Tensor | None = None
-        gradients = []
-        for norm in self._read_norms:
-            if norm in self._norms:
-                for gradient in (self._norms[norm].weight, self._norms[norm].bias):
-                    if gradient is not None:
-                        gradients.append(gradient.sum(dim=0))
-                        of_samples = gradient.square().sum(dim=1)
-                        squares = of_samples if squares is None else squares + of_samples
+        read = [self._norms[norm] for norm in self._read_norms if norm in self._norms]
         self._norms = {}
-        if squares is not None:
-            sums = torch.cat(gradients)
-            self._of_samples.append(squares)
+        gradients = [gradient for norm in read for gradient in (norm.weight, norm.bias) if gradient is not None]
+        if gradients:
+            of_all = torch.cat(gradients, dim=1)
+            self._of_samples.append(of_all.square().sum(dim=1))
+            sums = of_all.sum(dim=0)
             self._sums = sums if self._sums is None else self._sums + sums
 
     def before_update(self, gradients: list[Tensor]) -> None:
