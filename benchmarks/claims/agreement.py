@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.benchmark import Benchmark
-from benchmarks.claims.runs import is_finished, outcome
+from benchmarks.claims.runs import comparable, is_finished, outcome, threads_of
 from benchmarks.points import Child
-from benchmarks.result import read_rows, write_result
+from benchmarks.result import read_document, write_result
 from benchmarks.tables import Document, Row
-from dist_train.config import Recipe
+from dist_train.config import Recipe, recipe_from_dict
 from dist_train.data.manifest import Manifest, read_manifest
-from dist_train.errors import WorkError
+from dist_train.errors import UseError, WorkError
 from dist_train.output import say
 
 ARMS = ("ours", "plain")
@@ -32,16 +31,22 @@ class Arguments:
     seeds: int = 3
     """runs of each: seeds 0, 1, ..."""
     jobs: int = 1
-    """runs at a time, on a share of the cores each; what they come to does not depend on it"""
+    """runs at a time, on a share of the cores each; other threads add up in another order, no more"""
 
 
 def run(arguments: Arguments, base: Recipe) -> Path:
-    """Train both with every seed, a seed after the other. Writes the result after each run."""
+    """Train both with every seed, a seed after the other. Writes the result after each run.
+
+    Raises UseError where the result has runs of another recipe, before anything is trained.
+    """
     parameters = {"recipe": asdict(base), "seeds": arguments.seeds}
     manifest = read_manifest(base.data.shards)
-    rows: list[Row] = read_rows("agreement", arguments.name)
+    document = read_document("agreement", arguments.name)
+    rows: list[Row] = document.get("rows", [])
     there = {(row["arm"], row["seed"]) for row in rows}
-    threads = max(1, len(os.sched_getaffinity(0)) // arguments.jobs)
+    threads = threads_of(arguments.jobs)
+    if rows and comparable(recipe_from_dict(document["parameters"]["recipe"])) != comparable(base):
+        raise UseError(f"--name {arguments.name}: this result has runs of another recipe; choose another name")
 
     def write() -> Path:
         return write_result("agreement", arguments.name, parameters, rows, {"difference": difference(rows)})

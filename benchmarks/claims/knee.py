@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from benchmarks.arguments import positive_numbers, words
 from benchmarks.benchmark import Benchmark
 from benchmarks.claims.knee_report import COLUMNS, LOSS, charts, factor_of, headline, knee_of
-from benchmarks.claims.runs import comparable
+from benchmarks.claims.runs import comparable, threads_of
 from benchmarks.points import Child, gpu_environment
 from benchmarks.result import read_document, write_result
 from benchmarks.tables import Document, Row, short_backbone
@@ -75,7 +74,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         """Raise UseError for values that cannot be, before anything is trained."""
-        for option, value in (("--steps", self.steps), ("--seeds", self.seeds), ("--jobs", self.jobs)):
+        for option, value in (("--steps", self.steps), ("--seeds", self.seeds)):
             if value < 1:
                 raise UseError(f"{option}: {value} is not at least 1")
         if not 0 < self.tolerance < math.inf:
@@ -194,9 +193,10 @@ def plan(asked: Arguments, base: Recipe) -> Setting:
                 f"{base.optim.warmup_steps} and before the end"
             )
     scaling = {"sgd": "linear", "adamw": "sqrt"}[base.optim.name] if asked.scaling == "auto" else asked.scaling
-    threads = max(1, len(os.sched_getaffinity(0)) // asked.jobs)
     label, in_branch = asked.setting or describe(base), asked.steps * batches[-1]
-    return Setting(label, trunk, batches, steps, rates, in_branch, scaling, asked.seeds, asked.factors, threads)
+    return Setting(
+        label, trunk, batches, steps, rates, in_branch, scaling, asked.seeds, asked.factors, threads_of(asked.jobs)
+    )
 
 
 def describe(recipe: Recipe) -> str:

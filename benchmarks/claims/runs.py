@@ -29,17 +29,24 @@ from dist_train.train.settings import precision_of
 SUMMARY_NAME = "summary.json"
 
 
+def threads_of(jobs: int) -> int:
+    """Of each of `jobs` processes that share this machine's cores. Raises UseError where there are none of them."""
+    if jobs < 1:
+        raise UseError(f"--jobs: {jobs} is not at least 1")
+    return max(1, len(os.sched_getaffinity(0)) // jobs)
+
+
 def finish_runs(recipes: Sequence[Recipe], jobs: int, what: str) -> Iterator[Recipe]:
     """Train every recipe to its end, `jobs` at a time, and yield each as it is done; finished ones come first.
 
     On GPUs child i has GPU i mod their number; on the CPU the children share the cores. `what` is the progress bar's
     title. A run that fails is reported in a WorkError after all others. Where the caller stops, or Ctrl-C, no further
-    run begins. Raises UseError where a run folder holds a run of another recipe.
+    run begins. Raises UseError where a run folder holds a run of another recipe, and as `threads_of` does.
     """
+    threads = threads_of(jobs)
     left = [recipe for recipe in recipes if not is_finished(recipe)]
     bar = tqdm(total=len(recipes), initial=len(recipes) - len(left), desc=what, disable=not sys.stderr.isatty())
     yield from (recipe for recipe in recipes if recipe not in left)
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     free: SimpleQueue[tuple[Child, Path]] = SimpleQueue()
     for number in range(min(jobs, len(left))):
         log = Path(left[0].train.run).parent / f"worker-{number}.log"

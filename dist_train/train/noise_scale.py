@@ -37,7 +37,7 @@ WINDOW = 100
 FEWEST = 20
 """Measured steps without which an estimate has no interval."""
 _TOGETHER = 1 << 19
-"""Elements of gradients whose norms are taken in one call, which costs a third of one call for each parameter."""
+"""Elements of gradients from which their norms are taken, all in one call: a call costs more than a small norm."""
 _QUANTILE = statistics.NormalDist().inv_cdf(0.975)
 
 
@@ -111,6 +111,7 @@ class NoiseMeter:
     place: Place
     per_sample: bool = True
     _waiting: list[Tensor] = field(default_factory=list, init=False)  # gradients whose norms are not taken yet
+    _elements: int = field(default=0, init=False)  # of those
     _squares: list[Tensor] = field(default_factory=list, init=False)  # of parameters, in this step
     _large: Tensor | None = field(default=None, init=False)
     _norms: dict[nn.LayerNorm, _Norm] = field(default_factory=dict, init=False)
@@ -133,7 +134,8 @@ class NoiseMeter:
     def watching(self) -> Iterator[None]:
         """What happens inside are the passes of one optimizer step, with PyTorch's operators one by one."""
         # A step that was skipped may have left some.
-        self._waiting, self._squares, self._of_samples, self._norms = [], [], [], {}
+        self._squares, self._of_samples, self._norms = [], [], {}
+        self._waiting, self._elements = [], 0
         self._large = self._sums = None
         with ExitStack() as hooks, torch.compiler.set_stance("force_eager"):
             if self._parts > 1:
@@ -210,14 +212,15 @@ class NoiseMeter:
         """Called with the gradient of a parameter of this micro-batch alone, before it is added to others or sent."""
         # Kept itself, no view of it: what another holds is copied, not taken, where gradients are added up in place.
         self._waiting.append(gradient)
-        if sum(map(Tensor.numel, self._waiting)) >= _TOGETHER:
+        self._elements += gradient.numel()
+        if self._elements >= _TOGETHER:
             self._take_norms()
 
     def _take_norms(self) -> None:
         if self._waiting:
             norms = torch.stack(torch._foreach_norm(self._waiting, dtype=torch.float32))
             self._squares.append(norms @ norms)
-            self._waiting = []
+            self._waiting, self._elements = [], 0
 
     def _normed(self, norm: nn.LayerNorm, inputs: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad:

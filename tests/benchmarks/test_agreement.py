@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from benchmarks.claims.agreement import Arguments, difference, run
 from benchmarks.claims.plain_loop import build, cosine, parameter_groups, train_point
+from benchmarks.result import write_result
 from dist_train.config import Recipe
+from dist_train.errors import UseError
 from dist_train.models.build import build_model
 from dist_train.parse import parse_recipe
 from dist_train.train.engine import build_optimizer
@@ -102,6 +104,18 @@ def test_both_arms_of_every_seed_are_trained_once_several_at_a_time(
     again = json.loads(run(Arguments("tiny", seeds=2, jobs=2), base).read_bytes())
     assert again["rows"][:2] == document["rows"] and len(again["rows"]) == 4
     assert again["difference"]["seeds"] == 2
+
+
+def test_a_result_of_another_recipe_is_neither_continued_nor_overwritten(recipe: Recipe, results: Path) -> None:
+    rows = [{"arm": "ours", "seed": 0, "top1": 0.5}]
+    path = write_result("agreement", "tiny", {"recipe": asdict(recipe), "seeds": 1}, rows)
+    before = path.read_bytes()
+    other = replace(recipe, optim=replace(recipe.optim, lr=0.1))
+    with pytest.raises(UseError, match="--name tiny: this result has runs of another recipe"):
+        run(Arguments("tiny", seeds=1), other)
+    with pytest.raises(UseError, match="--jobs: 0 is not at least 1"):
+        run(Arguments("tiny", seeds=1, jobs=0), recipe)
+    assert path.read_bytes() == before
 
 
 def test_the_difference_has_the_error_of_both_arms() -> None:

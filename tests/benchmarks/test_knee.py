@@ -336,6 +336,7 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(recipe: Recipe, re
         ("stages", "half", "numbers separated by commas"),
         ("stages", "0.01", "is step 0 of 24"),
         ("steps", 0, "not at least 1"),
+        ("jobs", 0, "not at least 1"),
         ("tolerance", 0.0, "not above 0"),
         ("rate_factors", "1,0", "numbers above 0"),
     ):
