@@ -83,7 +83,8 @@ def test_a_preempted_job_saves_is_queued_again_and_goes_on_with_the_same_weights
     assert saved >= 5
 
     wait_for(lambda: cluster.job(job)["Restarts"] == "1", "the job to be queued again", 60)
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    # Not in the same second: slurmd revoked the job's credentials in it, and would refuse new ones of that second.
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
     wait_for(lambda: steps_done(run) >= saved + 5, "five more steps", 180)
     cluster.run("scancel", "--signal=USR1", job)
     finish(cluster, job, run)
