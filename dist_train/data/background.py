@@ -169,7 +169,7 @@ class _Handover:
         if done is not None:
             stream = torch.cuda.current_stream(self.device_id)
             stream.wait_event(done)
-            for tensor in (batch.images, batch.labels, batch.weights, batch.text_ids, batch.text_mask):
-                if tensor is not None:
-                    tensor.record_stream(stream)
+            for part in vars(batch).values():  # all there are: of one left out, the maker writes over what is in use
+                if isinstance(part, Tensor):
+                    part.record_stream(stream)
         return batch

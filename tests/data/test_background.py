@@ -90,6 +90,24 @@ def test_batches_are_made_by_one_thread_that_is_not_the_one_that_takes_them(shar
     assert len(loader.idents) == 1 and threading.get_ident() not in loader.idents
 
 
+def test_every_tensor_of_a_gpus_batch_is_kept_until_the_stream_that_uses_it_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a GPU to ask: which tensors the allocator is told of."""
+
+    class Stream:
+        def wait_event(self, event: object) -> None:
+            pass
+
+    told: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(tensor))
+    tensors = [torch.zeros(1) for _ in range(6)]
+    batch = Batch(*tensors[:5], np.array([0]), tensors[5])
+    assert background._Handover(0).receive(batch, object()) is batch  # type: ignore[arg-type]
+    assert {id(tensor) for tensor in told} == {id(tensor) for tensor in tensors}
+
+
 def test_as_many_batches_are_ready_as_asked_for_and_no_more() -> None:
     made = []
 
