@@ -30,6 +30,7 @@ from dist_train.data.plan import evaluation_batches, micro_batch_of
 from dist_train.data.quarantine import QUARANTINE_NAME
 from dist_train.errors import written
 from dist_train.models.classifier import Classifier
+from dist_train.models.heads import HEADS
 from dist_train.place import Place
 from dist_train.train.engine import torch_device
 from dist_train.train.evaluate import padded
@@ -106,7 +107,7 @@ def _describe(recipe: Recipe, model: Classifier, manifest: Manifest, place: Plac
     return {
         "manifest": manifest.digest,
         "weights": weights.hexdigest(),
-        "features": getattr(model.backbone, "features", "pooled"),
+        "features": HEADS[recipe.model.head].reads,
         "shape": list(example.shape[1:]),
         "type": str(example.dtype).removeprefix("torch."),
         "precision": recipe.deepspeed.precision,

@@ -160,6 +160,14 @@ def test_later_runs_take_what_is_there_whatever_their_head_and_rate(
     assert len(list(cache.iterdir())) == 1
 
 
+def test_a_backbone_that_calls_a_part_of_itself_features_has_a_store(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set", {"train": [12]})
+    options = {"model__backbone": "rexnet_100", "data__image_size": 32, "train__stop_after_steps": 1}
+    assert train(shards, tmp_path / "run", **options, data__feature_cache=tmp_path / "cache") == 0
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert json.loads((folder / "store.json").read_text())["features"] == "pooled"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["data__image_size=24", "train__seed=1", "data__mean=[0.4,0.5,0.5]", "model__head=cls"])
 def test_other_images_weights_or_features_are_other_stores(
