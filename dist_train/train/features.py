@@ -36,6 +36,7 @@ from dist_train.train.engine import torch_device
 from dist_train.train.evaluate import padded
 from dist_train.train.precision import compute_dtype, set_arithmetic, uses_autocast
 from dist_train.train.ranks import from_rank_zero, gather
+from dist_train.train.settings import precision_of
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def _describe(recipe: Recipe, model: Classifier, manifest: Manifest, place: Plac
         "features": HEADS[recipe.model.head].reads,
         "shape": list(example.shape[1:]),
         "type": str(example.dtype).removeprefix("torch."),
-        "precision": recipe.deepspeed.precision,
+        "precision": precision_of(recipe.deepspeed),
         "decoded_by": "cpu" if decoding_gpu(recipe.data, place.device_id) is None else "gpu",
         "versions": {"dist_train": dist_train.__version__, "timm": timm.__version__},
         **keys,

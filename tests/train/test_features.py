@@ -160,6 +160,19 @@ def test_later_runs_take_what_is_there_whatever_their_head_and_rate(
     assert len(list(cache.iterdir())) == 1
 
 
+def test_a_store_is_found_by_the_arithmetic_that_auto_stands_for(
+    shards: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    options = {**SHORT, "model__head": "ifa", "train__stop_after_steps": 1, "data__feature_cache": copy}
+    assert train(shards, tmp_path / "named", **options, deepspeed__precision="float32") == 0
+    assert len(list(copy.iterdir())) == 1
+    # As where `auto` is bf16: the weights are the same, and the features may be of the same type.
+    monkeypatch.setattr(features_module, "precision_of", lambda config: "bf16_autocast")
+    assert train(shards, tmp_path / "other", **options) == 0
+    assert len(list(copy.iterdir())) == 2
+
+
 def test_a_backbone_that_calls_a_part_of_itself_features_has_a_store(tmp_path: Path) -> None:
     shards = write_shard_set(tmp_path / "set", {"train": [12]})
     options = {"model__backbone": "rexnet_100", "data__image_size": 32, "train__stop_after_steps": 1}
