@@ -127,7 +127,7 @@ def inspect_tar(tar: Path, classes: int, decode: bool) -> TarReport:
             if file.read(512)[257:262] != b"ustar":
                 obstacles.append(f"{tar}: a tar from before the USTAR format; {_REPACK}")
         sha256 = sha256_of(tar)
-        if any("cls" in sample.members for sample in samples):
+        if any(sample.find("cls") for sample in samples):
             checked = check_samples(tar, samples, classes, text=False, decode_images=decode)
             obstacles += checked.differences
         else:
@@ -142,7 +142,7 @@ def inspect_tar(tar: Path, classes: int, decode: bool) -> TarReport:
     except OSError as error:
         obstacles.append(f"{tar}: cannot be read ({error.strerror})")
     shard = ShardInfo(tar.name, len(samples), size, sha256)
-    texts = sum("txt" in sample.members for sample in samples)
+    texts = sum(sample.find("txt") is not None for sample in samples)
     return TarReport(shard, obstacles, checked, texts, _is_joined(tar, samples))
 
 

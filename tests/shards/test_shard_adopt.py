@@ -202,6 +202,20 @@ def test_a_blank_in_an_extension_becomes_what_an_index_can_hold(tmp_path: Path) 
     assert set(sample.members) == {"jpg", "cls", "a_note"} and sample.members["a_note"].size == 4
 
 
+@pytest.mark.parametrize("dotted", ["{}.v2.cls", "{}.cls"])
+def test_class_and_tags_are_found_where_a_key_was_cut_at_its_first_dot(tmp_path: Path, dotted: str) -> None:
+    members = [
+        (name.format(n), content)
+        for n in range(3)
+        for name, content in (("{}.v2.jpg", jpeg_bytes(n)), (dotted, b"%d" % (n % 2)), ("{}.v2.txt", b"smile"))
+    ]
+    plain_tar(tmp_path / "train-0.tar", *members)
+    assert main(["adopt", str(tmp_path), "--workers", "1"]) == 0
+    manifest = read_manifest(tmp_path)
+    assert [info.count for info in manifest.classes] == [2, 1] and manifest.text
+    assert main(["verify", str(tmp_path), "--workers", "1"]) == 0
+
+
 def test_a_set_with_tags_for_some_samples_counts_as_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain_tar(tmp_path / "train-0.tar", *GOOD, ("0.txt", b"smile"), ("1.jpg", jpeg_bytes(1)), ("1.cls", b"0"))
     assert main(["adopt", str(tmp_path), "--workers", "1"]) == 0
