@@ -6,6 +6,7 @@ Everything is checked before anything is written; the manifest comes last.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from dist_train.errors import UseError, WorkError, name_some
 from dist_train.output import say
 from shards.build import BUILD_NAME
 from shards.finish import make_manifest, warn_of_classes, write_left_out
-from shards.records import LeftOut, warn
+from shards.records import HARMFUL, LeftOut, warn
 from shards.sources.tars import read_class_names, splits_in_names, tar_files
 from shards.splits import SPLITS, check_ratios, draw_splits
 from shards.verify import ShardReport, check_samples, sha256_of
@@ -135,7 +136,7 @@ def inspect_tar(tar: Path, classes: int, decode: bool) -> TarReport:
             obstacles.append(f"{tar}: {what}; {_REPACK}, with --class-key for a class in the .json")
         for sample in samples:
             name = sample.key + "".join(sample.members)
-            if len(name.splitlines()) > 1 or not name.isprintable():  # an index is lines of text
+            if any(unicodedata.category(c) in HARMFUL for c in name):  # an index is lines of text
                 obstacles.append(f"{tar}: sample {sample.key!r} has a name that no index can hold; {_REPACK}")
     except WorkError as error:
         obstacles.append(str(error))

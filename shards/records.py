@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from dist_train.errors import UseError, name_some
 
-_HARMFUL = {"Cc", "Cs", "Zl", "Zp"}  # control characters, surrogates, line and paragraph separators
+HARMFUL = frozenset({"Cc", "Cs", "Zl", "Zp"})
+"""Control characters, surrogates, line and paragraph separators, by Unicode's category."""
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -92,7 +93,7 @@ def check_class_names(names: Iterable[str]) -> None:
     alike: dict[str, str] = {}
     twins = []
     for name in names:
-        if any(c in _TURNING or unicodedata.category(c) in _HARMFUL for c in name):
+        if any(c in _TURNING or unicodedata.category(c) in HARMFUL for c in name):
             raise UseError(f"class name {name!r} holds control characters or is no UTF-8 text; rename it")
         seen = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
         seen = " ".join(seen.casefold().split())

@@ -202,6 +202,17 @@ def test_a_blank_in_an_extension_becomes_what_an_index_can_hold(tmp_path: Path) 
     assert set(sample.members) == {"jpg", "cls", "a_note"} and sample.members["a_note"].size == 4
 
 
+def test_names_of_any_script_and_of_newer_characters_are_names(tmp_path: Path) -> None:
+    names = ("ネコ\u3000イヌ", "a\u00a0b", "\U0001f469\u200d\U0001f467", "می\u200cخواهم", "\U0001fae8", "\U0003fffd")
+    plain_tar(
+        tmp_path / "train-0.tar",
+        *(pair for key in names for pair in ((f"{key}.jpg", GOOD[0][1]), (f"{key}.cls", b"0"))),
+    )
+    assert main(["adopt", str(tmp_path), "--workers", "1"]) == 0
+    assert [sample.key for sample in read_index(tmp_path / "train-0.tar")] == list(names)
+    assert main(["verify", str(tmp_path), "--workers", "1"]) == 0
+
+
 @pytest.mark.parametrize("dotted", ["{}.v2.cls", "{}.cls"])
 def test_class_and_tags_are_found_where_a_key_was_cut_at_its_first_dot(tmp_path: Path, dotted: str) -> None:
     members = [
