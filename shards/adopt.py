@@ -16,7 +16,7 @@ from pathlib import Path
 from dist_train.data.checksums import compute_checksums, write_checksums
 from dist_train.data.manifest import MANIFEST_NAME, ClassInfo, Manifest, ShardInfo, write_manifest
 from dist_train.data.tarindex import TarSample, index_tar, write_index
-from dist_train.errors import UseError, WorkError, name_some
+from dist_train.errors import UseError, WorkError, name_some, written
 from dist_train.output import say
 from shards.build import BUILD_NAME
 from shards.finish import make_manifest, warn_of_classes, write_left_out
@@ -60,8 +60,8 @@ def adopt_tars(
     train, val and test share of the tars, drawn by `seed`; else the names of the tars hold their splits. decode:
     decode every image; those that fail are listed in left_out.jsonl and stay in their tars.
 
-    Raises UseError if the folder is a set already, has no tars or compressed ones, or the splits are not known;
-    WorkError, one line for each obstacle, if a tar cannot be used as it is. Then nothing has been written.
+    Raises UseError if the folder is a set already, cannot be written, has no tars or compressed ones, or the splits are
+    not known; WorkError, one line for each obstacle, if a tar cannot be used as it is. Then nothing has been written.
     """
     if not folder.is_dir():
         raise UseError(f"{folder}: no such folder")
@@ -69,6 +69,9 @@ def adopt_tars(
     for name, cure in cures.items():
         if (folder / name).exists():
             raise UseError(f"{folder}: has a {name} already; {cure}")
+    copy = "`python -m shards build` makes a set elsewhere"
+    if not os.access(folder, os.W_OK | os.X_OK):  # said before hours of decoding
+        raise UseError(f"{folder}: cannot be written, and indexes and manifest are to lie there; {copy}")
     tars = tar_files(folder)
     splits = _splits(tars, split, ratios, seed)
     names = read_class_names(classes) if classes else None
@@ -99,7 +102,6 @@ def adopt_tars(
         for report in reports
         for key, why in report.samples.undecodable
     ]
-    write_left_out(folder, left_out)
     class_names = names or [str(number) for number in range(max(counts) + 1)]
     trained: Counter[int] = Counter()
     for report, its in zip(reports, splits, strict=True):
@@ -112,7 +114,9 @@ def adopt_tars(
         trained=set(trained),
         text=texts == samples,
     )
-    write_manifest(folder, manifest)
+    with written(folder, copy):
+        write_left_out(folder, left_out)
+        write_manifest(folder, manifest)
     warn_of_classes(folder, manifest)
     return manifest
 
@@ -150,8 +154,9 @@ def inspect_tar(tar: Path, classes: int, decode: bool) -> TarReport:
 def index_in_place(tar: Path) -> None:
     """Write the index and the checksums beside a tar; runs in a worker process."""
     samples = index_tar(tar)
-    write_index(tar, samples)
-    write_checksums(tar, compute_checksums(tar, samples))
+    with written(tar.parent, "indexes lie beside their tars"):
+        write_index(tar, samples)
+        write_checksums(tar, compute_checksums(tar, samples))
 
 
 def _splits(tars: list[Path], split: str | None, ratios: Sequence[float] | None, seed: int) -> list[str]:

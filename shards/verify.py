@@ -11,7 +11,7 @@ from dist_train.data.checksums import checksums_path, compute_checksums, read_ch
 from dist_train.data.images import BadImage, decode
 from dist_train.data.manifest import ShardInfo, read_manifest
 from dist_train.data.tarindex import TarSample, index_path, index_tar, read_index, write_index
-from dist_train.errors import WorkError
+from dist_train.errors import WorkError, written
 from shards.processes import count_image
 from shards.sources.tars import image_extensions, read_member
 from shards.workers import run_jobs
@@ -91,7 +91,7 @@ def fix_indexes(root: Path) -> list[Path]:
     """Write the indexes that are missing or differ from their tars, and the checksums that are missing or damaged, of
     tars that are as the manifest says; returns their paths.
 
-    Raises UseError if there is no complete set, WorkError if a tar cannot be read.
+    Raises UseError if there is no complete set, WorkError if a tar cannot be read or a file not be written.
     """
     fixed = []
     for shard in (shard for split in read_manifest(root).splits.values() for shard in split.shards):
@@ -103,12 +103,13 @@ def fix_indexes(root: Path) -> list[Path]:
             right = _same_places(read_index(tar), samples)
         except WorkError:
             right = False
-        if not right:
-            write_index(tar, samples)
-            fixed.append(index_path(tar))
-        if read_checksums(tar, len(samples), shard.bytes) is None and sha256_of(tar) == shard.sha256:
-            write_checksums(tar, compute_checksums(tar, samples))
-            fixed.append(checksums_path(tar))
+        with written(root, "indexes lie beside their tars"):
+            if not right:
+                write_index(tar, samples)
+                fixed.append(index_path(tar))
+            if read_checksums(tar, len(samples), shard.bytes) is None and sha256_of(tar) == shard.sha256:
+                write_checksums(tar, compute_checksums(tar, samples))
+                fixed.append(checksums_path(tar))
     return fixed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -159,6 +160,26 @@ def test_damaged_and_compressed_tars_and_other_folders_are_refused(
     assert "leave none for val and test" in refused(2, "--ratios", "0.7,0.1,0.2")
     (tmp_path / "build.json").write_text("{}")
     assert "has a build.json already" in refused(2)
+
+
+def test_a_folder_that_cannot_be_written_is_said_so_before_the_work_and_after_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_tar(tmp_path / "train-0.tar", *GOOD)
+    with monkeypatch.context() as read_only:
+        read_only.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        assert main(["adopt", str(tmp_path), "--workers", "1"]) == 2
+    assert re.fullmatch(r"error: .*: cannot be written, .*`python -m shards build`.*\n", capsys.readouterr().err)
+    (tmp_path / "train-0.idx").mkdir()  # what no rename replaces
+    assert main(["adopt", str(tmp_path), "--workers", "1"]) == 1
+    assert "cannot be written (Is a directory)" in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "train-0.idx").rmdir()
+    assert main(["adopt", str(tmp_path), "--workers", "1"]) == 0
+    (tmp_path / "train-0.idx").unlink()
+    (tmp_path / "train-0.idx").mkdir()
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path), "--fix-index", "--workers", "1"]) == 1
+    assert "cannot be written (Is a directory)" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_tar_from_before_the_ustar_format_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
