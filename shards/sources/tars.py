@@ -127,14 +127,18 @@ def _taken_apart(sample: TarSample) -> list[TarSample]:
 
 
 def tar_files(source: Path) -> list[Path]:
-    """The tar `source`, or the tars in that folder, sorted. Raises UseError if there is none or one is compressed."""
+    """The tar `source`, or the tars in that folder, sorted. Raises UseError if there is none, or one is compressed or
+    cannot be read."""
     if source.is_dir():
         files = sorted(path for path in source.iterdir() if path.is_file() and _TAR_NAME.fullmatch(path.name))
     else:
         files = [source]
     for path in files:
-        with open(path, "rb") as file:
-            start = file.read(6)
+        try:
+            with open(path, "rb") as file:
+                start = file.read(6)
+        except OSError as error:
+            raise UseError(f"{path}: cannot be read ({error.strerror})") from None
         for magic, tool in _PACKERS.items():
             if start.startswith(magic):
                 raise UseError(f"{path}: compressed, but samples are read at any place of a tar; unpack it with {tool}")

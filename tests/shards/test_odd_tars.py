@@ -199,6 +199,12 @@ def test_one_tar_under_two_names_is_refused(tmp_path: Path, capsys: pytest.Captu
         assert "val-0.tar: the same file as train-0.tar" in capsys.readouterr().err
 
 
+def test_a_tar_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unreadable = "/proc/self/mem"  # by anyone at its start; permissions would not stop root
+    assert main(["build", unreadable, str(tmp_path / "set"), "--format", "webdataset", "--workers", "1"]) == 2
+    assert capsys.readouterr().err == f"error: {unreadable}: cannot be read (Input/output error)\n"
+
+
 def test_many_class_names_are_read_in_one_pass(tmp_path: Path) -> None:
     """Where each name is looked up in the list of all, 60,000 names are nearly 2 billion comparisons."""
     file = tmp_path / "names"
