@@ -152,12 +152,13 @@ def check_samples(
 
             found = sample.find("cls")
             label = read_member(file, found[1]).strip() if found else None
+            class_id = int(label[:40]) if label is not None and label.isdigit() else classes  # as much as is read of it
             if label is None:
                 report.differences.append(f"{place}: has no .cls")
-            elif not label.isdigit() or int(label) >= classes:
+            elif class_id >= classes:
                 report.differences.append(f"{place}: class {label[:20]!r} is not between 0 and {classes - 1}")
             else:
-                report.class_counts[int(label)] += 1
+                report.class_counts[class_id] += 1
             if text and sample.find("txt") is None:
                 report.differences.append(f"{place}: has no .txt, but the manifest says that samples have tags")
 
@@ -173,7 +174,6 @@ def check_samples(
                     decode(read_member(file, sample.members[extension]))
                 except BadImage as error:
                     report.undecodable.append((sample.key, str(error)))
-                    if label is not None and label.isdigit():
-                        report.undecodable_counts[int(label)] += 1
+                    report.undecodable_counts[class_id] += 1
             count_image()
     return report

@@ -115,6 +115,7 @@ GOOD = [("0.jpg", jpeg_bytes(0)), ("0.cls", b"0")]
         ([*GOOD, ("1.jpg", jpeg_bytes(1))], "sample 1: has no .cls"),
         ([*GOOD, ("1.jpg", jpeg_bytes(1)), ("1.cls", b"cat")], "sample 1: class b'cat' is not between 0"),
         ([*GOOD, ("1.jpg", b"x"), ("1.cls", b"7000000")], "sample 1: class b'7000000' is not between 0"),
+        ([*GOOD, ("1.jpg", b"x"), ("1.cls", b"7" * 5000)], "sample 1: class b'77777777777777777777' is not between 0"),
         ([*GOOD, *GOOD], "sample 0: the key comes twice"),
         ([*GOOD, ("0.png", jpeg_bytes(1))], "sample 0: has 2 images"),
         ([("0.jpg", jpeg_bytes(0)), ("0.json", b"{}")], "none of its samples has a .cls; .*--format webdataset"),
