@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import unicodedata
 from pathlib import Path
 
 from dist_train.data.tags import tag_line
@@ -77,11 +78,14 @@ def _record(row: dict[str | None, str | None], place: str, class_column: str, ba
 
 
 def _locate(base: str, path: str) -> str:
-    """The file that a path means: as it is written, without the blanks around it, or with slashes for backslashes.
+    """The file that a path means: as it is written, without the blanks around it, or with slashes for backslashes; and
+    with accents in the other of Unicode's two forms, as names from a Mac have them.
 
     If none of these exists, the first.
     """
-    spellings = dict.fromkeys((path, path.strip(), path.strip().replace("\\", "/")))
+    slashes = path.strip().replace("\\", "/")
+    forms = (unicodedata.normalize("NFC", slashes), unicodedata.normalize("NFD", slashes))
+    spellings = dict.fromkeys((path, path.strip(), slashes, *forms))
     places = [os.path.join(base, spelling) for spelling in spellings]
     if len(places) > 1:
         return next((place for place in places if os.path.exists(place)), places[0])

@@ -297,6 +297,13 @@ def test_csv_files_as_programs_write_them_are_read(tmp_path: Path, lines: tuple[
     assert [record.read() for record in found] == [b"1.jpg", b"sub/2.jpg"]
 
 
+@pytest.mark.parametrize(("file", "path"), [("sub/\u304b\u3099.jpg", "sub/\u304c.jpg"), ("\xe9.jpg", "e\u0301.jpg")])
+def test_a_name_is_found_in_either_of_unicodes_forms(tmp_path: Path, file: str, path: str) -> None:
+    touch(tmp_path, file, "2.jpg")
+    found = read_source(csv_file(tmp_path, "path,class", f"{path},a", "2.jpg,b"))
+    assert [record.read() for record in found] == [file.encode(), b"2.jpg"]
+
+
 @pytest.mark.parametrize(
     ("path", "cure"),
     [
