@@ -42,6 +42,7 @@ def read_lists(root: Path, layout: str) -> list[Record | LeftOut]:
     for split in splits:
         file = lists / f"{split}.csv"
         tags = _tags(tag_files[split]) if with_tags else None
+        first = len(records)
         for place, fields in _rows(file):
             if len(fields) != 2 or fields[0] not in names:
                 raise UseError(f"{place}: expected class_id,path with an id of {lists / 'classid_classname.csv'}")
@@ -54,6 +55,11 @@ def read_lists(root: Path, layout: str) -> list[Record | LeftOut]:
                     split=split,
                     tags=None if tags is None else tags.get(path, ""),
                 )
+            )
+        if tags and len(records) > first and not any(record.name in tags for record in records[first:]):
+            raise UseError(
+                f"{tag_files[split]}: its column dir has none of the paths of {file.name} ({min(tags)} here, "
+                f"{records[first].name} there), so no image would have tags"
             )
     if not records:
         raise UseError(f"{lists / 'train.csv'}: lists no images")

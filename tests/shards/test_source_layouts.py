@@ -83,6 +83,11 @@ def test_daf_and_dafull_in_one_folder_are_told_apart_by_the_user(tmp_path: Path)
         ("train.csv", ["0,gone.jpg"], "none of its 1 images is found in .*faces"),
         ("classid_classname.csv", ["0,a", "1,a"], "line 2: expected class_id,class_name, each id and each name once"),
         ("train_tags.csv", ["dir,tags_cat0", "0007/7.jpg,__import__('os')"], "line 2: expected a Python list"),
+        (
+            "train_tags.csv",
+            ["dir,tags_cat0", "faces/0007/7.jpg,['smile']"],
+            r"none of the paths of train.csv \(faces/0007/7.jpg here, 0291/1796291.jpg there\)",
+        ),
         ("train_tags.csv", ["dir"], "no columns dir and tags_cat0"),
     ],
 )
