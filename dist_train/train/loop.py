@@ -219,13 +219,15 @@ class _Run:
             loss_since_log += self.step(batches, rate)
             finished = state.step == self.total_steps
             stopping = self.stop.requested(self.place) or state.step == recipe.train.stop_after_steps
-            if state.step % recipe.train.log_every == 0 or finished or stopping:
-                self.log_steps(loss_since_log, rate)
             epoch = state.samples_consumed // self.samples
             due = finished or (epoch > epoch_before and epoch % recipe.train.eval_every == 0)
             # On features an epoch takes a second, and a checkpoint of the whole model as long.
             between = epoch > epoch_before and self.features is None
-            if due or between or stopping:
+            saving = due or between or stopping
+            logging_is_due = state.step % recipe.train.log_every == 0 or finished or stopping
+            if logging_is_due or (saving and self.lost(loss_since_log)):
+                self.log_steps(loss_since_log, rate)
+            if saving:
                 with self.meter.paused():
                     self.save(evaluated=due)
             writer.check()
@@ -281,6 +283,11 @@ class _Run:
         loss_sum.zero_()
         bad_steps.logged()
         self.meter.reset()
+
+    def lost(self, loss_sum: torch.Tensor) -> bool:
+        """Whether a loss since the last record was not finite: what would be saved now would take the place of weights
+        that can still be trained, and --resume auto would go on from it."""
+        return not math.isfinite(mean_over_ranks(loss_sum.clone(), self.place.world_size))
 
     def save(self, evaluated: bool) -> None:
         """Write a checkpoint, evaluated on val first or not."""

@@ -277,12 +277,14 @@ def test_a_read_only_disk_is_named(small_disk: Path, shards: Path, capsys: pytes
 
 
 # ---------------------------------------------------------------------- bad steps
+@pytest.mark.parametrize("log_every", [4, 100])  # at the end of the epoch, where a checkpoint is due, or much later
 def test_a_loss_that_is_not_finite_ends_the_run_and_the_samples_of_its_step_are_written(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], log_every: int
 ) -> None:
     run = tmp_path / "run"
-    options = arguments(shards, run, optim__lr="1e30", optim__schedule="constant", train__log_every=4)
-    assert main(["train", *options]) == 1
+    changes = {"optim.lr": "1e30", "optim.schedule": "constant", "train.log_every": log_every, "train.epochs": 2}
+    assert main(["train", *arguments(shards, run, **changes)]) == 1
+    assert newest_checkpoint(run) is None, "weights that are lost"
     bad = json.loads((run / "bad_batch.json").read_text())
     said = capsys.readouterr().err
     assert f"the loss is not finite at step {bad['step']}; its samples are in {run / 'bad_batch.json'}" in said
