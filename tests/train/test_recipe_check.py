@@ -56,6 +56,14 @@ REFUSED = {
     "streams": ("--data.streams=3", "data.streams 3 does not divide train.batch_size 8"),
     "DeepSpeed file": ("--deepspeed.config={folder}/none.json", "none.json: cannot be read as JSON"),
     "DeepSpeed's own": ("--deepspeed.config={folder}/ds.json", "ds.json: gradient_clipping is 5"),
+    "DeepSpeed's optimizer": (
+        "--deepspeed.config={folder}/adam.json",
+        "adam.json: optimizer is what the recipe's",
+    ),
+    "DeepSpeed's offload": (
+        "--deepspeed.config={folder}/offload.json --deepspeed.zero_stage=1",
+        "offload.json: zero_optimization.offload_optimizer.device is 'cpu', but deepspeed.offload is none",
+    ),
     "no set": ("--data.shards={folder}/none", "{folder}/none: no such shard set"),
     "other set": ("--data.digest=0123", "data.digest is 0123, but {folder}/set has digest "),
     "warm-up": ("--optim.warmup_steps=99", "optim.warmup_steps 99 leaves nothing of the run's 4 steps"),
@@ -82,6 +90,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "old").mkdir()
     (folder / "old" / "metrics.jsonl").write_text("")
     (folder / "ds.json").write_text(json.dumps({"gradient_clipping": 5}))
+    (folder / "adam.json").write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}}))
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    (folder / "offload.json").write_text(json.dumps(offload))
     return folder
 
 
