@@ -64,7 +64,7 @@ def describe_host(shards: str, run: Path, marker: Path) -> dict[str, Any]:
 def code_digest() -> str:
     """SHA-256 over the project's modules, so that hosts with different code are told apart, committed or not."""
     digest = hashlib.sha256()
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return digest.hexdigest()

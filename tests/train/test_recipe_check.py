@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from dist_train.cli import main
+from dist_train.cluster import probe
 from dist_train.config import DataConfig
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError
@@ -141,6 +143,19 @@ def test_a_step_is_refused_in_the_same_words_where_there_is_no_run(folder: Path,
     recipe, _ = parse_recipe(words_of(folder, f"{options} --data.shards={folder}/none --train.run={folder}/old"))
     with pytest.raises(UseError, match=re.escape(line.format(folder=folder))):
         check_step(recipe, 2, "cpu")
+
+
+def test_the_digest_by_which_doctor_compares_hosts_is_of_all_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "dist_train"
+    shutil.copytree(Path(probe.__file__).parents[1], other, ignore=shutil.ignore_patterns("recipes", "__pycache__"))
+    here = probe.code_digest()
+    monkeypatch.setattr(probe, "__file__", str(other / "cluster" / "probe.py"))
+    assert probe.code_digest() == here
+    with (other / "train" / "loop.py").open("a") as file:
+        file.write("# another commit\n")
+    assert probe.code_digest() != here
 
 
 AT_ONCE = """
