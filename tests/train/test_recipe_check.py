@@ -16,6 +16,7 @@ import torch
 
 from dist_train.cli import main
 from dist_train.cluster import probe
+from dist_train.cluster.doctor import state_bytes
 from dist_train.config import DataConfig
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError
@@ -143,6 +144,23 @@ def test_a_step_is_refused_in_the_same_words_where_there_is_no_run(folder: Path,
     recipe, _ = parse_recipe(words_of(folder, f"{options} --data.shards={folder}/none --train.run={folder}/old"))
     with pytest.raises(UseError, match=re.escape(line.format(folder=folder))):
         check_step(recipe, 2, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "held", "written"),
+    [
+        ("", 100 * 4 + 10 * (4 + 4), 100 * 4 + 10 * 4),
+        ("--optim.name=adamw --train.ema=0.9", 100 * (4 + 4) + 10 * (4 + 8), 100 * (4 + 4) + 10 * 8),
+        ("--optim.momentum=0 --deepspeed.zero_stage=1", 100 * 4 + 10 * 4, 100 * 4),
+        ("--deepspeed.zero_stage=2 --deepspeed.offload=optimizer", 100 * 4 + 10 * 4 / 2, 100 * 4 + 10 * 4),
+        ("--deepspeed.zero_stage=3 --deepspeed.precision=bf16", (100 * 2 + 10 * (2 + 4 + 4)) / 2, 100 * 4 + 10 * 4),
+    ],
+)
+def test_doctor_counts_gradients_and_optimizer_states_of_what_is_trained(
+    options: str, held: float, written: float
+) -> None:
+    recipe, _ = parse_recipe(["--deepspeed.precision=float32", *options.split()])
+    assert state_bytes(recipe, parameters=100, trained=10, ranks=2, on_gpu=True) == (held, written)
 
 
 def test_the_digest_by_which_doctor_compares_hosts_is_of_all_modules(
