@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from dist_train.cluster.doctor import state_bytes
 from dist_train.config import DataConfig
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError
+from dist_train.machine import available_memory
 from dist_train.parse import parse_recipe
 from dist_train.recipe import AUGMENTATION_OFF, check_step, problems
 from tests.harness import REPOSITORY, write_shard_set
@@ -161,6 +163,17 @@ def test_doctor_counts_gradients_and_optimizer_states_of_what_is_trained(
 ) -> None:
     recipe, _ = parse_recipe(["--deepspeed.precision=float32", *options.split()])
     assert state_bytes(recipe, parameters=100, trained=10, ranks=2, on_gpu=True) == (held, written)
+
+
+def test_a_host_has_no_more_memory_than_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "available_memory", partial(available_memory, tmp_path))
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    for name, content in {"memory.max": "5000", "memory.current": "2000", "memory.stat": "inactive_file 0"}.items():
+        (group / name).write_text(content)
+    assert probe.describe_host("none", tmp_path, tmp_path)["memory_free"] == 3000
 
 
 def test_the_digest_by_which_doctor_compares_hosts_is_of_all_modules(
