@@ -70,6 +70,7 @@ REFUSED = {
         "offload.json: zero_optimization.offload_optimizer.device is 'cpu', but deepspeed.offload is none",
     ),
     "no set": ("--data.shards={folder}/none", "{folder}/none: no such shard set"),
+    "empty val": ("--data.shards={folder}/unseen", "the split val holds no samples to evaluate on"),
     "other set": ("--data.digest=0123", "data.digest is 0123, but {folder}/set has digest "),
     "warm-up": ("--optim.warmup_steps=99", "optim.warmup_steps 99 leaves nothing of the run's 4 steps"),
     "no tags": ("--data.tokenizer=tags --model.text_tokens=8", "the shard set {folder}/set has none"),
@@ -92,6 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("check")
     write_shard_set(folder / "set", {"train": [16, 16]})
     write_shard_set(folder / "tagged", {"train": [16, 16]}, text=True)
+    write_shard_set(folder / "unseen", {"train": [16, 16], "val": [0]})
     (folder / "old").mkdir()
     (folder / "old" / "metrics.jsonl").write_text("")
     (folder / "ds.json").write_text(json.dumps({"gradient_clipping": 5}))
