@@ -220,7 +220,8 @@ class _Run:
             finished = state.step == self.total_steps
             stopping = self.stop.requested(self.place) or state.step == recipe.train.stop_after_steps
             epoch = state.samples_consumed // self.samples
-            due = finished or (epoch > epoch_before and epoch % recipe.train.eval_every == 0)
+            every = recipe.train.eval_every  # a batch larger than the split may pass several epochs' ends
+            due = finished or epoch // every > epoch_before // every
             # On features an epoch takes a second, and a checkpoint of the whole model as long.
             between = epoch > epoch_before and self.features is None
             saving = due or between or stopping
