@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -251,6 +253,26 @@ def test_the_supervisor_gives_up_without_progress_and_at_wrong_use(tmp_path: Pat
     assert starts("false") == (1, 3)
     assert starts("true") == (1, 3)  # ends well, it says, but there is no run
     assert starts("sh", "-c", "exit 2") == (2, 1)
+
+
+def test_a_signal_that_comes_while_the_job_is_started_ends_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    start = subprocess.Popen
+
+    def start_meanwhile(*words: Any, **options: Any) -> subprocess.Popen[bytes]:
+        child = start(*words, **options)
+        signal.raise_signal(signal.SIGTERM)
+        return child
+
+    try:
+        stop = runpy.run_path(str(REPOSITORY / "launch" / "supervise.py"))["Stop"](tmp_path)
+        monkeypatch.setattr(subprocess, "Popen", start_meanwhile)
+        assert stop.run(["sleep", "20"]) == 128 + signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------- the run folder's disk
