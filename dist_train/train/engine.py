@@ -90,7 +90,8 @@ def _describe_ranks() -> None:
     """Put what torch.distributed wants to know into the environment, unless a launcher has."""
     if "RANK" in os.environ:
         return
-    if "SLURM_STEP_NUM_TASKS" in os.environ:  # srun sets it, sbatch alone does not
+    # srun sets it, sbatch alone does not; a shell in a job (srun --pty) is a single task, and its commands run alone.
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         if "MASTER_ADDR" not in os.environ:
             raise UseError(
                 "under srun MASTER_ADDR must name the first host; start with launch/slurm.sbatch, which does"

@@ -28,6 +28,7 @@ from dist_train.data.plan import EpochPlan
 from dist_train.models.build import build_model
 from dist_train.models.saved import newest_checkpoint
 from dist_train.place import Place
+from dist_train.train import engine
 from dist_train.train.badsteps import BadSteps
 from dist_train.train.checkpoint import read_state
 from dist_train.train.engine import build_engine, init_process_group
@@ -217,6 +218,17 @@ def train_as_slurm_does(options: list[str]) -> None:
 def test_ranks_find_their_places_in_slurms_variables(shards: Path, tmp_path: Path) -> None:
     run_on(2, tmp_path, train_as_slurm_does, arguments(shards, tmp_path / "run"))
     assert read_summary(tmp_path / "run")["world_size"] == 2
+
+
+def test_a_command_in_a_shell_of_a_job_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that what is put there goes again
+        monkeypatch.delenv(name)
+    for name, value in {"NUM_TASKS": "1", "TASKS_PER_NODE": "1"}.items():
+        monkeypatch.setenv(f"SLURM_STEP_{name}", value)
+    engine._describe_ranks()
+    assert [os.environ[name] for name in names[:5]] == ["0", "0", "1", "1", "127.0.0.1"]
 
 
 # ---------------------------------------------------------------------- the supervisor
