@@ -220,6 +220,11 @@ def test_ranks_find_their_places_in_slurms_variables(shards: Path, tmp_path: Pat
     assert read_summary(tmp_path / "run")["world_size"] == 2
 
 
+def test_hosts_may_have_unlike_numbers_of_tasks() -> None:
+    assert [engine._tasks_of_node("8(x2),4", node) for node in range(3)] == ["8", "8", "4"]
+    assert engine._tasks_of_node("2", 0) == "2"
+
+
 def test_a_command_in_a_shell_of_a_job_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name in names:
