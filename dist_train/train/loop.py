@@ -137,6 +137,11 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
     bad_steps = BadSteps(recipe.train.skip_bad_steps, run, place, names_at)
     counts = [info.count for info in manifest.classes]
     train_step = build_step(model, recipe, place, counts, bad_steps)
+    if train_step.noise is not None and train_step.noise.sees_nothing and place.rank == 0:
+        log.warning(
+            "train.noise_every measures nothing: a step is one micro-batch on one rank, and there is no layer norm "
+            "that is trained and can be looked at; set a smaller train.micro_batch_size"
+        )
     average = WeightAverage(train_step.engine.module, recipe.train.ema) if recipe.train.ema else None
     if checkpoint is not None:
         load_optimizer(train_step.engine, checkpoint)
