@@ -325,6 +325,9 @@ def _check_samples(recipe: Recipe, manifest: Manifest) -> None:
     samples = manifest.split("train").samples
     if not samples:
         raise UseError("the split to train on holds no samples")
+    for split in ("val", "test"):
+        if split in manifest.splits and not manifest.splits[split].samples:
+            raise UseError(f"the split {split} holds no samples to evaluate on; build the set with some, or without it")
     if recipe.train.patience and "val" not in manifest.splits:
         raise UseError(
             "train.patience counts evaluations on val, and the shard set has no such split; use 0, or add one"

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
     stop = Stop(run)
     failures, step = 0, newest_step(run)
-    while True:
+    while not stop.asked.is_set():
         say(f"start: {' '.join([*launcher, *words])}")
         status = stop.run([*launcher, *words])
         if status == 0 and not stop.asked.is_set() and not is_complete(run, recipe.train.stop_after_steps):
@@ -64,9 +64,9 @@ def main(arguments: list[str]) -> int:
         wait = min(options.backoff * 2 ** (failures - 1), _LONGEST_WAIT)
         where = f"newest checkpoint: step {step}" if step >= 0 else "no checkpoint yet"
         say(f"failed with status {status}; {where}; again in {wait:g} s")
-        if stop.asked.wait(wait):
-            return 1
+        stop.asked.wait(wait)
         words = resumed(words, run)
+    return 1
 
 
 def resumed(words: list[str], run: Path) -> list[str]:
@@ -111,6 +111,8 @@ class Stop:
             self._child = subprocess.Popen(command, start_new_session=True)
         except OSError as error:
             raise UseError(f"{command[0]}: cannot be started ({error.strerror})") from None
+        if self.asked.is_set():  # meanwhile: there was no child yet to tell
+            self._child.send_signal(signal.SIGTERM)
         status = self._child.wait()
         return status if status >= 0 else 128 - status
 

@@ -201,9 +201,10 @@ def memory_findings(
     with torch.device("meta"):
         model, _ = build_model(replace(recipe.model, weights="none"), recipe.data.image_size, 1000, 32_000)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    need, checkpoint = state_bytes(recipe, parameters, ranks)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     findings = []
     for host, answer in answers.items():
+        need, _ = state_bytes(recipe, parameters, trained, ranks, on_gpu=bool(answer["devices"]))
         here = slots.get(host, max(1, len(answer["devices"])))
         if answer["devices"] and here > len(answer["devices"]):
             text = f"{here} slots, but {len(answer['devices'])} GPUs"
@@ -215,6 +216,7 @@ def memory_findings(
         level = "fail" if need > free else "warn" if need > 0.7 * free else "ok"
         cure = "" if level == "ok" else "raise deepspeed.zero_stage, or take a smaller model"
         findings.append(Finding(level, f"{host}, memory", text, cure))
+    _, checkpoint = state_bytes(recipe, parameters, trained, ranks)
     kept = (recipe.train.keep_checkpoints + 2) * checkpoint  # the best, and the one that is being written
     for host, answer in list(answers.items())[:1]:
         text = f"{answer['disk_free'] / GB:.1f} GB free where {kept / GB:.1f} GB of checkpoints go"
@@ -225,8 +227,10 @@ def memory_findings(
     return findings
 
 
-def state_bytes(recipe: Recipe, parameters: int, ranks: int) -> tuple[float, float]:
-    """Bytes that a rank holds for the model's states, and bytes of one checkpoint, for a number of parameters.
+def state_bytes(recipe: Recipe, parameters: int, trained: int, ranks: int, on_gpu: bool = False) -> tuple[float, float]:
+    """Bytes that a rank holds for the model's states, and bytes of one checkpoint, for a number of parameters of which
+    some are trained: the others have neither gradients nor optimizer states. on_gpu: without what deepspeed.offload
+    keeps in main memory.
 
     As counted in ZeRO (Rajbhandari et al. 2020, section 3.1): stage 1 shards the optimizer's states, 2 also the
     gradients, 3 also the weights.
@@ -234,7 +238,13 @@ def state_bytes(recipe: Recipe, parameters: int, ranks: int) -> tuple[float, flo
     stage, precision = recipe.deepspeed.zero_stage, precision_of(recipe.deepspeed)
     half = precision == "fp16" or (precision == "bf16" and stage > 0)
     weights, gradients = (2, 2) if half else (4, 4)
-    optimizer = (4 if recipe.optim.name == "sgd" else 8) + (4 if half else 0)  # float32 master weights
-    held = [weights / (ranks if stage >= 3 else 1), gradients / (ranks if stage >= 2 else 1)]
-    held.append(optimizer / (ranks if stage >= 1 else 1))
-    return parameters * sum(held), parameters * (weights + optimizer + 4)
+    states = 8 if recipe.optim.name == "adamw" else 4 if recipe.optim.momentum else 0
+    masters, averages = 4 if half else 0, 4 if recipe.train.ema else 0
+    here = states + masters
+    if on_gpu and recipe.deepspeed.offload != "none":
+        here = 0
+        weights = 0 if recipe.deepspeed.offload == "parameters" else weights
+    of_all = weights / (ranks if stage >= 3 else 1) + averages
+    of_trained = gradients / (ranks if stage >= 2 else 1) + here / (ranks if stage >= 1 else 1)
+    checkpoint = parameters * (4 + averages) + trained * states  # in float32
+    return parameters * of_all + trained * of_trained, checkpoint

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from dist_train.machine import versions
+from dist_train.machine import available_memory, versions
 
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda120", "timm", "transformers", "numpy")
 
@@ -51,7 +51,7 @@ def describe_host(shards: str, run: Path, marker: Path) -> dict[str, Any]:
         "code": code_digest(),
         "devices": [{"free": free, "total": total} for free, total in devices],
         "cores": len(os.sched_getaffinity(0)),
-        "memory_free": psutil.virtual_memory().available,
+        "memory_free": available_memory(),
         "interfaces": {name: addresses for name, addresses in interfaces.items() if addresses},
         "digest": _digest(shards),
         "disk_free": shutil.disk_usage(folder).free,
@@ -64,7 +64,7 @@ def describe_host(shards: str, run: Path, marker: Path) -> dict[str, Any]:
 def code_digest() -> str:
     """SHA-256 over the project's modules, so that hosts with different code are told apart, committed or not."""
     digest = hashlib.sha256()
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return digest.hexdigest()

@@ -11,6 +11,7 @@ import torch
 
 from dist_train.config import Recipe
 from dist_train.data.loader import EvalLoader
+from dist_train.data.manifest import Manifest
 from dist_train.output import say
 from dist_train.train.memory import predict_step
 from dist_train.train.meters import synchronize
@@ -115,7 +116,7 @@ def _measure(it: Rehearsal, cached: bool, price_per_hour: float | None) -> Estim
     figures = step.meter.read()
     device = step.engine.device
     # With the cache every image of every split is looked at once, and then none again.
-    splits = dict.fromkeys(it.manifest.splits, 1) if cached else _evaluations(recipe, it.manifest.splits.keys())
+    splits = dict.fromkeys(it.manifest.splits, 1) if cached else count_evaluations(recipe, it.manifest, it.total_steps)
     return Estimate(
         ranks=place.world_size,
         steps_measured=steps,
@@ -140,11 +141,15 @@ def _predicted_mb(it: Rehearsal) -> float:
     return predict_step(it.recipe, len(it.outputs), vocabulary, it.place.world_size, on_gpu).peak_mb
 
 
-def _evaluations(recipe: Recipe, splits: object) -> dict[str, int]:
-    """How often a run that comes to its end evaluates each split."""
-    times = {"val": math.ceil(recipe.train.epochs / recipe.train.eval_every), "test": 1}
-    weights = 2 if recipe.train.ema else 1  # the averaged ones too
-    return {split: weights * count for split, count in times.items() if split in splits}  # type: ignore[operator]
+def count_evaluations(recipe: Recipe, manifest: Manifest, total_steps: int) -> dict[str, int]:
+    """How often a run evaluates each split until it comes to its end, or to train.stop_after_steps."""
+    config = recipe.train
+    times = {"val": math.ceil(config.epochs / config.eval_every), "test": 1}
+    if 0 < config.stop_after_steps < total_steps:
+        epochs = config.stop_after_steps * config.batch_size // manifest.split("train").samples
+        times = {"val": epochs // config.eval_every}
+    weights = 2 if config.ema else 1  # the averaged ones too
+    return {split: weights * count for split, count in times.items() if count and split in manifest.splits}
 
 
 def _evaluation_rate(it: Rehearsal, split: str) -> float:

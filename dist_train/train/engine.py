@@ -90,17 +90,19 @@ def _describe_ranks() -> None:
     """Put what torch.distributed wants to know into the environment, unless a launcher has."""
     if "RANK" in os.environ:
         return
-    if "SLURM_STEP_NUM_TASKS" in os.environ:  # srun sets it, sbatch alone does not
+    # srun sets it, sbatch alone does not; a shell in a job (srun --pty) is a single task, and its commands run alone.
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         if "MASTER_ADDR" not in os.environ:
             raise UseError(
                 "under srun MASTER_ADDR must name the first host; start with launch/slurm.sbatch, which does"
             )
-        tasks_per_node = os.environ["SLURM_STEP_TASKS_PER_NODE"]  # such as 8(x2),4
         slurm = {
             "RANK": os.environ["SLURM_PROCID"],
             "LOCAL_RANK": os.environ["SLURM_LOCALID"],
             "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
-            "LOCAL_WORLD_SIZE": tasks_per_node.split("(")[0].split(",")[0],
+            "LOCAL_WORLD_SIZE": _tasks_of_node(
+                os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ.get("SLURM_NODEID", "0"))
+            ),
         }
         # All ranks of a job come to the same port, other jobs on the host to others.
         port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
@@ -112,6 +114,12 @@ def _describe_ranks() -> None:
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     os.environ.update({key: str(value) for key, value in alone.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+
+
+def _tasks_of_node(tasks_per_node: str, node: int) -> str:
+    """Tasks of the step's node of that number. tasks_per_node: as SLURM writes them, such as 8(x2),4."""
+    parts = [part.partition("(x") for part in tasks_per_node.split(",")]
+    return [tasks for tasks, _, times in parts for _ in range(int(times.rstrip(")") or 1))][node]
 
 
 def torch_device(place: Place) -> torch.device:

@@ -137,6 +137,11 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
     bad_steps = BadSteps(recipe.train.skip_bad_steps, run, place, names_at)
     counts = [info.count for info in manifest.classes]
     train_step = build_step(model, recipe, place, counts, bad_steps)
+    if train_step.noise is not None and train_step.noise.sees_nothing and place.rank == 0:
+        log.warning(
+            "train.noise_every measures nothing: a step is one micro-batch on one rank, and there is no layer norm "
+            "that is trained and can be looked at; set a smaller train.micro_batch_size"
+        )
     average = WeightAverage(train_step.engine.module, recipe.train.ema) if recipe.train.ema else None
     if checkpoint is not None:
         load_optimizer(train_step.engine, checkpoint)
@@ -219,13 +224,16 @@ class _Run:
             loss_since_log += self.step(batches, rate)
             finished = state.step == self.total_steps
             stopping = self.stop.requested(self.place) or state.step == recipe.train.stop_after_steps
-            if state.step % recipe.train.log_every == 0 or finished or stopping:
-                self.log_steps(loss_since_log, rate)
             epoch = state.samples_consumed // self.samples
-            due = finished or (epoch > epoch_before and epoch % recipe.train.eval_every == 0)
+            every = recipe.train.eval_every  # a batch larger than the split may pass several epochs' ends
+            due = finished or epoch // every > epoch_before // every
             # On features an epoch takes a second, and a checkpoint of the whole model as long.
             between = epoch > epoch_before and self.features is None
-            if due or between or stopping:
+            saving = due or between or stopping
+            logging_is_due = state.step % recipe.train.log_every == 0 or finished or stopping
+            if logging_is_due or (saving and self.lost(loss_since_log)):
+                self.log_steps(loss_since_log, rate)
+            if saving:
                 with self.meter.paused():
                     self.save(evaluated=due)
             writer.check()
@@ -281,6 +289,11 @@ class _Run:
         loss_sum.zero_()
         bad_steps.logged()
         self.meter.reset()
+
+    def lost(self, loss_sum: torch.Tensor) -> bool:
+        """Whether a loss since the last record was not finite: what would be saved now would take the place of weights
+        that can still be trained, and --resume auto would go on from it."""
+        return not math.isfinite(mean_over_ranks(loss_sum.clone(), self.place.world_size))
 
     def save(self, evaluated: bool) -> None:
         """Write a checkpoint, evaluated on val first or not."""

@@ -126,6 +126,11 @@ class NoiseMeter:
         self._parts = self.accumulation * self.place.world_size
         self._micro_batch = self.batch_size // self._parts
 
+    @property
+    def sees_nothing(self) -> bool:
+        """Whether neither estimate can be made: a step has one part, and no layer norm that is read."""
+        return self._parts == 1 and not (self._read_norms and self.batch_size > 1)
+
     def due(self, step: int) -> bool:
         """Whether optimizer step `step` (from 0) is measured."""
         return step % self.every == 0

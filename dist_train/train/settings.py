@@ -96,6 +96,7 @@ def deepspeed_settings(recipe: Recipe, world_size: int, micro_batch: int, parame
         "steps_per_print": _SILENT_STEPS,
     }
     extra, path = read_deepspeed_config(config), Path(config.config or "")
+    _check_what_is_ours(extra, config, path)
     ours = _buckets(config.zero_stage, world_size, parameters)
     read = recipe.optim.clip_norm > 0 or recipe.train.noise_every > 0
     if config.zero_stage in (1, 2) and not read and config.offload == "none":
@@ -129,6 +130,21 @@ def _offload(config: DeepSpeedConfig) -> dict[str, Any]:
         "optimizer": {"offload_optimizer": in_main_memory},
         "parameters": {"offload_optimizer": in_main_memory, "offload_param": in_main_memory},
     }[config.offload]
+
+
+def _check_what_is_ours(extra: dict[str, Any], config: DeepSpeedConfig, path: Path) -> None:
+    """Refuse what is decided by the recipe but stands in no settings of ours for `_merge` to compare."""
+    for key in ("optimizer", "scheduler"):  # DeepSpeed ignores them beside the optimizer and the rates that it is given
+        if key in extra:
+            raise UseError(f"{path}: {key} is what the recipe's section optim says; remove it there")
+    zero = _section(extra, "zero_optimization", path)
+    for key in ("offload_optimizer", "offload_param"):
+        device = _section(zero, key, path).get("device", "none")
+        if key not in _offload(config) and device not in ("none", "auto"):
+            raise UseError(
+                f"{path}: zero_optimization.{key}.device is {device!r}, but deepspeed.offload is {config.offload}; "
+                "remove it there or change the recipe"
+            )
 
 
 def _section(settings: dict[str, Any], key: str, path: Path) -> dict[str, Any]:

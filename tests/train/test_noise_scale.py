@@ -44,6 +44,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # ---------------------------------------------------------------------- the estimator
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("trained", [True, False])
+def test_it_knows_where_there_is_nothing_to_compare(accumulation: int, trained: bool) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2).requires_grad_(trained))
+    assert NoiseMeter(model, 1, 16, accumulation, Place()).sees_nothing == (accumulation == 1 and not trained)
+
+
 def test_trace_and_square_are_unbiased_over_all_batches_of_a_small_population() -> None:
     rng = np.random.default_rng(3)
     gradients = rng.normal(1.0, 2.0, (5, 3))

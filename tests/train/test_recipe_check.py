@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from dist_train.cli import main
+from dist_train.cluster import probe
+from dist_train.cluster.doctor import state_bytes
 from dist_train.config import DataConfig
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError
+from dist_train.machine import available_memory
 from dist_train.parse import parse_recipe
 from dist_train.recipe import AUGMENTATION_OFF, check_step, problems
 from tests.harness import REPOSITORY, write_shard_set
@@ -56,7 +61,16 @@ REFUSED = {
     "streams": ("--data.streams=3", "data.streams 3 does not divide train.batch_size 8"),
     "DeepSpeed file": ("--deepspeed.config={folder}/none.json", "none.json: cannot be read as JSON"),
     "DeepSpeed's own": ("--deepspeed.config={folder}/ds.json", "ds.json: gradient_clipping is 5"),
+    "DeepSpeed's optimizer": (
+        "--deepspeed.config={folder}/adam.json",
+        "adam.json: optimizer is what the recipe's",
+    ),
+    "DeepSpeed's offload": (
+        "--deepspeed.config={folder}/offload.json --deepspeed.zero_stage=1",
+        "offload.json: zero_optimization.offload_optimizer.device is 'cpu', but deepspeed.offload is none",
+    ),
     "no set": ("--data.shards={folder}/none", "{folder}/none: no such shard set"),
+    "empty val": ("--data.shards={folder}/unseen", "the split val holds no samples to evaluate on"),
     "other set": ("--data.digest=0123", "data.digest is 0123, but {folder}/set has digest "),
     "warm-up": ("--optim.warmup_steps=99", "optim.warmup_steps 99 leaves nothing of the run's 4 steps"),
     "no tags": ("--data.tokenizer=tags --model.text_tokens=8", "the shard set {folder}/set has none"),
@@ -79,9 +93,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("check")
     write_shard_set(folder / "set", {"train": [16, 16]})
     write_shard_set(folder / "tagged", {"train": [16, 16]}, text=True)
+    write_shard_set(folder / "unseen", {"train": [16, 16], "val": [0]})
     (folder / "old").mkdir()
     (folder / "old" / "metrics.jsonl").write_text("")
     (folder / "ds.json").write_text(json.dumps({"gradient_clipping": 5}))
+    (folder / "adam.json").write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}}))
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    (folder / "offload.json").write_text(json.dumps(offload))
     return folder
 
 
@@ -130,6 +148,47 @@ def test_a_step_is_refused_in_the_same_words_where_there_is_no_run(folder: Path,
     recipe, _ = parse_recipe(words_of(folder, f"{options} --data.shards={folder}/none --train.run={folder}/old"))
     with pytest.raises(UseError, match=re.escape(line.format(folder=folder))):
         check_step(recipe, 2, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "held", "written"),
+    [
+        ("", 100 * 4 + 10 * (4 + 4), 100 * 4 + 10 * 4),
+        ("--optim.name=adamw --train.ema=0.9", 100 * (4 + 4) + 10 * (4 + 8), 100 * (4 + 4) + 10 * 8),
+        ("--optim.momentum=0 --deepspeed.zero_stage=1", 100 * 4 + 10 * 4, 100 * 4),
+        ("--deepspeed.zero_stage=2 --deepspeed.offload=optimizer", 100 * 4 + 10 * 4 / 2, 100 * 4 + 10 * 4),
+        ("--deepspeed.zero_stage=3 --deepspeed.precision=bf16", (100 * 2 + 10 * (2 + 4 + 4)) / 2, 100 * 4 + 10 * 4),
+    ],
+)
+def test_doctor_counts_gradients_and_optimizer_states_of_what_is_trained(
+    options: str, held: float, written: float
+) -> None:
+    recipe, _ = parse_recipe(["--deepspeed.precision=float32", *options.split()])
+    assert state_bytes(recipe, parameters=100, trained=10, ranks=2, on_gpu=True) == (held, written)
+
+
+def test_a_host_has_no_more_memory_than_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "available_memory", partial(available_memory, tmp_path))
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    for name, content in {"memory.max": "5000", "memory.current": "2000", "memory.stat": "inactive_file 0"}.items():
+        (group / name).write_text(content)
+    assert probe.describe_host("none", tmp_path, tmp_path)["memory_free"] == 3000
+
+
+def test_the_digest_by_which_doctor_compares_hosts_is_of_all_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "dist_train"
+    shutil.copytree(Path(probe.__file__).parents[1], other, ignore=shutil.ignore_patterns("recipes", "__pycache__"))
+    here = probe.code_digest()
+    monkeypatch.setattr(probe, "__file__", str(other / "cluster" / "probe.py"))
+    assert probe.code_digest() == here
+    with (other / "train" / "loop.py").open("a") as file:
+        file.write("# another commit\n")
+    assert probe.code_digest() != here
 
 
 AT_ONCE = """

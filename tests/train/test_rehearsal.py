@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from dist_train.cli import main
+from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError
 from dist_train.parse import parse_recipe, parse_training
-from dist_train.train.dry_run import Estimate
+from dist_train.train.dry_run import Estimate, count_evaluations
 from dist_train.train.lr_range import RangeTest, ramp, running_means
 from tests.harness import arguments, logged_steps, train, write_shard_set
 from tests.train.forked_ranks import train_on
@@ -58,6 +59,23 @@ def test_time_and_cost_are_those_of_all_steps_and_evaluations() -> None:
     once = replace(estimate, cached=True, eval_images=40_000)
     assert "100 s: 40,000 images once through the frozen backbone; the head's 9,000 steps" in str(once)
     assert "1,234 MB of the GPU's 80,000 MB, at most, for each of 2 ranks" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "times"),
+    [
+        ({}, {"val": 3, "test": 1}),
+        ({"train__ema": 0.9}, {"val": 6, "test": 2}),
+        ({"train__stop_after_steps": 17}, {"val": 2}),  # of 20 steps, 4 an epoch
+        ({"train__stop_after_steps": 7}, {}),
+        ({"train__stop_after_steps": 20}, {"val": 3, "test": 1}),
+    ],
+)
+def test_a_dry_run_counts_the_evaluations_until_the_run_ends_or_is_to_stop(
+    shards: Path, tmp_path: Path, changes: dict[str, object], times: dict[str, int]
+) -> None:
+    words = arguments(shards, tmp_path, **{"train__epochs": 5, "train__eval_every": 2}, **changes)
+    assert count_evaluations(parse_recipe(words)[0], read_manifest(shards), 20) == times
 
 
 def test_a_dry_run_is_refused_what_a_run_would_be(

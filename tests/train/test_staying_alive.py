@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -26,6 +28,7 @@ from dist_train.data.plan import EpochPlan
 from dist_train.models.build import build_model
 from dist_train.models.saved import newest_checkpoint
 from dist_train.place import Place
+from dist_train.train import engine
 from dist_train.train.badsteps import BadSteps
 from dist_train.train.checkpoint import read_state
 from dist_train.train.engine import build_engine, init_process_group
@@ -217,6 +220,22 @@ def test_ranks_find_their_places_in_slurms_variables(shards: Path, tmp_path: Pat
     assert read_summary(tmp_path / "run")["world_size"] == 2
 
 
+def test_hosts_may_have_unlike_numbers_of_tasks() -> None:
+    assert [engine._tasks_of_node("8(x2),4", node) for node in range(3)] == ["8", "8", "4"]
+    assert engine._tasks_of_node("2", 0) == "2"
+
+
+def test_a_command_in_a_shell_of_a_job_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that what is put there goes again
+        monkeypatch.delenv(name)
+    for name, value in {"NUM_TASKS": "1", "TASKS_PER_NODE": "1"}.items():
+        monkeypatch.setenv(f"SLURM_STEP_{name}", value)
+    engine._describe_ranks()
+    assert [os.environ[name] for name in names[:5]] == ["0", "0", "1", "1", "127.0.0.1"]
+
+
 # ---------------------------------------------------------------------- the supervisor
 def supervise(*options: str) -> list[str]:
     return [sys.executable, str(REPOSITORY / "launch" / "supervise.py"), *options]
@@ -253,6 +272,26 @@ def test_the_supervisor_gives_up_without_progress_and_at_wrong_use(tmp_path: Pat
     assert starts("sh", "-c", "exit 2") == (2, 1)
 
 
+def test_a_signal_that_comes_while_the_job_is_started_ends_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    start = subprocess.Popen
+
+    def start_meanwhile(*words: Any, **options: Any) -> subprocess.Popen[bytes]:
+        child = start(*words, **options)
+        signal.raise_signal(signal.SIGTERM)
+        return child
+
+    try:
+        stop = runpy.run_path(str(REPOSITORY / "launch" / "supervise.py"))["Stop"](tmp_path)
+        monkeypatch.setattr(subprocess, "Popen", start_meanwhile)
+        assert stop.run(["sleep", "20"]) == 128 + signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # ---------------------------------------------------------------------- the run folder's disk
 @pytest.fixture
 def small_disk(mount_disk: Callable[[str], Path]) -> Path:
@@ -277,12 +316,14 @@ def test_a_read_only_disk_is_named(small_disk: Path, shards: Path, capsys: pytes
 
 
 # ---------------------------------------------------------------------- bad steps
+@pytest.mark.parametrize("log_every", [4, 100])  # at the end of the epoch, where a checkpoint is due, or much later
 def test_a_loss_that_is_not_finite_ends_the_run_and_the_samples_of_its_step_are_written(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], log_every: int
 ) -> None:
     run = tmp_path / "run"
-    options = arguments(shards, run, optim__lr="1e30", optim__schedule="constant", train__log_every=4)
-    assert main(["train", *options]) == 1
+    changes = {"optim.lr": "1e30", "optim.schedule": "constant", "train.log_every": log_every, "train.epochs": 2}
+    assert main(["train", *arguments(shards, run, **changes)]) == 1
+    assert newest_checkpoint(run) is None, "weights that are lost"
     bad = json.loads((run / "bad_batch.json").read_text())
     said = capsys.readouterr().err
     assert f"the loss is not finite at step {bad['step']}; its samples are in {run / 'bad_batch.json'}" in said

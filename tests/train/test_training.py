@@ -208,6 +208,13 @@ def test_a_logged_loss_is_the_mean_of_its_steps_also_across_the_end_of_an_epoch(
         assert entry["loss"] == pytest.approx(sum(every[step] for step in steps) / len(steps), rel=1e-5)
 
 
+def test_a_batch_that_passes_several_epochs_misses_no_evaluation(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set", {"train": [10], "val": [4]}, baked=20)
+    assert train(shards, tmp_path / "run", train__batch_size=16, train__epochs=10, train__eval_every=2) == 0
+    assert [entry["epoch"] // 1 for entry in logged_steps(tmp_path / "run")] == [1, 3, 4, 6, 8, 9, 11]
+    assert [entry["step"] for entry in evaluations(tmp_path / "run")] == [2, 3, 4, 5, 7]
+
+
 def test_old_checkpoints_go_and_the_best_stays(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(shards, run, train__epochs=5, train__keep_checkpoints=1) == 0
