@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 
 from dist_train.config import ModelConfig
@@ -76,6 +76,13 @@ def test_a_training_step_reaches_all_that_is_trained_and_timms_model_has_the_sam
         expected = reference.eval()(images(name))
         assert expected.std() > 0.01
         torch.testing.assert_close(model.eval()(images(name)), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_of_two_classifiers_has_one_of_ours_twice_each_with_memory_of_its_own() -> None:
+    model, _ = build_model(ModelConfig(backbone="deit_tiny_distilled_patch16_224"), 32, CLASSES)
+    weights, _ = to_timm_state_dict(model)
+    assert torch.equal(weights["head.weight"], weights["head_dist.weight"])
+    assert set(load(save(weights))) == set(weights)
 
 
 @pytest.mark.parametrize("name", PER_BLOCK)
