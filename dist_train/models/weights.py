@@ -264,6 +264,12 @@ def _is_classifier(name: str, classifiers: Sequence[str]) -> bool:
     return bool(_CLASSIFIER.fullmatch(name)) or name.rpartition(".")[0] in classifiers
 
 
+def _goes_with_classifier(name: str, classifiers: Sequence[str]) -> bool:
+    """Whether a tensor stands beside a classifier in timm's model, which drops both where there are no classes: as
+    `head.bn` beside `head.linear`."""
+    return any(name.startswith(f"{classifier.rpartition('.')[0]}.") for classifier in classifiers if "." in classifier)
+
+
 @torch.no_grad()
 def _fit(
     own: dict[str, Tensor],
@@ -298,7 +304,10 @@ def _fit(
         )
     report.unused = sorted(name for name in theirs if name not in own or name in report.new)
     foreign = [
-        name for name in report.unused if not (NOT_BACKBONE.fullmatch(name) or _is_classifier(name, classifiers))
+        name
+        for name in report.unused
+        if not (NOT_BACKBONE.fullmatch(name) or _is_classifier(name, classifiers))
+        and not _goes_with_classifier(name, classifiers)
     ]
     if foreign:
         raise WorkError(

@@ -207,6 +207,13 @@ def test_a_file_at_another_size_is_fitted_as_timm_fits_it(name: str, tmp_path: P
         torch.testing.assert_close(model.eval()(images(name)), expected, atol=1e-4, rtol=1e-3)
 
 
+def test_the_rest_of_a_head_that_timm_drops_is_left_over(tmp_path: Path) -> None:
+    save_file(timm.create_model("levit_128s").state_dict(), tmp_path / "w.safetensors")
+    config = ModelConfig(backbone="levit_128s", weights=str(tmp_path / "w.safetensors"))
+    _, report = build_model(config, 224, CLASSES)
+    assert report.new == ["head.linear.weight", "head.linear.bias"] and "head.bn.weight" in report.unused
+
+
 def test_a_file_of_another_family_or_with_a_tensor_missing_is_refused(tmp_path: Path) -> None:
     weights, _ = to_timm_state_dict(build("tiny_deit3"))
     missing = {key: tensor.clone() for key, tensor in weights.items() if key != "blocks.1.ls1.gamma"}
