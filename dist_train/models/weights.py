@@ -325,8 +325,9 @@ def resize_position_embeddings(
     The entry of [CLS] stays as it is. `timm`: bicubic, antialiased; `reference`: bilinear with aligned corners,
     no antialias. Raises WorkError, naming `source`, if either grid is not square.
     """
-    old, new = math.isqrt(max(embeddings.shape[1] - 1, 0)), math.isqrt(positions - 1)
-    if embeddings.ndim != 3 or old < 1 or old * old + 1 != embeddings.shape[1]:
+    given = embeddings.shape[1] if embeddings.ndim == 3 else 0
+    old, new = math.isqrt(max(given - 1, 0)), math.isqrt(positions - 1)
+    if old < 1 or old * old + 1 != given:
         raise WorkError(
             f"model.weights {source}: pos_embed is {_dimensions(embeddings)}, not [CLS] and a square grid; "
             f"give the weights of this backbone"
