@@ -110,14 +110,20 @@ def load_weights(
     if tag is not None:
         return _fit(own, read_hub(backbone, tag, image_size), source, pos_resize, classifiers)
     theirs, classes, which, head = _read_path(source)
-    if any(name.startswith("backbone.") for name in theirs):  # the names of a checkpoint
+    of_checkpoint = any(name.startswith("backbone.") for name in theirs)
+    if of_checkpoint:
         theirs = to_plain_names(theirs, classifiers[0], head or _head_of(theirs, source))
     other = bool(classes) and bool(class_names) and list(classes) != list(class_names)
     if other:
         theirs = {name: tensor for name, tensor in theirs.items() if not _is_classifier(name, classifiers)}
     given = {name: tensor.shape for name, tensor in theirs.items()}
     if not is_paper_name(backbone):
-        ours = {name: tensor for name, tensor in theirs.items() if _IS_OURS.match(name)}
+        # A checkpoint's classifier is not for timm to fit, which may have two, or more around one.
+        ours = {
+            name: tensor
+            for name, tensor in theirs.items()
+            if _IS_OURS.match(name) or (of_checkpoint and _is_classifier(name, classifiers))
+        }
         timms = {name: tensor for name, tensor in theirs.items() if name not in ours}
         theirs = fit_by_timm(backbone, image_size, timms, source) | ours
     report = _fit(own, theirs, source, pos_resize, classifiers)

@@ -214,6 +214,15 @@ def test_the_rest_of_a_head_that_timm_drops_is_left_over(tmp_path: Path) -> None
     assert report.new == ["head.linear.weight", "head.linear.bias"] and "head.bn.weight" in report.unused
 
 
+@pytest.mark.parametrize(("name", "side"), [("deit_tiny_distilled_patch16_224", 32), ("levit_128s", 224)])
+def test_a_checkpoint_comes_back_whole_whatever_timm_has_for_a_head(name: str, side: int, tmp_path: Path) -> None:
+    first, _ = build_model(ModelConfig(backbone=name, head_init="default"), side, CLASSES)
+    save_file(first.state_dict(), tmp_path / "w.safetensors")
+    second, report = build_model(ModelConfig(backbone=name, weights=str(tmp_path / "w.safetensors")), side, CLASSES)
+    assert report.new == report.unused == []
+    assert all(torch.equal(tensor, second.state_dict()[key]) for key, tensor in first.state_dict().items())
+
+
 def test_a_file_of_another_family_or_with_a_tensor_missing_is_refused(tmp_path: Path) -> None:
     weights, _ = to_timm_state_dict(build("tiny_deit3"))
     missing = {key: tensor.clone() for key, tensor in weights.items() if key != "blocks.1.ls1.gamma"}
