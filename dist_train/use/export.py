@@ -55,7 +55,7 @@ def describe_crop(data: DataConfig) -> str:
 
 def check_fits(weights: dict[str, Tensor], name: str, arguments: dict[str, int]) -> None:
     """Raise UseError where timm's model has more in its head than a linear layer on what it pools, and so does not take
-    the weights: MetaFormer, LeViT, CrossViT."""
+    the weights: MetaFormer, LeViT, RepViT, CrossViT and others."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         theirs = timm.create_model(name, **arguments).state_dict()
     if {key: tensor.shape for key, tensor in weights.items()} != {key: tensor.shape for key, tensor in theirs.items()}:
