@@ -85,6 +85,16 @@ def test_a_model_of_two_classifiers_has_one_of_ours_twice_each_with_memory_of_it
     assert set(load(save(weights))) == set(weights)
 
 
+@torch.no_grad()
+def test_volos_auxiliary_classifier_adds_nothing() -> None:
+    model, _ = build_model(ModelConfig(backbone="volo_d1_224", head_init="default"), 64, CLASSES)
+    name, arguments = timm_name("volo_d1_224", 64)
+    reference = timm.create_model(name, num_classes=CLASSES, **arguments).eval()
+    reference.load_state_dict(to_timm_state_dict(model)[0])
+    pixels = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model.eval()(pixels), reference(pixels), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", PER_BLOCK)
 def test_every_blocks_cls_is_what_the_block_gives(name: str) -> None:
     """timm's `forward_intermediates` is written independently of its forward and of our hooks."""
