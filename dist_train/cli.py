@@ -19,6 +19,7 @@ from dist_train.machine import is_installed
 from dist_train.output import keep_stdout, say
 from dist_train.parse import RECIPES, expanded, find_recipe, own_recipes, parse_recipe, parse_training, recipe_from_run
 from dist_train.recipe import check, ranks_of_this_job
+from dist_train.use.formats import check_target, export_as
 
 if TYPE_CHECKING:
     from dist_train.use.predict import Prediction
@@ -337,12 +338,8 @@ def _check_export(options: argparse.Namespace) -> None:
     file = options.file
     if file is None and options.hub is None:
         raise UseError("export: name FILE.onnx, FILE.safetensors or a new FOLDER, or --hub USER/NAME")
-    if file is not None and file.suffix not in (".onnx", ".safetensors", "") and not file.is_dir():
-        raise UseError(f"{file}: name a file .onnx or .safetensors, or a new folder without a dot")
-    if file is not None and file.suffix == ".onnx":
-        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not is_installed(name)]
-        if missing:
-            raise UseError(f"{file}: needs {', '.join(missing)}; pip install 'dist-train[onnx]'")
+    if file is not None:
+        check_target(file)
     if options.public and options.hub is None:
         raise UseError("--public: is said of --hub USER/NAME")
     if options.licence and options.hub is None and (file is None or file.suffix):
@@ -351,8 +348,6 @@ def _check_export(options: argparse.Namespace) -> None:
 
 def _export(trained: TrainedModel, options: argparse.Namespace) -> None:
     if options.file is not None:
-        from dist_train.use.formats import export_as
-
         say(export_as(trained, options.file, options.licence))
     if options.hub is not None:
         from dist_train.use.hub_folder import push_to_hub

@@ -261,8 +261,15 @@ def _check_wandb(recipe: Recipe) -> None:
 
 
 def _check_tokenizer(recipe: Recipe) -> None:
-    if recipe.model.text_tokens and recipe.data.tokenizer != WHOLE_TAGS:
-        read_vocabulary(recipe.data.tokenizer)
+    tokens = recipe.model.text_tokens
+    if not tokens or recipe.data.tokenizer == WHOLE_TAGS:
+        return
+    read_vocabulary(recipe.data.tokenizer)
+    if tokens < 3:
+        raise UseError(
+            f"model.text_tokens is {tokens}, and a WordPiece tokenizer puts [CLS] and [SEP] around the tags: use 3 or "
+            "more, or data.tokenizer tags"
+        )
 
 
 def _check_labels(recipe: Recipe) -> None:

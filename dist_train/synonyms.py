@@ -175,7 +175,7 @@ SENTENCES = (
     ),
     (
         "limit_train_batches fast_dev_run overfit_batches dry_run max_time",
-        "train.stop_after_steps ends a run early",
+        "train.stop_after_steps ends a run early; `dist-train train --dry-run` makes a few steps and leaves nothing",
     ),
     (
         "sync_batchnorm sync_bn dist_bn",
@@ -187,12 +187,13 @@ SENTENCES = (
     ),
     (
         "push_to_hub hub_model_id",
-        "nothing is uploaded; `dist-train export RUN FILE.safetensors` writes the weights",
+        "a run uploads nothing; afterwards `dist-train export RUN --hub USER/NAME` does",
     ),
     (
         "nesterov amsgrad epsilon adam_epsilon opt_eps lookahead adafactor bce_loss focal_loss loss_fn "
         "loss_function criterion",
-        "the optimizers are SGD with momentum and AdamW, the loss is cross-entropy, all without further settings",
+        "the optimizers are SGD with momentum and AdamW, the loss is cross-entropy, binary with data.labels tags, all "
+        "without further settings",
     ),
 )
 

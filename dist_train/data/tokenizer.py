@@ -56,7 +56,9 @@ class TagTokenizer:
     @property
     def vocab_size(self) -> int:
         """Rows that a table of word embeddings needs."""
-        return _FIRST_TAG + len(self._rank) if self._whole_tags else len(self._tokenizer)
+        if self._whole_tags:
+            return _FIRST_TAG + len(self._rank)
+        return 1 + max(self._tokenizer.get_vocab().values())  # more than there are, where a token stands twice
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """(ids, mask) of B lines of tags: (B, tokens) int64, and bool that is True at real tokens."""

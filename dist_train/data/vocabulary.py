@@ -29,7 +29,8 @@ def read_vocabulary(name_or_file: str) -> dict[str, int] | None:
     path = Path(name_or_file)
     if os.path.isfile(path):
         try:
-            tokens = path.read_text(encoding="utf-8").splitlines()
+            # By ends of lines alone: splitlines would also cut at U+2028 and its like, which may be tokens.
+            tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UseError(f"data.tokenizer {path}: cannot be read as text ({error})") from None
         missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in tokens]

@@ -103,7 +103,8 @@ def plain_weights(model: Classifier) -> dict[str, Tensor]:
 
 
 def to_timm_state_dict(model: Classifier) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The model's weights for timm, and what timm has no place for (names as in `plain_weights`); not copies.
+    """The model's weights for timm, and what timm has no place for (names as in `plain_weights`); not copies, but for a
+    second classifier.
 
     With the CLS head the first loads with strict=True into `timm.create_model(name, num_classes=C, **arguments)`,
     name and arguments from `backbones.timm_name`. With another head it lacks `head.`, and from a ViT under the paper's
@@ -112,9 +113,11 @@ def to_timm_state_dict(model: Classifier) -> tuple[dict[str, Tensor], dict[str, 
     """
     plain = plain_weights(model)
     first, *others = classifier_names(model.backbone)
-    for other in others:  # timm takes the mean of several classifiers, as of DeiT's two
-        plain |= {
-            f"{other}.{kind}": plain[f"{first}.{kind}"] for kind in ("weight", "bias") if f"{first}.{kind}" in plain
-        }
+    for other in others:
+        for kind in ("weight", "bias"):
+            if (tensor := plain.get(f"{first}.{kind}")) is not None:
+                # timm takes the mean of several classifiers, as of DeiT's two, but adds what VOLO's auxiliary one says.
+                # Copies: safetensors writes no two names of one memory.
+                plain[f"{other}.{kind}"] = torch.zeros_like(tensor) if other == "aux_head" else tensor.clone()
     extra = {name: tensor for name, tensor in plain.items() if name.startswith(("text.", *OWN_PREFIXES.values()))}
     return {name: tensor for name, tensor in plain.items() if name not in extra}, extra

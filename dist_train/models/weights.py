@@ -110,14 +110,20 @@ def load_weights(
     if tag is not None:
         return _fit(own, read_hub(backbone, tag, image_size), source, pos_resize, classifiers)
     theirs, classes, which, head = _read_path(source)
-    if any(name.startswith("backbone.") for name in theirs):  # the names of a checkpoint
+    of_checkpoint = any(name.startswith("backbone.") for name in theirs)
+    if of_checkpoint:
         theirs = to_plain_names(theirs, classifiers[0], head or _head_of(theirs, source))
     other = bool(classes) and bool(class_names) and list(classes) != list(class_names)
     if other:
         theirs = {name: tensor for name, tensor in theirs.items() if not _is_classifier(name, classifiers)}
     given = {name: tensor.shape for name, tensor in theirs.items()}
     if not is_paper_name(backbone):
-        ours = {name: tensor for name, tensor in theirs.items() if _IS_OURS.match(name)}
+        # A checkpoint's classifier is not for timm to fit, which may have two, or more around one.
+        ours = {
+            name: tensor
+            for name, tensor in theirs.items()
+            if _IS_OURS.match(name) or (of_checkpoint and _is_classifier(name, classifiers))
+        }
         timms = {name: tensor for name, tensor in theirs.items() if name not in ours}
         theirs = fit_by_timm(backbone, image_size, timms, source) | ours
     report = _fit(own, theirs, source, pos_resize, classifiers)
@@ -264,6 +270,12 @@ def _is_classifier(name: str, classifiers: Sequence[str]) -> bool:
     return bool(_CLASSIFIER.fullmatch(name)) or name.rpartition(".")[0] in classifiers
 
 
+def _goes_with_classifier(name: str, classifiers: Sequence[str]) -> bool:
+    """Whether a tensor stands beside a classifier in timm's model, which drops both where there are no classes: as
+    `head.bn` beside `head.linear`."""
+    return any(name.startswith(f"{classifier.rpartition('.')[0]}.") for classifier in classifiers if "." in classifier)
+
+
 @torch.no_grad()
 def _fit(
     own: dict[str, Tensor],
@@ -298,7 +310,10 @@ def _fit(
         )
     report.unused = sorted(name for name in theirs if name not in own or name in report.new)
     foreign = [
-        name for name in report.unused if not (NOT_BACKBONE.fullmatch(name) or _is_classifier(name, classifiers))
+        name
+        for name in report.unused
+        if not (NOT_BACKBONE.fullmatch(name) or _is_classifier(name, classifiers))
+        and not _goes_with_classifier(name, classifiers)
     ]
     if foreign:
         raise WorkError(
@@ -316,8 +331,9 @@ def resize_position_embeddings(
     The entry of [CLS] stays as it is. `timm`: bicubic, antialiased; `reference`: bilinear with aligned corners,
     no antialias. Raises WorkError, naming `source`, if either grid is not square.
     """
-    old, new = math.isqrt(max(embeddings.shape[1] - 1, 0)), math.isqrt(positions - 1)
-    if embeddings.ndim != 3 or old < 1 or old * old + 1 != embeddings.shape[1]:
+    given = embeddings.shape[1] if embeddings.ndim == 3 else 0
+    old, new = math.isqrt(max(given - 1, 0)), math.isqrt(positions - 1)
+    if old < 1 or old * old + 1 != given:
         raise WorkError(
             f"model.weights {source}: pos_embed is {_dimensions(embeddings)}, not [CLS] and a square grid; "
             f"give the weights of this backbone"

@@ -7,10 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from dist_train.config import DataConfig
-from dist_train.errors import written
+from dist_train.errors import UseError, written
 from dist_train.files import write_atomically
 from dist_train.models.backbones import timm_name
 from dist_train.models.build import to_timm_state_dict
@@ -50,6 +53,17 @@ def describe_crop(data: DataConfig) -> str:
     return f"the middle square of the image, whose shorter side is made {shorter} pixels long"
 
 
+def check_fits(weights: dict[str, Tensor], name: str, arguments: dict[str, int]) -> None:
+    """Raise UseError where timm's model has more in its head than a linear layer on what it pools, and so does not take
+    the weights: MetaFormer, LeViT, RepViT, CrossViT and others."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        theirs = timm.create_model(name, **arguments).state_dict()
+    if {key: tensor.shape for key, tensor in weights.items()} != {key: tensor.shape for key, tensor in theirs.items()}:
+        raise UseError(
+            f"timm has no place for this model: the head of its {name} is more than a linear layer; export FILE.onnx"
+        )
+
+
 def metadata_texts(described: dict[str, Any]) -> dict[str, str]:
     """Metadata as both formats have it: text as it is, everything else as JSON."""
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
@@ -57,13 +71,16 @@ def metadata_texts(described: dict[str, Any]) -> dict[str, str]:
 
 def export(trained: TrainedModel, file: Path) -> str:
     """Write weights that load into timm's model, the rest beside them, and in the file's metadata what one needs to use
-    them. Returns how they are loaded, in words. file: FILE.safetensors.
+    them. Returns how they are loaded, in words. file: FILE.safetensors. Raises UseError where timm has no place for a
+    classifier that should have one.
     """
     recipe = trained.recipe
     weights, extra = to_timm_state_dict(trained.model)
     name, arguments = timm_name(recipe.model.backbone, recipe.data.image_size)
     arguments |= {"num_classes": len(trained.class_names) if recipe.model.head == "cls" else 0}
     tensors = {key: tensor.cpu().contiguous() for key, tensor in {**weights, **extra}.items()}
+    if not extra:
+        check_fits(weights, name, arguments)
     described = describe(trained) | {
         "timm": {"model": name, **arguments},
         "norm_eps": recipe.model.norm_eps if vit_shape(recipe.model.backbone) else None,

@@ -18,8 +18,9 @@ from dist_train.use.trained import TrainedModel, set_to_look_at
 
 
 def grid(trained: TrainedModel, split: str = "test", shards: str | None = None, output: Path | None = None) -> Path:
-    """Draw 48 samples spread over the split, each with its prediction and its class, or with the tags that are
-    right, wrong and missed. Returns the picture's file.
+    """Draw the first 48 samples of the split, each with its prediction and its class, or with the tags that are right,
+    wrong and missed. `shards build` has shuffled a split; tars that were adopted have their own order. Returns the
+    picture's file.
 
     output: a PNG file; None: RUN/predictions.png. The others are as for `evaluate`.
     """

@@ -29,7 +29,7 @@ from dist_train.models.classifier import Classifier
 from dist_train.models.saved import read_step
 from dist_train.train.checkpoint import read_state
 from dist_train.train.record import read_evaluations
-from dist_train.use.export import describe_crop
+from dist_train.use.export import check_fits, describe_crop
 from dist_train.use.trained import TrainedModel
 
 _SAME = 1e-4
@@ -131,7 +131,9 @@ def _timm_model(trained: TrainedModel, ours: Classifier) -> nn.Module:
             "or as FILE.safetensors, whose backbone timm loads"
         )
     name, arguments = timm_name(recipe.model.backbone, recipe.data.image_size)
-    model = timm.create_model(name, num_classes=len(trained.class_names), **arguments)
+    arguments["num_classes"] = len(trained.class_names)
+    check_fits(weights, name, arguments)
+    model = timm.create_model(name, **arguments)
     model.load_state_dict(weights, strict=True)
     return model
 

@@ -55,5 +55,5 @@ class Model(TrainedModel):
 
     def export(self, file: str | Path) -> str:
         """Write the model for other programs, as `dist-train export` does: FILE.onnx, FILE.safetensors or a FOLDER in
-        timm's format. Returns how it is loaded, in words."""
+        timm's format. Returns how it is loaded, in words. Raises UseError for any other target."""
         return export_as(self, Path(file))

@@ -35,8 +35,8 @@ class Picture:
         image = self.content if isinstance(self.content, Image.Image) else _of_array(self.content)
         try:
             image.load()
-        except OSError as error:  # of a file that Pillow has opened and not read
-            raise BadImage("cannot decode", str(error)) from None
+        except Exception as error:  # of a file that Pillow has opened and not read: each format has errors of its own
+            raise BadImage("cannot decode", f"{type(error).__name__}: {error}") from None
         return to_ppm(as_seen(image))
 
 

@@ -115,6 +115,14 @@ def test_wordpiece_is_that_of_transformers_own_tokenizer(vocabulary: Path, tmp_p
         assert real == [True] * len(expected) + [False] * (tokens - len(expected))
 
 
+def test_the_id_of_a_token_is_its_line_whatever_the_lines_hold(tmp_path: Path) -> None:
+    lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "\u2028", "\x85", "\x1c", "red", "hair"]
+    (tmp_path / "vocab.txt").write_bytes("\n".join([*lines, ""]).encode())
+    tokenizer = TagTokenizer(str(tmp_path / "vocab.txt"), 5)
+    assert tokenizer(["red hair"])[0].tolist() == [[2, 8, 9, 3, 0]]
+    assert tokenizer.vocab_size == len(lines)
+
+
 def test_whole_tags_are_one_token_each_with_padding_0_and_unknown_1() -> None:
     tokenizer = TagTokenizer("tags", 4, ["1girl", "smile", "red_hair"])
     ids, mask = tokenizer(["smile 1girl", "red_hair nobody smile", "", "1girl smile red_hair smile 1girl"])

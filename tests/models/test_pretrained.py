@@ -208,9 +208,10 @@ def test_timm_resizing_of_positions_is_what_timm_does_to_a_loaded_model(tmp_path
     assert_same_logits(model, reference, image_size=16 * new)
 
 
-def test_positions_that_are_no_square_grid_are_refused() -> None:
-    with pytest.raises(WorkError, match=r"w.pth.*1x198x192"):
-        resize_position_embeddings(torch.zeros(1, 198, 192), 65, "timm", "w.pth")
+@pytest.mark.parametrize("shape", [(1, 198, 192), (192,), ()])
+def test_positions_that_are_no_square_grid_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(WorkError, match=r"w.pth.*(1x198x192|192|one number)"):
+        resize_position_embeddings(torch.zeros(shape), 65, "timm", "w.pth")
 
 
 # ---------------------------------------------------------------- refusals

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 
 from dist_train.config import ModelConfig
@@ -76,6 +76,23 @@ def test_a_training_step_reaches_all_that_is_trained_and_timms_model_has_the_sam
         expected = reference.eval()(images(name))
         assert expected.std() > 0.01
         torch.testing.assert_close(model.eval()(images(name)), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_of_two_classifiers_has_one_of_ours_twice_each_with_memory_of_its_own() -> None:
+    model, _ = build_model(ModelConfig(backbone="deit_tiny_distilled_patch16_224"), 32, CLASSES)
+    weights, _ = to_timm_state_dict(model)
+    assert torch.equal(weights["head.weight"], weights["head_dist.weight"])
+    assert set(load(save(weights))) == set(weights)
+
+
+@torch.no_grad()
+def test_volos_auxiliary_classifier_adds_nothing() -> None:
+    model, _ = build_model(ModelConfig(backbone="volo_d1_224", head_init="default"), 64, CLASSES)
+    name, arguments = timm_name("volo_d1_224", 64)
+    reference = timm.create_model(name, num_classes=CLASSES, **arguments).eval()
+    reference.load_state_dict(to_timm_state_dict(model)[0])
+    pixels = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model.eval()(pixels), reference(pixels), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", PER_BLOCK)
@@ -198,6 +215,22 @@ def test_a_file_at_another_size_is_fitted_as_timm_fits_it(name: str, tmp_path: P
     with torch.no_grad():
         expected = reference.eval()(images(name))
         torch.testing.assert_close(model.eval()(images(name)), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_the_rest_of_a_head_that_timm_drops_is_left_over(tmp_path: Path) -> None:
+    save_file(timm.create_model("levit_128s").state_dict(), tmp_path / "w.safetensors")
+    config = ModelConfig(backbone="levit_128s", weights=str(tmp_path / "w.safetensors"))
+    _, report = build_model(config, 224, CLASSES)
+    assert report.new == ["head.linear.weight", "head.linear.bias"] and "head.bn.weight" in report.unused
+
+
+@pytest.mark.parametrize(("name", "side"), [("deit_tiny_distilled_patch16_224", 32), ("levit_128s", 224)])
+def test_a_checkpoint_comes_back_whole_whatever_timm_has_for_a_head(name: str, side: int, tmp_path: Path) -> None:
+    first, _ = build_model(ModelConfig(backbone=name, head_init="default"), side, CLASSES)
+    save_file(first.state_dict(), tmp_path / "w.safetensors")
+    second, report = build_model(ModelConfig(backbone=name, weights=str(tmp_path / "w.safetensors")), side, CLASSES)
+    assert report.new == report.unused == []
+    assert all(torch.equal(tensor, second.state_dict()[key]) for key, tensor in first.state_dict().items())
 
 
 def test_a_file_of_another_family_or_with_a_tensor_missing_is_refused(tmp_path: Path) -> None:

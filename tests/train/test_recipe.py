@@ -275,6 +275,8 @@ def test_a_wrong_number_ends_the_command_with_one_line(
         ("optim.Lr", "write optim.lr"),
         ("model.name", "here it is model.backbone"),
         ("model.patch_size", "it is in the name of model.backbone"),
+        ("train.push_to_hub", "`dist-train export RUN --hub USER/NAME`"),
+        ("train.dry_run", "`dist-train train --dry-run`"),
     ],
 )
 def test_a_key_of_other_trainers_is_answered_with_what_it_is_here(key: str, advice: str) -> None:

@@ -45,6 +45,10 @@ REFUSED = {
         "--data.shards={folder}/tagged --model.text_tokens=8 --data.tokenizer={folder}/none.txt",
         "none.txt: no such file",
     ),
+    "no room for tags": (
+        "--data.shards={folder}/tagged --model.text_tokens=2",
+        "model.text_tokens is 2, and a WordPiece",
+    ),
     "ranks": ("--train.batch_size=9", "train.batch_size 9 does not divide over 2 ranks; use 8 or 10"),
     "micro-batch": ("--train.micro_batch_size=3", "train.micro_batch_size 3 does not divide the 4 samples"),
     "crop's range": ("--data.crop_ratio=[2,1]", "data.crop_ratio is [2.0, 1.0]; the first number must not be above"),

@@ -17,9 +17,12 @@ import torch
 from PIL import Image
 
 from dist_train.cli import main
-from dist_train.config import DataConfig
+from dist_train.config import DataConfig, ModelConfig
 from dist_train.data.reader import ImageReader
+from dist_train.errors import UseError
+from dist_train.models.build import build_model, to_timm_state_dict
 from dist_train.use import onnx_file
+from dist_train.use.export import check_fits
 from tests import harness
 from tests.harness import CLASSES, smooth_image, write_shard_set
 from tests.use.hub_server import TOKEN, hub
@@ -300,6 +303,17 @@ def test_without_the_onnx_packages_the_extra_is_named(run: Path, capsys: Any, mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else object())
     assert main(["export", str(run), "model.onnx"]) == 2
     assert "model.onnx: needs onnxscript; pip install 'dist-train[onnx]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("backbone", "side"), [("levit_128s", 224), ("convnext_atto", 32)])
+def test_a_model_whose_head_is_more_in_timm_is_refused_for_timms_formats(backbone: str, side: int) -> None:
+    weights, _ = to_timm_state_dict(build_model(ModelConfig(backbone=backbone), side, CLASSES)[0])
+    try:
+        check_fits(weights, backbone, {"num_classes": CLASSES})
+    except UseError as error:
+        assert "the head of its levit_128s is more than a linear layer; export FILE.onnx" in str(error)
+    else:
+        assert backbone == "convnext_atto"
 
 
 def test_a_head_that_timm_lacks_is_refused_for_its_format_in_one_line(

@@ -198,6 +198,8 @@ def test_a_model_predicts_evaluates_and_exports_as_the_commands_do(shards: Path,
     assert model.evaluate("test")["top1"] == run.summary["evaluations"]["test"]["top1"]
     assert "weights.safetensors" in model.export(tmp_path / "weights.safetensors")
     assert (tmp_path / "weights.safetensors").is_file()
+    with pytest.raises(dist_train.UseError, match=r"weights\.pth: name a file \.onnx or \.safetensors"):
+        model.export(tmp_path / "weights.pth")
     with pytest.raises(dist_train.UseError, match=r"no run here \(no recipe\.yaml\)"):
         dist_train.load(tmp_path)
 

@@ -175,6 +175,10 @@ def test_bytes_arrays_and_images_of_pillow_have_the_answer_of_their_file(
     assert (rows[0] - rows[3]).abs().max() > 1e-3
     assert [one.path for one in got] == [None, None, None, files[5], None]
     assert answers(model, [np.zeros((4, 4, 2), np.uint8)])[0].error is not None
+    closed = Image.open(files[5])
+    closed.close()
+    bad, good = answers(model, [closed, image])
+    assert "cannot decode" in (bad.error or "") and good.error is None
     with pytest.raises(UseError, match="not an image: int"):
         pictures([3])  # type: ignore[list-item]
 
