@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from benchmarks.claims.histogram import colour_histogram_accuracy
+from benchmarks.claims.study_runs import Seeds
 from benchmarks.speed.head_cost import Size, share_of_step
 from dist_train.models.heads import HEADS
 from shards.__main__ import main as shards_main
@@ -72,12 +73,19 @@ def test_the_run_that_was_killed_is_the_committed_one() -> None:
     assert f"two ranks that was killed {row['kills']} times" in text_in_one_line("README.md")
 
 
-def against_float32(name: str, precision: str) -> str:
-    """Points of test accuracy beyond float32's with the same seed: mean and its standard error."""
+def against(name: str, precision: str) -> Seeds:
+    """Points of test accuracy beyond float32's with the same seed."""
     rows = result(f"precision/{name}")["rows"]
-    exact = {row["seed"]: row["top1"] for row in rows if row["precision"] == "float32"}
-    pairs = [(row["top1"], exact[row["seed"]]) for row in rows if row["precision"] == precision]
-    gains = [100 * (mine - float32) for mine, float32 in pairs]
+    mine, exact = (
+        Seeds({row["seed"]: 100 * row["top1"] for row in rows if row["precision"] == of})
+        for of in (precision, "float32")
+    )
+    return mine - exact
+
+
+def against_float32(name: str, precision: str) -> str:
+    """Their mean and its standard error."""
+    gains = list(against(name, precision).values())
     return f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains) / len(gains) ** 0.5:.1f}"
 
 
@@ -86,6 +94,13 @@ def test_what_bf16_costs_is_that_of_the_committed_results() -> None:
     cpu, gpu = ([against_float32(name, which) for which in ("bf16_autocast", "bf16")] for name in ("demo", "demo-h100"))
     assert f"by {cpu[0]} points with `bf16_autocast` and {cpu[1]} with `bf16` on a CPU" in text
     assert f"by {gpu[0]} and {gpu[1]} points on an H100" in text
+    signs = {
+        (name, precision): against(name, precision).sign
+        for name in ("demo", "demo-h100")
+        for precision in ("bf16_autocast", "bf16")
+    }
+    assert [which for which, sign in signs.items() if sign] == [("demo", "bf16_autocast")]
+    assert "the four pairs of `bf16_autocast` on a CPU show a loss; the others neither show one" in text
 
 
 def test_the_grocery_recipe_says_how_many_images_it_shows() -> None:
