@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from benchmarks.claims.histogram import colour_histogram_accuracy
-from benchmarks.claims.study_runs import Seeds
+from benchmarks.claims.study_runs import Seeds, accuracies
 from benchmarks.speed.head_cost import Size, share_of_step
 from dist_train.models.heads import HEADS
 from shards.__main__ import main as shards_main
@@ -148,6 +148,20 @@ def test_what_lies_in_the_blocks_is_what_the_probe_found() -> None:
     )
     for place, row in zip(places, others, strict=True):
         assert f"{place} {row['points']:+.1f} ± {row['standard_error']:.1f}" in text
+
+
+def test_what_the_study_says_of_ifa_is_what_its_runs_say() -> None:
+    rows = result("study/cpu")["rows"]
+    gains = {
+        (data, batch): accuracies(rows, data=data, head="ifa", batch_size=batch)
+        - accuracies(rows, data=data, head="cls", batch_size=batch)
+        for data in ("drawn", "photos")
+        for batch in (16, 32, 256)
+    }
+    assert all(abs(gain.mean) < 1 for (_, batch), gain in gains.items() if batch < 256)
+    drawn, photos = (-gains[data, 256].mean for data in ("drawn", "photos"))
+    text = text_in_one_line("docs/training.md")
+    assert f"and {drawn:.1f} (drawn characters) and {photos:.1f} points (photos) below it at batch 256." in text
 
 
 def test_what_a_large_batch_costs_a_head_is_what_was_measured() -> None:
