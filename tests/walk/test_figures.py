@@ -57,7 +57,12 @@ def test_the_gpus_figures_are_those_of_the_committed_result() -> None:
     large = rows["step: vit_large_patch16 cls batch 256, bf16_autocast, compiled"]
     loader = rows["loader: on the GPU, batch 256"]
     in_graphs, launched = round(small["graphs_images_per_s"]), round(small["images_per_s"])
+    base = rows["step: vit_base_patch16 cls batch 256, bf16_autocast, compiled"]
+    assert {row["arm"] for row in (small, large, base)} == {"synthetic"}
     readme, training = text_in_one_line("README.md"), text_in_one_line("docs/training.md")
+    assert f"compiled PyTorch loop, one of a ViT-B/16 {base['over_bare']:.3f} times." in readme
+    assert "This is the model alone, in `bf16_autocast` at 128 px, on a batch that is on the GPU" in readme
+    assert f"with its loader ViT-L/16 trains {round(large['loaded_images_per_s']):,}." in training
     assert f"trains {in_graphs:,} images a second on an H200 in CUDA graphs, and {launched:,} when" in readme
     assert f"a step of a ViT-L/16 takes {large['over_bare']:.3f} times as long as" in readme
     assert (
