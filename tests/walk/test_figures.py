@@ -72,6 +72,30 @@ def test_the_gpus_figures_are_those_of_the_committed_result() -> None:
     assert f"at {round(loader['images_per_s']):,} a second, {loader['over_dali']:.2f} times the rate" in training
 
 
+def test_what_is_said_of_the_gpus_pixels_memory_and_profiles_is_in_their_results() -> None:
+    text = text_in_one_line("benchmarks/GPU.md")
+    h100, h200 = (
+        {row["what"]: row for row in result(f"gpu/{name}")["rows"]} for name in ("nvidia-h100", "nvidia-h200")
+    )
+    pixels = "check: pixels of the device's pipeline against the CPU's"
+    ways = ("train", "train_resized", "eval")
+    means = [rows[pixels]["train_mean"] for rows in (h200, h100)]
+    most = [max(rows[pixels][f"{way}_highest"] for way in ways) for rows in (h200, h100)]
+    assert f"differ from the CPU's by {means[0]:.2f} of 255 on average, {most[0]:.2f} at most" in text
+    assert "colours_by" not in h100[pixels] and f"before that kernel, by {means[1]:.2f} and {most[1]:.2f}." in text
+    memory = {rows["step: vit_large_patch16 cls batch 256, bf16_autocast"]["memory_over_bare"] for rows in (h100, h200)}
+    assert memory == {1.007} and "L not compiled, at most 1.1 | **1.007** | **1.007** |" in text
+    profiles = h100["step: vit_large_patch16 cls batch 256, bf16, compiled"]["profiles"]
+    own, bare = profiles["own"], profiles["bare_pure"]
+    less = {kind: time - bare["by_kind"].get(kind, 0.0) for kind, time in own["by_kind"].items()}
+    named = [less[kind] for kind in ("optimizer", "compiled", "matrix products")]
+    others = own["total_ms"] - bare["total_ms"] - sum(named)
+    assert f"Of the {own['total_ms']:.1f} ms profiled" in text
+    assert f"is {bare['total_ms']:.1f} profiled: its optimizer takes {named[0]:.1f} ms less" in text
+    assert f"which cast none, {named[1]:.1f} less, its matrix products {named[2]:.1f} less" in text
+    assert f"all else {-others:.1f} more" in text
+
+
 def test_the_run_that_was_killed_is_the_committed_one() -> None:
     (row,) = result("kill/cpu-2-ranks")["rows"]
     assert row["identical_weights"] and row["each_sample_once"] and row["ranks"] == 2
