@@ -12,6 +12,8 @@ import yaml
 
 from benchmarks.claims.gap_runs import accuracies as gap_accuracies
 from benchmarks.claims.histogram import colour_histogram_accuracy
+from benchmarks.claims.knee_fit import excess
+from benchmarks.claims.knee_report import losses_of
 from benchmarks.claims.study_runs import Seeds, accuracies
 from benchmarks.speed.head_cost import Size, share_of_step
 from dist_train.models.heads import HEADS
@@ -238,3 +240,19 @@ def test_how_well_the_noise_scale_predicts_is_what_the_committed_knees_say() -> 
     text = text_in_one_line("docs/training.md")
     assert "is 0.5 to 1.5 times the predicted one, in six of them within a factor of two" in text
     assert "it is 0.7 to 17 times the prediction, within a factor of two in four" in text
+    rows = result("knee/frozen")["rows"]
+    lowest = [
+        (one["setting"], batch)
+        for one in known
+        for batch, factor in one["factors"].items()
+        if factor
+        == min(row["factor"] for row in rows if (row["setting"], row["stage"]) == (one["setting"], one["stage"]))
+    ]
+    assert (
+        [batch for _, batch in lowest].count("256") == 5 and ("CLS, SGD, photos", "128") in lowest and len(lowest) == 6
+    )
+    assert "In five of the seven batch 256 was best at the lowest rate tried, for SGD 128 too" in text
+    losses = losses_of(rows, "CLS, SGD, photos", 0.05)
+    assert losses is not None
+    above = [round(100 * value) for value in excess(losses.values).mean(axis=0) / losses.values[:, 0].mean()]
+    assert above[2:] == [4, 4, 12, 71] and "4 % higher at batches 32 and 64, 12 % at 128 and 71 % at 256" in text
