@@ -34,12 +34,20 @@ def gap(rows: Sequence[Row], head: str, batches: Sequence[int]) -> Seeds:
 
 
 def closed(rows: Sequence[Row], head: str, remedy: str, batches: Sequence[int]) -> Seeds:
-    """Percent of the mean gap that a remedy wins back at the largest batch, by seed; empty where there is no gap."""
+    """Percent of the gap that a remedy wins back at the largest batch; empty where there is no gap.
+
+    The mean is that of what is won over that of what was lost. What a seed adds to it is linear in both (the delta
+    method), so that the error is the ratio's: the runs at the largest batch are in both.
+    """
     lost = gap(rows, head, batches)
     if not lost or lost.sign <= 0:
         return Seeds()
     won = accuracies(rows, head, remedy, batches[-1]) - accuracies(rows, head, FIXED, batches[-1])
-    return Seeds({seed: 100 * points / lost.mean for seed, points in won.items()})
+    lost = Seeds({seed: lost[seed] for seed in sorted(won.keys() & lost.keys())})
+    if not lost:
+        return Seeds()
+    share = sum(won[seed] for seed in lost) / sum(lost.values())
+    return Seeds({seed: 100 * (share + (won[seed] - share * lost[seed]) / lost.mean) for seed in lost})
 
 
 def closers(

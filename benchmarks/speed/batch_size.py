@@ -49,6 +49,7 @@ def headline(document: Document) -> str:
         top1 = f", top-1 {row['top1']:.2%}" if having([row], "top1") else ""
         model = f"{short_backbone(row.get('backbone', ''))} {text_of(row.get('head')).upper()}"
         sure = f", in {row['recommended_share']:.0%} of resamples" if having([row], "recommended_share") else ""
+        sure = sure or (", by one seed, which decides nothing" if top1 else "")
         return f"Recommended: {model}, batch {row['batch_size']:,}, {rate([row['images_per_s']])} images/s{top1}{sure}"
     rates, batches = figures(rows, "images_per_s"), figures(rows, "batch_size")
     return f"{rate(rates)} images/s at batches of {span(batches, ',')}" if rates and batches else ""

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from benchmarks.points import Child
 from benchmarks.speed import gpu, gpu_checks, gpu_child, gpu_loader, gpu_plan, gpu_steps
 from benchmarks.speed.gpu_plan import FULL, PRODUCTS, RUN, SMOKE, Point, plan
 from benchmarks.speed.gpu_targets import targets
+from dist_train.config import OptimConfig
 from dist_train.train import graphs
 from tests.harness import REPOSITORY
 from tests.train.recording import record
@@ -313,6 +315,12 @@ def test_what_only_a_gpu_is_asked_for_is_code_that_runs(monkeypatch: pytest.Monk
         monkeypatch.setattr(graphs, "record", record)  # as a graph does
     row = gpu_checks.check_graphs({"steps": 4})
     assert row["met"] and row["loss_last"] != row["loss_first"]
+
+
+def test_steps_that_learn_nothing_are_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = gpu_checks.small_recipe
+    monkeypatch.setattr(gpu_checks, "small_recipe", lambda *asked: replace(made(*asked), optim=OptimConfig(lr=0.0)))
+    assert not gpu_checks.check_training({"precision": "float32", "zero_stage": 0, "steps": 2})["met"]
 
 
 def test_a_graph_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

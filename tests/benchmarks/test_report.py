@@ -343,6 +343,8 @@ def test_each_bench_says_its_result_in_a_line() -> None:
         {"loader": name, "images_per_s": rate, "ours_is_times": times} for name, rate, times in loaders
     ]
     assert headline("loader", {"rows": rows}) == "300 images/s, 1.50 to 3.00 times the 2 others"
+    trained = {"head": "cls", "batch_size": 16, "images_per_s": 100.0, "recommended": True, "top1": 0.5}
+    assert headline("batch_size", {"rows": [trained]}).endswith("top-1 50.00%, by one seed, which decides nothing")
     answers = [{"verdict": "confirmed"}, {"verdict": "undecided"}, {"verdict": "confirmed"}]
     said = headline("study", {"rows": [{}] * 7, "answers": answers})
     assert said == "Of 3 questions 2 confirmed, 1 undecided; 7 training runs"

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.claims.gap_runs import accuracies as gap_accuracies
 from benchmarks.claims.histogram import colour_histogram_accuracy
+from benchmarks.claims.knee_fit import excess
+from benchmarks.claims.knee_report import losses_of
+from benchmarks.claims.study_runs import Seeds, accuracies
 from benchmarks.speed.head_cost import Size, share_of_step
 from dist_train.models.heads import HEADS
 from shards.__main__ import main as shards_main
@@ -32,9 +36,9 @@ def text_in_one_line(document: str) -> str:
 
 
 def ratios(name: str) -> list[str]:
-    """How many times as fast ours is as FFCV, FFCV without jitter, and timm."""
-    rates = {row["loader"]: row["images_per_s"] for row in result(f"loader/{name}")["rows"]}
-    return [f"{rates['this project'] / rates[peer]:.1f}" for peer in ("FFCV", "FFCV, no jitter", "timm")]
+    """How many times as fast ours is as FFCV, FFCV without jitter, and timm: round by round, as the report has it."""
+    times = {row["loader"]: row["ours_is_times"] for row in result(f"loader/{name}")["rows"]}
+    return [f"{times[peer]:.1f}" for peer in ("FFCV", "FFCV, no jitter", "timm")]
 
 
 def test_the_loaders_ratios_are_those_of_the_committed_results() -> None:
@@ -56,7 +60,12 @@ def test_the_gpus_figures_are_those_of_the_committed_result() -> None:
     large = rows["step: vit_large_patch16 cls batch 256, bf16_autocast, compiled"]
     loader = rows["loader: on the GPU, batch 256"]
     in_graphs, launched = round(small["graphs_images_per_s"]), round(small["images_per_s"])
+    base = rows["step: vit_base_patch16 cls batch 256, bf16_autocast, compiled"]
+    assert {row["arm"] for row in (small, large, base)} == {"synthetic"}
     readme, training = text_in_one_line("README.md"), text_in_one_line("docs/training.md")
+    assert f"compiled PyTorch loop, one of a ViT-B/16 {base['over_bare']:.3f} times." in readme
+    assert "This is the model alone, in `bf16_autocast` at 128 px, on a batch that is on the GPU" in readme
+    assert f"with its loader ViT-L/16 trains {round(large['loaded_images_per_s']):,}." in training
     assert f"trains {in_graphs:,} images a second on an H200 in CUDA graphs, and {launched:,} when" in readme
     assert f"a step of a ViT-L/16 takes {large['over_bare']:.3f} times as long as" in readme
     assert (
@@ -66,18 +75,49 @@ def test_the_gpus_figures_are_those_of_the_committed_result() -> None:
     assert f"at {round(loader['images_per_s']):,} a second, {loader['over_dali']:.2f} times the rate" in training
 
 
+def test_what_is_said_of_the_gpus_pixels_memory_and_profiles_is_in_their_results() -> None:
+    text = text_in_one_line("benchmarks/GPU.md")
+    h100, h200 = (
+        {row["what"]: row for row in result(f"gpu/{name}")["rows"]} for name in ("nvidia-h100", "nvidia-h200")
+    )
+    pixels = "check: pixels of the device's pipeline against the CPU's"
+    ways = ("train", "train_resized", "eval")
+    means = [rows[pixels]["train_mean"] for rows in (h200, h100)]
+    most = [max(rows[pixels][f"{way}_highest"] for way in ways) for rows in (h200, h100)]
+    assert f"differ from the CPU's by {means[0]:.2f} of 255 on average, {most[0]:.2f} at most" in text
+    assert "colours_by" not in h100[pixels] and f"before that kernel, by {means[1]:.2f} and {most[1]:.2f}." in text
+    memory = {rows["step: vit_large_patch16 cls batch 256, bf16_autocast"]["memory_over_bare"] for rows in (h100, h200)}
+    assert memory == {1.007} and "L not compiled, at most 1.1 | **1.007** | **1.007** |" in text
+    profiles = h100["step: vit_large_patch16 cls batch 256, bf16, compiled"]["profiles"]
+    own, bare = profiles["own"], profiles["bare_pure"]
+    less = {kind: time - bare["by_kind"].get(kind, 0.0) for kind, time in own["by_kind"].items()}
+    named = [less[kind] for kind in ("optimizer", "compiled", "matrix products")]
+    others = own["total_ms"] - bare["total_ms"] - sum(named)
+    assert f"Of the {own['total_ms']:.1f} ms profiled" in text
+    assert f"is {bare['total_ms']:.1f} profiled: its optimizer takes {named[0]:.1f} ms less" in text
+    assert f"which cast none, {named[1]:.1f} less, its matrix products {named[2]:.1f} less" in text
+    assert f"all else {-others:.1f} more" in text
+
+
 def test_the_run_that_was_killed_is_the_committed_one() -> None:
     (row,) = result("kill/cpu-2-ranks")["rows"]
     assert row["identical_weights"] and row["each_sample_once"] and row["ranks"] == 2
     assert f"two ranks that was killed {row['kills']} times" in text_in_one_line("README.md")
 
 
-def against_float32(name: str, precision: str) -> str:
-    """Points of test accuracy beyond float32's with the same seed: mean and its standard error."""
+def against(name: str, precision: str) -> Seeds:
+    """Points of test accuracy beyond float32's with the same seed."""
     rows = result(f"precision/{name}")["rows"]
-    exact = {row["seed"]: row["top1"] for row in rows if row["precision"] == "float32"}
-    pairs = [(row["top1"], exact[row["seed"]]) for row in rows if row["precision"] == precision]
-    gains = [100 * (mine - float32) for mine, float32 in pairs]
+    mine, exact = (
+        Seeds({row["seed"]: 100 * row["top1"] for row in rows if row["precision"] == of})
+        for of in (precision, "float32")
+    )
+    return mine - exact
+
+
+def against_float32(name: str, precision: str) -> str:
+    """Their mean and its standard error."""
+    gains = list(against(name, precision).values())
     return f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains) / len(gains) ** 0.5:.1f}"
 
 
@@ -86,6 +126,13 @@ def test_what_bf16_costs_is_that_of_the_committed_results() -> None:
     cpu, gpu = ([against_float32(name, which) for which in ("bf16_autocast", "bf16")] for name in ("demo", "demo-h100"))
     assert f"by {cpu[0]} points with `bf16_autocast` and {cpu[1]} with `bf16` on a CPU" in text
     assert f"by {gpu[0]} and {gpu[1]} points on an H100" in text
+    signs = {
+        (name, precision): against(name, precision).sign
+        for name in ("demo", "demo-h100")
+        for precision in ("bf16_autocast", "bf16")
+    }
+    assert [which for which, sign in signs.items() if sign] == [("demo", "bf16_autocast")]
+    assert "the four pairs of `bf16_autocast` on a CPU show a loss; the others neither show one" in text
 
 
 def test_the_grocery_recipe_says_how_many_images_it_shows() -> None:
@@ -135,6 +182,20 @@ def test_what_lies_in_the_blocks_is_what_the_probe_found() -> None:
         assert f"{place} {row['points']:+.1f} ± {row['standard_error']:.1f}" in text
 
 
+def test_what_the_study_says_of_ifa_is_what_its_runs_say() -> None:
+    rows = result("study/cpu")["rows"]
+    gains = {
+        (data, batch): accuracies(rows, data=data, head="ifa", batch_size=batch)
+        - accuracies(rows, data=data, head="cls", batch_size=batch)
+        for data in ("drawn", "photos")
+        for batch in (16, 32, 256)
+    }
+    assert all(abs(gain.mean) < 1 for (_, batch), gain in gains.items() if batch < 256)
+    drawn, photos = (-gains[data, 256].mean for data in ("drawn", "photos"))
+    text = text_in_one_line("docs/training.md")
+    assert f"and {drawn:.1f} (drawn characters) and {photos:.1f} points (photos) below it at batch 256." in text
+
+
 def test_what_a_large_batch_costs_a_head_is_what_was_measured() -> None:
     document = json.loads((REPOSITORY / "benchmarks/results/gap/grocery-frozen.json").read_bytes())
     levels = {row["head"]: row for row in document["test_top1_in_percent"]}
@@ -148,6 +209,24 @@ def test_what_a_large_batch_costs_a_head_is_what_was_measured() -> None:
         assert cells == [row[key] for key in ("batch 16", "batch 256", "equal steps", "adamw + own rate")]
     gaps = [float(row["batch 16"].split()[0]) - float(row["batch 256"].split()[0]) for row in levels.values()]
     assert all(6 < gap < 8 for gap in sorted(gaps)[-4:])
+    found = [row["rate"] for row in document["rates"] if row["remedy"] == "adamw + own rate"]
+    highest = max(map(float, document["parameters"]["adamw_rates"].split(",")))
+    assert (len(found), found.count(highest), highest) == (6, 4, 0.01)
+    text = text_in_one_line("docs/training.md")
+    assert "for four of the six heads the best rate was 0.01, the highest tried, so perhaps more" in text
+
+    def mean(head: str, remedy: str, batch: int) -> float:
+        return gap_accuracies(compared, head, remedy, batch).mean
+
+    compared = [row for row in document["rows"] if not row["searched_rate"]]
+    lost = mean("cls", "fixed", 16) - mean("cls", "fixed", 256)
+    ifa, query = (mean(head, "equal steps", 256) - mean("cls", "equal steps", 256) for head in ("ifa", "attentive"))
+    readme = text_in_one_line("README.md")
+    assert (
+        f"On {GROCERY_TRAIN:,} photos of groceries a CLS head on a frozen DINOv2 ViT-S/14 loses {lost:.1f} points"
+        in readme
+    )
+    assert f"is {-ifa:.0f} points below CLS, and a learned query over all layers {query:.0f} above" in readme
 
 
 def test_how_well_the_noise_scale_predicts_is_what_the_committed_knees_say() -> None:
@@ -161,3 +240,19 @@ def test_how_well_the_noise_scale_predicts_is_what_the_committed_knees_say() -> 
     text = text_in_one_line("docs/training.md")
     assert "is 0.5 to 1.5 times the predicted one, in six of them within a factor of two" in text
     assert "it is 0.7 to 17 times the prediction, within a factor of two in four" in text
+    rows = result("knee/frozen")["rows"]
+    lowest = [
+        (one["setting"], batch)
+        for one in known
+        for batch, factor in one["factors"].items()
+        if factor
+        == min(row["factor"] for row in rows if (row["setting"], row["stage"]) == (one["setting"], one["stage"]))
+    ]
+    assert (
+        [batch for _, batch in lowest].count("256") == 5 and ("CLS, SGD, photos", "128") in lowest and len(lowest) == 6
+    )
+    assert "In five of the seven batch 256 was best at the lowest rate tried, for SGD 128 too" in text
+    losses = losses_of(rows, "CLS, SGD, photos", 0.05)
+    assert losses is not None
+    above = [round(100 * value) for value in excess(losses.values).mean(axis=0) / losses.values[:, 0].mean()]
+    assert above[2:] == [4, 4, 12, 71] and "4 % higher at batches 32 and 64, 12 % at 128 and 71 % at 256" in text
