@@ -38,7 +38,7 @@ def read_lists(root: Path, layout: str) -> list[Record | LeftOut]:
         missing = next(split for split in splits if split not in with_tags)
         raise UseError(f"{tag_files[missing]}: missing, while {tag_files[with_tags[0]].name} is there; all or none")
 
-    records = []
+    records: list[Record] = []
     for split in splits:
         file = lists / f"{split}.csv"
         tags = _tags(tag_files[split]) if with_tags else None
