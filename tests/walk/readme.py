@@ -131,6 +131,7 @@ WALK: dict[str, Run | Skip] = {
     "python -m benchmarks engine": Skip(SLOW.format("test_step_benchmarks.py")),
     "python -m benchmarks exchange": Skip(SLOW.format("test_exchange_benchmark.py")),
     "python -m benchmarks probe": Skip("pretrained weights, and minutes; tests/benchmarks/test_probe.py"),
+    "python -m benchmarks agreement": Skip(SLOW.format("test_agreement.py")),
     "python -m benchmarks noise": Skip(SLOW.format("test_noise_benchmark.py")),
     "python -m benchmarks precision": Skip("nine trainings to their end"),
     "python -m benchmarks memory": Skip(SLOW.format("test_memory_benchmark.py")),

@@ -229,6 +229,19 @@ def test_what_a_large_batch_costs_a_head_is_what_was_measured() -> None:
     assert f"is {-ifa:.0f} points below CLS, and a learned query over all layers {query:.0f} above" in readme
 
 
+def test_a_recipe_of_photos_reaches_what_is_said_of_it_and_agrees_with_a_plain_loop() -> None:
+    document = result("agreement/grocery-dinov2")
+    ours, plain = ([100 * row["top1"] for row in document["rows"] if row["arm"] == arm] for arm in ("ours", "plain"))
+    apart, error = document["difference"]["points"], document["difference"]["standard_error"]
+    assert len(ours) == len(plain) == 3 and statistics.mean(ours) > 90 and abs(apart) < 2 * error
+    text = text_in_one_line("docs/finetuning.md")
+    both = f"is {statistics.mean(ours):.1f} %, the plain loop's {statistics.mean(plain):.1f} %"
+    assert f"{both} ({apart:+.2f} ± {error:.2f} points" in text
+    recipe = " ".join((REPOSITORY / "launch/recipes/grocery_dinov2.yaml").read_text().replace("#", " ").split())
+    reached = f"{statistics.mean(ours):.1f} % ({min(ours):.1f} to {max(ours):.1f})"
+    assert f"{reached}, {apart:+.2f} +- {error:.2f} points" in recipe
+
+
 def test_how_well_the_noise_scale_predicts_is_what_the_committed_knees_say() -> None:
     knees = result("knee/frozen")["knees"]
     assert len(knees) == 14 and len({knee["setting"] for knee in knees}) == 7
