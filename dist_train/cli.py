@@ -253,7 +253,7 @@ def _say_recipes(name: str | None) -> int:
     if name is None:
         for recipe in own_recipes():
             first = (RECIPES / recipe).read_text(encoding="utf-8").partition("\n")[0]
-            say(f"{recipe:<32} {first.lstrip('# ')}")
+            say(f"{recipe:<34} {first.lstrip('# ')}")
         return 0
     path = find_recipe(name)
     if not path.is_file():

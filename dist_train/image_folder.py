@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dist_train.config import DataConfig, Recipe
 from dist_train.data.cache import default_folder
-from dist_train.data.manifest import MANIFEST_NAME
+from dist_train.data.manifest import BUILD_NAME, MANIFEST_NAME
 from dist_train.data.remote import is_url
 from dist_train.errors import ToldAlready
 
@@ -37,7 +37,7 @@ def is_image_source(shards: str) -> bool:
             found = [(entry.name, entry.is_dir()) for entry in entries]
     except OSError:
         return False
-    if any(name in (MANIFEST_NAME, "build.json") or name.endswith(".tar") for name, _ in found):
+    if any(name in (MANIFEST_NAME, BUILD_NAME) or name.endswith(".tar") for name, _ in found):
         return False
     return any(is_folder and not name.startswith(".") for name, is_folder in found)
 

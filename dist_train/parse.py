@@ -6,6 +6,7 @@ Nothing here imports torch: a misspelt key is told at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
 import re
@@ -182,8 +183,7 @@ def _options(arguments: list[str]) -> Iterator[tuple[str, str]]:
                 f"the command line: {name} is a section; give its keys, as --{key}.KEY VALUE, or --config FILE"
             )
         elif name not in _WITH_VALUE:
-            advice = advice_for_key(key, KNOWN_KEYS)
-            raise UseError(f"the command line: unknown option '{name}'{f'; {advice}' if advice else ''}")
+            raise _unknown_option(name)
         if not equals:
             following = next(words, None)
             if following is None:
@@ -218,6 +218,13 @@ def expanded(what: str, text: str) -> str:
     if re.match(r"~\w*(/|$)", path):
         raise UseError(f"{what} {text}: no home folder is known for {path.partition('/')[0]}; write the whole path")
     return path
+
+
+def _unknown_option(name: str) -> UseError:
+    """Of the command's few own options a slip is likelier than of a key that stands without its section."""
+    own = difflib.get_close_matches(name.lower().replace("_", "-"), (*_ALONE, *_WITH_VALUE), n=1, cutoff=0.85)
+    advice = f"did you mean {own[0]}?" if own else advice_for_key(name[2:], KNOWN_KEYS)
+    return UseError(f"the command line: unknown option '{name}'{f'; {advice}' if advice else ''}")
 
 
 def _check_key(key: str, where: str) -> None:
@@ -268,12 +275,25 @@ def _read_recipe_file(path: Path) -> dict[str, dict[str, Any]]:
         raise UseError(f"--config {path}: cannot be read ({error.strerror}){hint}") from None
     except _Repeated as error:
         raise UseError(f"{path}, {error}") from None
+    except yaml.MarkedYAMLError as error:
+        raise UseError(f"{path}{_place_and_problem(error)}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UseError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     document = {} if document is None else document
     if not isinstance(document, dict):
         raise UseError(f"{path}: not a recipe, which has the sections {', '.join(SECTIONS)}")
     return _checked_document(document, str(path))
+
+
+def _place_and_problem(error: yaml.MarkedYAMLError) -> str:
+    """Where a file is no YAML, and why; PyYAML needs four lines for it."""
+    problem, mark = error.problem or "", error.problem_mark
+    cure = ""
+    if r"'\t'" in problem:
+        cure = "; indent with blanks, not with a tab"
+    elif "expected <block end>" in problem:
+        cure = "; is it indented as the keys above it?"
+    return f"{f', line {mark.line + 1}' if mark else ''}: not YAML ({problem}){cure}"
 
 
 def _checked_document(document: dict[Any, Any], where: str) -> dict[str, dict[str, Any]]:
@@ -371,6 +391,8 @@ def _line(error: Exception) -> str:
     text = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", text)
     text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", text)
     text = re.sub(r"a <class '(\w+)'>", r"\1", text)
+    text = re.sub(r"\ba tuple with (\d) elements", r"a list of \1 numbers", text)
+    text = re.sub(r"<class 'tuple'>|\btuple\b", "list in brackets, as [0.1,0.2]", text)
     several = re.match(
         r"([\w.]+): Does not validate against any .* Errors: - (.*?) Given value type: .*?value: (.*)", text
     )

@@ -170,12 +170,12 @@ SENTENCES = (
         "a run writes tensorboard/ and metrics.jsonl in any case",
     ),
     (
-        "patch_size depth num_heads heads embed_dim hidden_size width num_layers layers num_hidden_layers",
+        "patch_size depth num_heads embed_dim hidden_size width num_layers layers num_hidden_layers",
         "it is in the name of model.backbone, as vit_small_patch16",
     ),
     (
         "limit_train_batches fast_dev_run overfit_batches dry_run max_time",
-        "train.stop_after_steps ends a run early; `dist-train train --dry-run` makes a few steps and leaves nothing",
+        "`dist-train train --dry-run` makes a few steps and leaves nothing; train.stop_after_steps ends a run early",
     ),
     (
         "sync_batchnorm sync_bn dist_bn",

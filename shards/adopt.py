@@ -14,11 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from dist_train.data.checksums import compute_checksums, write_checksums
-from dist_train.data.manifest import MANIFEST_NAME, ClassInfo, Manifest, ShardInfo, write_manifest
+from dist_train.data.manifest import BUILD_NAME, MANIFEST_NAME, ClassInfo, Manifest, ShardInfo, write_manifest
 from dist_train.data.tarindex import TarSample, index_tar, write_index
 from dist_train.errors import UseError, WorkError, name_some, written
 from dist_train.output import say
-from shards.build import BUILD_NAME
 from shards.finish import make_manifest, warn_of_classes, write_left_out
 from shards.records import HARMFUL, LeftOut, warn
 from shards.sources.tars import read_class_names, splits_in_names, tar_files

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.data.manifest import (
+    BUILD_NAME,
     LEFT_OUT_NAME,
     MANIFEST_NAME,
     ClassInfo,
@@ -32,7 +33,6 @@ from shards.records import LeftOut, Record, warn
 from shards.workers import run_jobs
 from shards.writer import ShardStatistics, drop_classes, read_statistics, write_shard
 
-BUILD_NAME = "build.json"
 _LOCK_NAME = ".build.lock"
 
 

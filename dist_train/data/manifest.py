@@ -19,6 +19,7 @@ from dist_train.errors import UseError, WorkError, name_some
 from dist_train.files import write_atomically
 
 MANIFEST_NAME = "manifest.json"
+BUILD_NAME = "build.json"
 LEFT_OUT_NAME = "left_out.jsonl"
 MANIFEST_VERSION = 1
 
@@ -157,6 +158,15 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     write_atomically(root / MANIFEST_NAME, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def _cure(folder: Path) -> str:
+    """What to do about a folder without a manifest."""
+    if (folder / BUILD_NAME).exists():
+        return "run the same `python -m shards build` command again to complete it"
+    if any(folder.glob("*.tar")):
+        return f"`python -m shards adopt {folder}` makes one of its tars"
+    return f"if it holds a folder of images for each class, `python -m shards build {folder} OUT` makes one"
+
+
 def read_manifest(root: str | Path) -> Manifest:
     """Read and check the manifest of a shard set in a folder or at a URL.
 
@@ -171,10 +181,7 @@ def read_manifest(root: str | Path) -> Manifest:
     except FileNotFoundError:
         if remote:
             raise UseError(f"{path}: not found, so there is no complete shard set at this URL") from None
-        raise UseError(
-            f"{root}: no {MANIFEST_NAME}, so this is no complete shard set; run the same "
-            "`python -m shards build` command again to complete it"
-        ) from None
+        raise UseError(f"{root}: no {MANIFEST_NAME}, so this is no complete shard set; {_cure(Path(root))}") from None
     except (ValueError, OSError) as error:
         raise WorkError(f"{path}: cannot be read as JSON ({error}); build the set again") from None
     version = document.get("version") if isinstance(document, dict) else None

@@ -78,6 +78,8 @@ def check_name(backbone: str) -> None:
     # As others write it: google/vit-base-patch16-224.
     plain = architecture.lower().rpartition("/")[2].replace("-", "_")
     nearest = difflib.get_close_matches(plain, [*papers, *timm.list_models()], n=1, cutoff=0.75)
+    if plain in [f"vit_{size}" for size in VIT_SIZES]:
+        nearest = [f"{plain}_patch16"]
     advice = f"did you mean {nearest[0]}? There are" if nearest else "there are"
     raise UseError(
         f"model.backbone: {backbone!r} is unknown; {advice} {', '.join(CNNS)}, "
@@ -126,7 +128,10 @@ def check_weights(source: str) -> None:
     if not any(os.path.exists(path) for path in (source, source.rpartition(":")[0] or source)):
         if Path(source).suffix in FILE_TYPES:
             raise UseError(f"model.weights: there is no file {source}")
-        raise UseError(f"model.weights: {source!r} is not none, hub, hub:TAG or a file of type {', '.join(FILE_TYPES)}")
+        raise UseError(
+            f"model.weights: {source!r} is not none, hub, hub:TAG or a file of type {', '.join(FILE_TYPES)}, "
+            "nor the folder of a run or checkpoint that is there"
+        )
 
 
 def check_model(config: ModelConfig, image_size: int) -> None:

@@ -99,7 +99,8 @@ def choose_checkpoint(run: Path, which: str, option: str = "--checkpoint") -> Ch
 def _given(folder: Path, run: Path, option: str) -> Choice:
     if not (folder / STATE_NAME).is_file():
         raise UseError(
-            f"{option} {folder}: no such checkpoint; use best, last, a step or a checkpoint's folder; {_those_of(run)}"
+            f"{option} {folder}: no such checkpoint; use auto, best, last, a step or a checkpoint's folder; "
+            f"{_those_of(run)}"
         )
     _refuse_damage(folder, option)
     return Choice(folder, read_step(folder), "given by its folder")

@@ -79,6 +79,7 @@ def test_timm_name_uses_timms_own_name_where_there_is_one() -> None:
     [
         ("vit_bse_patch16", "vit_base_patch16"),
         ("resnet-18", "resnet18"),
+        ("vit_tiny", "vit_tiny_patch16"),
         ("vit_tiny_patch0", "vit_tiny_patch"),
         ("google/vit-base-patch16-224", "vit_base_patch16_224"),
         ("vit_small_patch33_224.augreg_in21k", "vit_small_patch32_224"),

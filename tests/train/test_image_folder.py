@@ -47,6 +47,21 @@ def test_a_folder_of_folders_or_a_csv_file_is_images_and_a_set_or_tars_are_not(p
     assert not any(is_image_source(str(other)) for other in not_images)
 
 
+def test_a_folder_without_a_set_is_answered_by_what_lies_in_it(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose" / "photo.jpg").write_bytes(jpeg_bytes(0))
+    shards = write_shard_set(tmp_path / "set", {"train": [4]})
+    (shards / "manifest.json").unlink()
+    for folder in (tmp_path / "loose", photos):
+        with pytest.raises(UseError, match=f"a folder of images for each class, `python -m shards build {folder} OUT`"):
+            read_manifest(folder)
+    with pytest.raises(UseError, match=f"`python -m shards adopt {shards}` makes one of its tars"):
+        read_manifest(shards)
+    (shards / "build.json").touch()
+    with pytest.raises(UseError, match="run the same `python -m shards build` command again to complete it"):
+        read_manifest(shards)
+
+
 def test_the_sets_lie_in_the_cache_that_the_recipe_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert sets_folder(DataConfig()) == Path("/somewhere/dist-train/sets")

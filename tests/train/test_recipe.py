@@ -49,6 +49,8 @@ def test_the_command_line_wins_over_the_file_and_later_files_over_earlier(tmp_pa
         (["--train.epochs", "many"], "train.epochs"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml: cannot be read"),
         (["--frobnicate"], "unknown option '--frobnicate'"),
+        (["--confg", "mine.yaml"], "unknown option '--confg'; did you mean --config?"),
+        (["--dry_run"], "unknown option '--dry_run'; did you mean --dry-run?"),
         (["mine.yaml"], "a recipe is given as --config mine.yaml"),
         (["--optim", "{lr: 1}"], "--optim is a section"),
         (["--optim.lr"], "--optim.lr needs a value"),
@@ -76,6 +78,14 @@ def test_wrong_use_is_one_line_and_exit_2(arguments: list[str], line: str, capsy
         ("optim: {name: adam}", "optim.name: Expected one of 'sgd', 'adamw'. Got value: adam"),
         ("- 1", "not a recipe"),
         ("a: [", "not YAML"),
+        (
+            "data:\n\tflip: true",
+            ", line 2: not YAML (found character '\\t' that cannot start any token); indent with blanks",
+        ),
+        (
+            "data:\n  flip: true\n hue: 0",
+            ", line 3: not YAML (expected <block end>, but found '<block mapping start>'); is it",
+        ),
     ],
 )
 def test_mistakes_in_the_file_name_the_file(tmp_path: Path, text: str, line: str) -> None:
@@ -275,7 +285,9 @@ def test_a_wrong_number_ends_the_command_with_one_line(
         ("optim.Lr", "write optim.lr"),
         ("model.name", "here it is model.backbone"),
         ("model.patch_size", "it is in the name of model.backbone"),
-        ("train.push_to_hub", "`dist-train export RUN --hub USER/NAME`"),
+        ("model.heads", "did you mean model.head?"),
+        ("train.push_to_hub", "`dist-train export RUN --hub USER/NAME` does"),
+        ("train.fast_dev_run", "`dist-train train --dry-run` makes a few steps"),
         ("train.dry_run", "`dist-train train --dry-run`"),
     ],
 )

@@ -38,6 +38,7 @@ REFUSED = {
     "freeze": ("--model.freeze=13", "model.freeze is '13'"),
     "layers": ("--model.backbone=resnet18 --model.freeze=9", "model.freeze is '9'"),
     "weights": ("--model.weights={folder}/none.pth", "model.weights: there is no file {folder}/none.pth"),
+    "weights of no run": ("--model.weights={folder}/none", "nor the folder of a run or checkpoint that is there"),
     "weights' kind": ("--model.weights=imagenet", "model.weights: 'imagenet' is not none, hub, hub:TAG or a file"),
     "run": ("--train.run={folder}/old", "{folder}/old already holds a run; add --resume auto"),
     "run is a file": ("--train.run={folder}/ds.json/run", "{folder}/ds.json is a file; choose another train.run"),
