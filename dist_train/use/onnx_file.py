@@ -166,7 +166,14 @@ def _check(content: bytes, model: _FromPixels, trained: TrainedModel, file: Path
         ((2, side // 2 + 1, side // 2 + 3), _WITH_RESIZE),
     ):
         inputs = _example(*shape, trained)
-        logits, _ = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        try:
+            logits, _ = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        except Exception as error:  # of onnxruntime's own kinds, where a layer has fixed a size that should be free
+            reason = " ".join(str(error).split())
+            raise WorkError(
+                f"{file}: not written: onnxruntime cannot run the model on {shape[0]} images of {shape[1]} x {shape[2]} "
+                f"pixels ({reason}); export .safetensors"
+            ) from None
         with torch.no_grad():
             wanted, _ = model(*inputs.values())
         scale = max(float(wanted.abs().max()), 1e-3)

@@ -199,6 +199,24 @@ def test_a_file_that_would_compute_something_else_is_not_put_in_place(
     assert os.listdir(tmp_path) == []
 
 
+def test_a_graph_with_a_fixed_number_of_images_is_one_line_and_no_file(
+    run: Path, exported: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch writes one for nn.MultiheadAttention, in a backbone of somebody's own."""
+
+    def fixed(*arguments: object) -> onnx.ModelProto:
+        document = onnx.load(exported)
+        del document.metadata_props[:]
+        document.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+        return document
+
+    monkeypatch.setattr(onnx_file, "_convert", fixed)
+    assert main(["export", str(run), str(tmp_path / "model.onnx")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "not written: onnxruntime cannot run the model on 1 images" in error and "export .safetensors" in error
+    assert os.listdir(tmp_path) == []
+
+
 # ---------------------------------------------------------------------- timm's format
 WITH_TIMM = """
 import json, sys
