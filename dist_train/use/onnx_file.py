@@ -171,8 +171,8 @@ def _check(content: bytes, model: _FromPixels, trained: TrainedModel, file: Path
         except Exception as error:  # of onnxruntime's own kinds, where a layer has fixed a size that should be free
             reason = " ".join(str(error).split())
             raise WorkError(
-                f"{file}: not written: onnxruntime cannot run the model on {shape[0]} images of {shape[1]} x {shape[2]} "
-                f"pixels ({reason}); export .safetensors"
+                f"{file}: not written: onnxruntime cannot run the model on {shape[0]} images of {shape[1]} x "
+                f"{shape[2]} pixels ({reason}); export .safetensors"
             ) from None
         with torch.no_grad():
             wanted, _ = model(*inputs.values())
