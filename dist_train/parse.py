@@ -10,19 +10,18 @@ import difflib
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import yaml
 
 from dist_train.config import SECTIONS, Recipe, recipe_from_dict, recipe_to_dict
 from dist_train.errors import UseError
 from dist_train.ranges import check_ranges
 from dist_train.synonyms import advice_for_key, advice_for_section
+from dist_train.yaml_text import read_yaml
 
 _FIELDS = {f"{section}.{field.name}": field for section, kind in SECTIONS.items() for field in fields(kind)}
 KNOWN_KEYS = list(_FIELDS)
@@ -234,66 +233,17 @@ def _check_key(key: str, where: str) -> None:
 
 
 # ---------------------------------------------------------------- files
-class _Repeated(yaml.YAMLError):
-    """A key that stands twice in one mapping."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without repeated keys, in which 1e-3 is a number."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        # Before `<<` is resolved: what a mapping takes from another it may well have itself.
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and key.value in lines:
-                raise _Repeated(f"line {line}: '{key.value}' is there already, in line {lines[key.value]}; keep one")
-            if isinstance(key, yaml.ScalarNode):
-                # PyYAML 6.0.4 takes the last of two merged mappings with a key, not the first, unless it is one object.
-                key.value = sys.intern(key.value)
-                lines[key.value] = line
-        return node
-
-
-# YAML 1.1 wants a point in it.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def _read_recipe_file(path: Path) -> dict[str, dict[str, Any]]:
     """The document in a recipe file. Raises UseError where it is none, repeats a key or has one that no recipe has."""
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        root = loader.get_single_node()
-        if isinstance(root, yaml.MappingNode):
-            _keep_text(loader, root)
-        document = {} if root is None else loader.construct_document(root)
+        document = read_yaml(path, _TEXT_KEYS)
     except OSError as error:
         hint = "" if path.exists() else "; `dist-train recipes` lists those that come along"
         raise UseError(f"--config {path}: cannot be read ({error.strerror}){hint}") from None
-    except _Repeated as error:
-        raise UseError(f"{path}, {error}") from None
-    except yaml.MarkedYAMLError as error:
-        raise UseError(f"{path}{_place_and_problem(error)}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UseError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     document = {} if document is None else document
     if not isinstance(document, dict):
         raise UseError(f"{path}: not a recipe, which has the sections {', '.join(SECTIONS)}")
     return _checked_document(document, str(path))
-
-
-def _place_and_problem(error: yaml.MarkedYAMLError) -> str:
-    """Where a file is no YAML, and why; PyYAML needs four lines for it."""
-    problem, mark = error.problem or "", error.problem_mark
-    cure = ""
-    if r"'\t'" in problem:
-        cure = "; indent with blanks, not with a tab"
-    elif "expected <block end>" in problem:
-        cure = "; is it indented as the keys above it?"
-    return f"{f', line {mark.line + 1}' if mark else ''}: not YAML ({problem}){cure}"
 
 
 def _checked_document(document: dict[Any, Any], where: str) -> dict[str, dict[str, Any]]:
@@ -340,20 +290,6 @@ def _as_in_a_file(key: str, value: Any) -> Any:
         value = value.item()
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return str(value) if is_number and key in _TEXT_KEYS else value
-
-
-def _keep_text(loader: _Loader, root: yaml.MappingNode) -> None:
-    """Keep what is written for keys of text as it is: a digest of digits is no number, nor is `freeze: 3`."""
-    loader.flatten_mapping(root)
-    for section, entries in root.value:
-        if not isinstance(entries, yaml.MappingNode):
-            continue
-        loader.flatten_mapping(entries)
-        for i, (key, value) in enumerate(entries.value):
-            if f"{section.value}.{key.value}" in _TEXT_KEYS and isinstance(value, yaml.ScalarNode):
-                if value.tag.rpartition(":")[2] in ("int", "float", "bool", "timestamp"):
-                    text = yaml.ScalarNode("tag:yaml.org,2002:str", value.value, value.start_mark, value.end_mark)
-                    entries.value[i] = (key, text)
 
 
 def _check_plain(key: str, value: Any, where: str) -> None:
