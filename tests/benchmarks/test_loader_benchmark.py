@@ -13,6 +13,8 @@ from benchmarks import report, result
 from benchmarks.__main__ import main
 from benchmarks.speed import scale
 from benchmarks.speed.loader import CONTESTANTS, LIMITS, check_limits
+from benchmarks.speed.peers import dali_native, ffcv_loader, timm_loader
+from benchmarks.speed.peers.serve import note_of
 from benchmarks.speed.scale_point import most_at_once
 from dist_train.errors import WorkError
 from tests.harness import REPOSITORY
@@ -53,6 +55,12 @@ def test_the_loader_benchmark_fails_by_name_where_host_work_or_the_first_batch_i
     for name, limit in LIMITS.items():
         with pytest.raises(WorkError, match=f"{name} .* is above {limit}"):
             check_limits(within | {name: limit * 1.01})
+
+
+def test_what_differs_is_said_of_the_augmentation_that_is_measured() -> None:
+    for peer, words in ((dali_native, "jitter"), (ffcv_loader, "jitter"), (timm_loader, "0.8 x 0.8")):
+        assert words in note_of(peer, usual=False) and words not in note_of(peer, usual=True)
+    assert "on the main process" in note_of(timm_loader, usual=True)
 
 
 def test_a_set_of_one_shard_is_measured_and_one_without_a_batch_refused(

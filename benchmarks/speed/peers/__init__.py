@@ -3,8 +3,8 @@
 A contestant is a function `batches(task) -> Iterator`, endless, a global batch of `task.batch_size` images each time:
 decoded, resized to task.size + task.margin square, cropped to task.size, flipped, jittered, normalised to float32 CHW
 where it can do that; with `task.usual` cropped by RandomResizedCrop, flipped and normalised, as most recipes have it.
-`NOTE` says where it does something else. Its `prepare(task)`, if it has one, converts the data
-once, outside of all measurements.
+`NOTE` says where it does something else, `USUAL_NOTE` where it does with `task.usual`, if that is not the same. Its
+`prepare(task)`, if it has one, converts the data once, outside of all measurements.
 """
 
 from __future__ import annotations

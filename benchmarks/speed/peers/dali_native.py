@@ -12,6 +12,7 @@ from nvidia.dali.pipeline import pipeline_def
 from benchmarks.speed.peers import JITTER, MEAN, STD, Task
 
 NOTE = "jitter as one linear map: hue turned in YIQ, contrast around mid-grey"
+USUAL_NOTE = ""
 
 
 def batches(task: Task, device_id: int | None = None) -> Iterator[Any]:

@@ -16,6 +16,7 @@ from benchmarks.speed.peers.torchvision_v2 import TarImages
 from dist_train.data.manifest import read_manifest
 
 NOTE = "jitter without hue, applied to every image; region of 0.8 x 0.8 by RandomResizedCrop"
+USUAL_NOTE = ""
 
 
 def prepare(task: Task) -> None:

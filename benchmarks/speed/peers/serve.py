@@ -33,7 +33,7 @@ def answer(point: dict[str, Any]) -> Any:
         _contestants.append(_Contestant(module, Task(**point["task"])))
         if hasattr(module, "prepare"):
             module.prepare(_contestants[0].task)
-        return getattr(module, "NOTE", "")
+        return note_of(module, _contestants[0].task.usual)
     contestant = _contestants[0]
     if "start" in point:
         begin = time.perf_counter()
@@ -42,6 +42,12 @@ def answer(point: dict[str, Any]) -> Any:
         return time.perf_counter() - begin
     preparing_s = getattr(contestant.module, "preparing_s", None)
     return _run(contestant.stream, contestant.task.batch_size, point["run"], preparing_s)
+
+
+def note_of(module: ModuleType, usual: bool) -> str:
+    """What a contestant does otherwise than asked."""
+    note: str = getattr(module, "NOTE", "")
+    return getattr(module, "USUAL_NOTE", note) if usual else note
 
 
 def _run(

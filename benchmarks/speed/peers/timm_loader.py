@@ -12,7 +12,8 @@ from benchmarks.speed.peers import JITTER, MEAN, STD, Task
 from benchmarks.speed.peers.torchvision_pil import decode
 from benchmarks.speed.peers.torchvision_v2 import TarImages, endless
 
-NOTE = "RandomResizedCrop, without --usual of 0.8 x 0.8 of the image; its prefetcher normalises on the main process"
+USUAL_NOTE = "its prefetcher normalises on the main process"
+NOTE = f"RandomResizedCrop of 0.8 x 0.8 of the image; {USUAL_NOTE}"
 
 
 def batches(task: Task) -> Iterator[Any]:
