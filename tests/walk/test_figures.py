@@ -52,6 +52,12 @@ def test_the_loaders_ratios_are_those_of_the_committed_results() -> None:
         f"At 256 px ours is {with_jitter}, {without} and {timm} times as fast as FFCV, FFCV without its jitter and timm"
         in text_in_one_line("docs/benchmarks.md")
     )
+    times = {row["loader"]: row["ours_is_times"] for row in result("loader/grocery-baked160-usual")["rows"]}
+    peers = [f"{times[peer]:.1f}" for peer in ("FFCV", "DALI, its own reader and operators", "timm", "SPDL")]
+    paper = times["this project, the paper's augmentation"]
+    text = text_in_one_line("docs/benchmarks.md")
+    assert f"ours is {', '.join(peers[:3])} and {peers[3]} times as fast as FFCV, DALI's own reader and" in text
+    assert f"timm and SPDL, and {paper:.1f} times as fast as with the paper's augmentation" in text
 
 
 def test_the_gpus_figures_are_those_of_the_committed_result() -> None:
