@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_train import __version__
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError, run_command, written
 from dist_train.files import write_atomically
@@ -146,6 +147,7 @@ def _path_or_url(text: str) -> str:
 
 def _command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dist-train", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"dist-train {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train by a recipe in one process (several: deepspeed launch/train.py)")
 

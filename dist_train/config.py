@@ -19,7 +19,7 @@ Crop = Literal["squash", "random_resized"]
 EvalCrop = Literal["squash", "center"]
 AutoAugment = Literal["none", "randaugment", "trivialaugment"]
 Head = Literal["cls", "mean", "ifa", "last_n", "all_layers", "attentive"]
-HeadInit = Literal["reference", "zero", "default", "mean"]
+HeadInit = Literal["reference", "zero", "default", "mean", "last"]
 LoraTargets = Literal["all", "attention"]
 PosResize = Literal["timm", "reference"]
 Compile = Literal["auto", "none", "kernels", "graphs"]
@@ -157,7 +157,8 @@ class ModelConfig:
     """Start of the classifier: zero, PyTorch's default, or as in the reference (zero for cls, default for the others).
     `mean` is the default, but the aggregation of ifa, and the attention of attentive, start as the mean over the
     blocks, with bias 0: at PyTorch's random start a negative bias of ifa puts nearly every channel behind the ReLU, and
-    a model from scratch hardly learns for an epoch."""
+    a model from scratch hardly learns for an epoch. `last` is the default, but the aggregation of ifa starts as the
+    last block alone, which is what the CLS head reads."""
     text_tokens: Annotated[int, NOT_NEGATIVE] = 0
     """Tokens of tags the model reads beside the image (a ViLT); 0 is vision only. The paper has 16, 32, 64."""
     mask_padding: bool = True

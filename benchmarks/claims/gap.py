@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.arguments import check_words, numbers, positive_numbers, words
 from benchmarks.benchmark import Benchmark, Chart
@@ -22,10 +22,10 @@ from benchmarks.claims.gap_answers import answer_questions, closers, table_rows
 from benchmarks.claims.gap_runs import FIXED, HEADS, REMEDIES, Run, accuracies, plan, searched_as, searches
 from benchmarks.claims.runs import finish_runs, is_finished, outcome, read_summary
 from benchmarks.claims.study_runs import with_spread
-from benchmarks.result import read_rows, write_result
+from benchmarks.result import read_document, write_result
 from benchmarks.tables import FOLDED, Document, Row, by, having, table_of
 from benchmarks.tables import Table as ReportTable
-from dist_train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
+from dist_train.config import DataConfig, DeepSpeedConfig, ModelConfig, OptimConfig, Precision, Recipe, TrainConfig
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.output import say
@@ -67,6 +67,8 @@ class Arguments:
     """of each run: 0, 1, ..."""
     epochs: int = 20
     """of each run"""
+    precision: Precision = "auto"
+    """of forward and backward pass, as deepspeed.precision"""
     scratch: Path = Path("runs/gap")
     """for features and runs; checkpoints are removed as each run ends"""
     jobs: int = 1
@@ -91,7 +93,7 @@ def run(arguments: Arguments) -> Path:
     asked = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(arguments).items()}
     asked = {key: value for key, value in asked.items() if key not in ("name", "jobs", "scratch", "heads", "seeds")}
     asked |= {"digest": manifest.digest, "classes": len(manifest.classes)}
-    rows = {row["run"]: row for row in read_rows("gap", arguments.name)}
+    rows = comparable_rows(arguments.name, asked)
     chosen = search(arguments, heads, remedies, batches, manifest.split("train").samples, rows)
 
     def write() -> Path:
@@ -118,6 +120,16 @@ def run(arguments: Arguments) -> Path:
         rows[each.name] = row_of(each, recipe)
         path = write()
     return path
+
+
+def comparable_rows(name: str, asked: dict[str, Any]) -> dict[str, Row]:
+    """The rows of the result by run. Raises UseError where they are of other settings; there may be more remedies."""
+    document = read_document("gap", name)
+    there = {"precision": "auto", **document["parameters"]} if document.get("rows") else {}
+    for key, value in there.items():
+        if key != "remedies" and asked.get(key) != value:
+            raise UseError(f"--name {name}: this result has runs with {key} {value}, not {asked.get(key)}; use another")
+    return {row["run"]: row for row in document.get("rows", [])}
 
 
 def search(
@@ -222,6 +234,7 @@ def recipe_of(run: Run, arguments: Arguments, batches: Sequence[int], rate: floa
             log_every=max(1, steps // 8),
             keep_checkpoints=1,
         ),
+        deepspeed=DeepSpeedConfig(precision=arguments.precision),
     )
     return with_normalisation(asked)  # as a run's own recipe has it, by which a finished one is known
 

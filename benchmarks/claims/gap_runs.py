@@ -22,6 +22,7 @@ HEADS: dict[str, Start] = {
     "cls": Start("cls", "reference"),
     "ifa": Start("ifa", "reference"),
     "ifa from the mean": Start("ifa", "mean"),
+    "ifa from the last block": Start("ifa", "last"),
     "mean": Start("mean", "default"),
     "last four": Start("last_n", "default"),
     "all layers": Start("all_layers", "default"),

@@ -105,7 +105,8 @@ def step_flops(size: Size) -> int:
     tokens, dim = 1 + size.patches, size.dim
     block = 2 * 12 * tokens * dim**2 + 4 * tokens**2 * dim
     embedding = 2 * size.patches * dim * 3 * size.patch**2
-    return TRAINING * size.batch * (size.depth * block + embedding + products_of("cls", size))
+    # Nothing is propagated to the pixels: of the patches' embedding there is the gradient of its weights alone.
+    return size.batch * (TRAINING * (size.depth * block + products_of("cls", size)) + 2 * embedding)
 
 
 def share_of_step(head: str, size: Size, how: str = "eager") -> float:

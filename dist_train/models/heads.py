@@ -180,20 +180,23 @@ def head_name(head: HeadModule) -> str:
     return next(name for name, kind in HEADS.items() if type(head) is kind)
 
 
-def initialise_head(head: HeadModule, head_init: Literal["reference", "zero", "default", "mean"]) -> None:
+def initialise_head(head: HeadModule, head_init: Literal["reference", "zero", "default", "mean", "last"]) -> None:
     """Set the start of the head; what is not named here keeps PyTorch's default.
 
     `reference` is a zero classifier for the CLS head and PyTorch's for all others, as in the paper's code for CLS and
     IFA; a comparison of heads alone needs one of the others. `zero` is a zero classifier for any. `mean` makes IFA's
-    aggregation the mean over the blocks, with bias 0, and the attention of the attentive head the mean over its tokens.
+    aggregation the mean over the blocks, with bias 0, and the attention of the attentive head the mean over its tokens;
+    `last` makes that aggregation the last block.
     PyTorch's default draws the bias of IFA, which all channels share, from +-1/sqrt(L): far more than the [CLS] tokens
     of an untrained transformer, so that a negative one leaves every channel behind the ReLU.
     """
     if head_init == "zero" or (head_init == "reference" and isinstance(head, CLSHead)):
         nn.init.zeros_(head.classifier.weight)
         nn.init.zeros_(head.classifier.bias)
-    if head_init == "mean" and isinstance(head, IFAHead):
-        nn.init.constant_(head.aggregate.weight, 1 / head.aggregate.in_features)
+    if head_init in ("mean", "last") and isinstance(head, IFAHead):
+        nn.init.constant_(head.aggregate.weight, 1 / head.aggregate.in_features if head_init == "mean" else 0.0)
         nn.init.zeros_(head.aggregate.bias)
+    if head_init == "last" and isinstance(head, IFAHead):
+        nn.init.ones_(head.aggregate.weight[:, -1:])
     if head_init == "mean" and isinstance(head, AttentiveHead):
         nn.init.zeros_(head.score.weight)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import sys
@@ -78,7 +79,7 @@ class RunRecord:
             write_atomically(run / RECIPE_NAME, _yaml(recipe_to_dict(recipe)))
             _keep_former_summary(run, resumed_step)
             kept = [entry for entry in lines if entry["step"] <= resumed_step]
-            write_atomically(run / METRICS_NAME, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+            write_atomically(run / METRICS_NAME, "".join(_json(entry) + "\n" for entry in kept).encode())
             self._evaluated = {(entry["split"], entry["step"]) for entry in kept if "split" in entry}
             self._metrics = opened.enter_context(open(run / METRICS_NAME, "a", encoding="utf-8"))
             opened.enter_context(_quiet_board_thread())
@@ -134,7 +135,7 @@ class RunRecord:
     def summary(self, figures: dict[str, Any]) -> None:
         """Write summary.json."""
         if self.active:
-            document = json.dumps(figures | describe_software(), indent=1) + "\n"
+            document = _json(figures | describe_software(), indent=1) + "\n"
             write_atomically(self.run / SUMMARY_NAME, document.encode())
 
     def close(self) -> None:
@@ -154,7 +155,7 @@ class RunRecord:
         self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def _write(self, figures: dict[str, Any], group: str) -> None:
-        self._metrics.write(json.dumps(figures) + "\n")
+        self._metrics.write(_json(figures) + "\n")
         self._metrics.flush()
         values = {f"{group}/{name}": value for name, value in figures.items() if name not in ("step", "split")}
         for name, value in values.items():
@@ -322,6 +323,20 @@ def describe_software() -> dict[str, Any]:
         "commit": ask_git("rev-parse", "HEAD") or None,
         "hardware": {"cpu": processor_name(), "cores": torch.get_num_threads(), "gpus": gpu_names()},
     }
+
+
+def _json(document: dict[str, Any], indent: int | None = None) -> str:
+    """JSON text in which a number that is not finite is null: for NaN and infinity JSON has no word, and readers other
+    than Python's stop at them."""
+
+    def readable(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: readable(its) for key, its in value.items()}
+        if isinstance(value, list | tuple):
+            return [readable(its) for its in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(readable(document), indent=indent, allow_nan=False)
 
 
 def _yaml(recipe: dict[str, Any]) -> bytes:

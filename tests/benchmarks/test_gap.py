@@ -121,5 +121,7 @@ def test_a_small_one_searches_trains_answers_and_continues(
     assert main([*words, "--seeds=2"]) == 0  # more seeds, of the same search
     again = json.loads((results / "gap/x.json").read_bytes())["rows"]
     assert again[:5] == document["rows"] and len(again) == 8
+    assert main([*words, "--seeds=2", "--epochs=2"]) == 2
+    assert "this result has runs with epochs 1, not 2" in capfd.readouterr().err
     assert main(["gap", str(shards), "--weights=w", "--name=x", "--heads=mlp"]) == 2
     assert "no head 'mlp'" in capfd.readouterr().err

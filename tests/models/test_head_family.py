@@ -93,7 +93,7 @@ def test_every_head_that_a_recipe_can_name_is_there() -> None:
 # ------------------------------------------------------------------ the start
 @pytest.mark.parametrize("name", NEW)
 def test_a_classifier_starts_as_head_init_says(name: str) -> None:
-    for head_init, zero in (("reference", False), ("default", False), ("mean", False), ("zero", True)):
+    for head_init, zero in (("reference", False), ("default", False), ("mean", False), ("last", False), ("zero", True)):
         torch.manual_seed(0)
         head: Any = HEADS[name](64, 4, CLASSES, EPS)
         drawn = copy.deepcopy(head.state_dict())

@@ -236,3 +236,11 @@ def test_the_mean_start_aggregates_the_blocks_by_their_mean() -> None:
     features = torch.randn(5, 6, 4)
     torch.testing.assert_close(head.aggregate(features).squeeze(-1), features.mean(dim=-1))
     assert head.classifier.weight.abs().sum() > 0
+
+
+def test_the_last_start_aggregates_the_last_block_alone() -> None:
+    head = IFAHead(dim=6, depth=4, num_classes=3, norm_eps=1e-6)
+    initialise_head(head, "last")
+    features = torch.randn(5, 6, 4)
+    assert torch.equal(head.aggregate(features).squeeze(-1), features[:, :, -1])
+    assert head.classifier.weight.abs().sum() > 0

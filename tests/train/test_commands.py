@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import dist_train
 from dist_train.cli import main, parse_recipe
 from dist_train.data.images import FORMATS
 from dist_train.models.build import build_model
@@ -23,6 +24,12 @@ from tests.train.conftest import SPLITS
 
 TEST = sum(SPLITS["test"])
 arguments, train = (partial(function, **IFA) for function in (harness.arguments, harness.train))
+
+
+def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert (left.value.code, capsys.readouterr().out) == (0, f"dist-train {dist_train.__version__}\n")
 
 
 def test_evaluate_writes_a_class_table_that_adds_up(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -328,6 +328,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_samples_of_its_step_are_
     said = capsys.readouterr().err
     assert f"the loss is not finite at step {bad['step']}; its samples are in {run / 'bad_batch.json'}" in said
     assert bad["step"] in (2, 3), "the weights after a step that was far too long"
+    steps = [json.loads(line, parse_constant=pytest.fail) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["loss"] is None, "a loss that is no number, in JSON that every reader takes"
     numbers = EpochPlan((30, 18), 12, 0, 0, 4096).batch(12 * (bad["step"] - 1)).sample.tolist()
     assert [sample["name"].split(":")[1] for sample in bad["samples"]] == [f"{number:06d}" for number in numbers]
 
