@@ -94,8 +94,10 @@ def _range_test(words: list[str], keep: Callable[[], None]) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE.csv", help=table)
     words = ["--config", *words] if words and not words[0].startswith("-") else words
     options, rest = parser.parse_known_args(words)
-    recipe, _ = parse_recipe(rest)
+    recipe, resume = parse_recipe(rest)
     keep()
+    if resume != "none":
+        raise UseError("--resume: a range test begins with the recipe's weights; model.weights takes those of a run")
     if options.low >= options.high or options.steps < 10:
         raise UseError("--low must be below --high, and --steps 10 or more")
     output = options.output or Path(f"{recipe.train.run}-lr.csv")

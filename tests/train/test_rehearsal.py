@@ -122,6 +122,8 @@ def test_the_range_test_writes_what_it_saw_and_blocks_no_run(
     files = {run.with_name("mine-lr.csv"), run.with_name("mine-lr.png")}
     assert contents(tmp_path) == {tmp_path / "runs", *files} and said[-2:] == [str(file) for file in sorted(files)]
     assert run.with_name("mine-lr.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["lr", *options, "--resume", "auto"]) == 2
+    assert "a range test begins with the recipe's weights" in capsys.readouterr().err
 
     # Its first step is the run's at that rate: the same model, batch and loss; optim.lr is what a recipe would say.
     assert train(shards, run, **changes, optim__lr=rates[0]) == 0
