@@ -17,6 +17,7 @@ from benchmarks.claims.knee_report import losses_of
 from benchmarks.claims.study_runs import Seeds, accuracies
 from benchmarks.speed.head_cost import Size, share_of_step
 from dist_train.models.heads import HEADS
+from dist_train.train.schedule import count_steps
 from shards.__main__ import main as shards_main
 from tests.harness import REPOSITORY
 from tests.walk.readme import text_of
@@ -233,6 +234,23 @@ def test_what_a_large_batch_costs_a_head_is_what_was_measured() -> None:
         in readme
     )
     assert f"is {-ifa:.0f} points below CLS, and a learned query over all layers {query:.0f} above" in readme
+
+
+def test_the_profile_of_photos_is_what_was_measured() -> None:
+    document = result("batch_size/photos")
+    assert {len(row["top1_by_seed"]) for row in document["rows"]} == {4}
+
+    def levels(head: str) -> str:
+        rows = {row["batch_size"]: row for row in document["rows"] if row["head"] == head}
+        first, second, third = (
+            f"{100 * rows[b]['top1']:.1f} ± {100 * rows[b]['top1_error']:.1f}" for b in (16, 64, 256)
+        )
+        return f"{first}, {second} and {third} %"
+
+    steps = count_steps(3, document["parameters"]["samples_per_epoch"], 256)
+    text = text_in_one_line("docs/training.md")
+    assert f"is ahead: {levels('ifa')} at batches 16, 64 and 256, where `cls` has {levels('cls')}" in text
+    assert f"Batch 256 makes {steps} steps of that." in text
 
 
 def test_a_recipe_of_photos_reaches_what_is_said_of_it_and_agrees_with_a_plain_loop() -> None:
