@@ -100,7 +100,7 @@ def how_sure(rows: Sequence[Row], chosen: Row, name: Callable[[Row], str]) -> st
     others = [row for row in ordered if row is not chosen and row["recommended_share"] >= 0.01][:2]
     share = chosen.get("recommended_share", 0.0)
     verdict = "settled" if share >= 0.95 else "likely" if share >= 0.75 else "open"
-    said = f"{name(chosen)} is recommended in {percent(share)} of resamples of the {seeds} seeds"
+    said = f"{name(chosen)} is recommended in {percent(share)} of resamples of the {seeds} seeds and step times"
     said += "".join(f", {name(row)} in {percent(row['recommended_share'])}" for row in others)
     if seeds < FEW_SEEDS:
         return f"How sure that is: a hint, as {seeds} seeds are few and understate the doubt; {said}."

@@ -2,7 +2,8 @@
 
 How sure: each arm's seeds are drawn again with replacement, as many as there are, each arm for itself, and the rule is
 applied to the means of what was drawn (the bootstrap). The share of such draws in which an arm is recommended is summed
-up over all draws there are, not over a sample of them. The cost of a training is taken as known.
+up over all draws there are, not over a sample of them. Costs are known as well as the median of the measured steps is:
+where arms cost about the same, either may be the cheaper one, so the shares are averaged over costs drawn from that.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -19,23 +21,26 @@ from benchmarks.tables import Row, having
 COSTS = {"train_minutes": "", "train_price": "_price", "train_wh": "_wh"}
 """What a training costs, by the key of a row; and what follows `pareto`, `recommended` and `recommended_share` in the
 keys that say what is on the front against that cost, what is recommended by it, and in which share of draws."""
+COST_DRAWS = 1000
 UNIT = 1e-6  # of top-1; accuracies are whole numbers of it, so that sums and ties are exact
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What can be recommended: the cost of a training, and the top-1 (0 to 1) that each seed reached."""
+    """What can be recommended: the cost of a training, and the top-1 (0 to 1) that each seed reached. cost_error: the
+    standard error of the cost, as a share of it."""
 
     cost: float
     top1: tuple[float, ...]
+    cost_error: float = 0.0
 
 
-def mark(rows: Sequence[Row], tolerance: float) -> None:
+def mark(rows: Sequence[Row], tolerance: float, steps: int) -> None:
     """Say in the rows, for each cost that they have, which no other beats in both cost and accuracy, which is
     recommended, and in what share of draws it is.
 
     A batch made in several ways, which learns the same, is recommended in the cheapest. tolerance: points of top-1 that
-    what is recommended may be below the best.
+    what is recommended may be below the best. steps: measured for each row's cost.
     """
     for cost, suffix in COSTS.items():
         known = having(rows, "top1", cost)
@@ -46,7 +51,7 @@ def mark(rows: Sequence[Row], tolerance: float) -> None:
         if not known:
             continue
         best = cheapest_ways(known, cost)
-        arms = [Arm(row[cost], seeds_of(row)) for row in best]
+        arms = [Arm(row[cost], seeds_of(row), cost_error(row, steps)) for row in best]
         best[recommended(arms, tolerance)][f"recommended{suffix}"] = True
         if all(len(arm.top1) > 1 for arm in arms):
             for row, share in zip(best, shares(arms, tolerance), strict=True):
@@ -77,6 +82,16 @@ def seeds_of(row: Row) -> tuple[float, ...]:
     return tuple(row.get("top1_by_seed") or [row["top1"]])
 
 
+def cost_error(row: Row, steps: int) -> float:
+    """Standard error of the median time of a row's steps, as a share of it: that of a normal distribution with the same
+    median and 95th percentile. 0 where the row has none."""
+    if not having([row], "step_ms", "step_ms_p95"):
+        return 0.0
+    normal = NormalDist()
+    deviation = (row["step_ms_p95"] / row["step_ms"] - 1) / normal.inv_cdf(0.95)
+    return deviation * math.sqrt(math.pi / 2 / steps)
+
+
 def recommended(arms: Sequence[Arm], tolerance: float) -> int:
     """The place of the cheapest arm whose mean top-1 is at most `tolerance` points below the best."""
     weights, within = _scale(arms, tolerance)
@@ -86,7 +101,26 @@ def recommended(arms: Sequence[Arm], tolerance: float) -> int:
 
 
 def shares(arms: Sequence[Arm], tolerance: float) -> list[float]:
-    """In what share of all draws each arm is recommended; they add up to 1.
+    """In what share of all draws each arm is recommended; they add up to 1."""
+    found = np.zeros(len(arms))
+    for order, share in _orders(arms).items():
+        found += share * np.array(_shares(arms, tolerance, order))
+    return [float(share) for share in found]
+
+
+def _orders(arms: Sequence[Arm]) -> dict[tuple[int, ...], float]:
+    """In which orders, the cheapest first, the costs may stand, and in what share of their draws they do."""
+    costs = np.array([arm.cost for arm in arms])
+    errors = np.array([arm.cost_error for arm in arms])
+    if not errors.any():
+        return {tuple(np.argsort(costs, kind="stable").tolist()): 1.0}
+    drawn = costs * np.exp(errors * np.random.default_rng(0).standard_normal((COST_DRAWS, len(arms))))
+    counts = Counter(map(tuple, np.argsort(drawn, axis=1, kind="stable").tolist()))
+    return {order: number / COST_DRAWS for order, number in counts.items()}
+
+
+def _shares(arms: Sequence[Arm], tolerance: float, order: Sequence[int]) -> list[float]:
+    """The same where the arms cost as much as this order says.
 
     Arms are drawn for themselves, so the probability that the best mean is b and that arm i is recommended is a
     product over the arms: i has a mean in [b - tolerance, b], those cheaper than i have less, no other more than b.
@@ -94,7 +128,6 @@ def shares(arms: Sequence[Arm], tolerance: float) -> list[float]:
     weights, within = _scale(arms, tolerance)
     below = [_distribution(_units(arm), weight) for arm, weight in zip(arms, weights, strict=True)]
     best = np.unique(np.concatenate([values for values, _ in below]))
-    order = sorted(range(len(arms)), key=lambda i: arms[i].cost)
 
     def at_most(i: int, side: str) -> np.ndarray:
         """Probability that arm i has a mean of at most (side right) or below (left) each `best`."""

@@ -90,7 +90,7 @@ def measure_batch_sizes(base: Recipe, sweep: Arguments) -> Path:
     rows = list(there.values())
 
     def write() -> Path:
-        mark(rows, sweep.tolerance)
+        mark(rows, sweep.tolerance, sweep.steps)
         return write_result("batch_size", name, parameters, rows, {"tolerance": sweep.tolerance})
 
     path = write()

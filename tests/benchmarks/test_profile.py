@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import json
 import os
@@ -46,7 +47,7 @@ def row(batch: int, top1: list[float], minutes: float, **more: Any) -> dict[str,
 
 
 def result_of(rows: list[dict[str, Any]], folder: Path = Path("x"), name: str = "made-up", **more: Any) -> Result:
-    mark(rows, 1.0)
+    mark(rows, 1.0, steps=10)
     document = {"rows": rows, "tolerance": 1.0, "command": "python -m benchmarks batch_size", "commit": "abc1234"}
     return Result(BENCHMARK, folder / f"{name}.json", document | more)
 
@@ -66,7 +67,8 @@ def test_four_seeds_give_advice_with_its_certainty_and_cost() -> None:
         "of the best, 81.0 ± 0.4 % at batch 16."
     )
     assert re.fullmatch(
-        r"How sure that is: likely; batch 64 is recommended in 9\d % of resamples of the 4 seeds, batch 16 in \d %\.",
+        r"How sure that is: likely; batch 64 is recommended in 9\d % of resamples of the 4 seeds and step times, "
+        r"batch 16 in \d %\.",
         sure,
     )
     assert cost == "The steps of such a training take 45 minutes; energy was not measured."
@@ -149,11 +151,16 @@ def test_the_predicted_knee_is_what_runs_logged_last(tmp_path: Path) -> None:
     assert predicted_knee([without, tmp_path / "nowhere"]) == {}
 
 
-def test_the_committed_result_of_former_times_has_a_page() -> None:
-    path = REPOSITORY / "benchmarks/results/batch_size/demo-tiny.json"
-    page = render_profile(Result(BENCHMARK, path, json.loads(path.read_bytes())))
+@pytest.mark.parametrize("name", ["demo", "photos"])
+def test_the_committed_profiles_say_what_to_do_and_how_sure_that_is(name: str) -> None:
+    path = REPOSITORY / f"benchmarks/results/batch_size/{name}.json"
+    document = json.loads(path.read_bytes())
+    shown = copy.deepcopy(document["rows"])
+    mark(document["rows"], document["tolerance"], document["parameters"]["sweep"]["steps"])
+    assert document["rows"] == shown, "what is recommended follows from the rows"
+    page = render_profile(Result(BENCHMARK, path, document))
     Page(page)
-    assert "one seed decides nothing" in page and "Train at batch" in page
+    assert "Train at batch" in page and "of the 4 seeds and step times" in page
 
 
 def hostile(tmp_path: Path, name: str) -> Path:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from fractions import Fraction
 from itertools import product
+from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.speed.recommend import Arm, front, mark, recommended, shares
+from benchmarks.speed.recommend import Arm, cost_error, front, mark, recommended, shares
 
 
 def by_enumeration(arms: list[tuple[float, list[int]]], tolerance: Fraction) -> list[Fraction]:
@@ -36,6 +39,23 @@ def test_two_batches_of_three_seeds_as_counted_by_hand() -> None:
         Fraction(17, 27),
     ]
     assert recommended(arms, 1.0) == 1 and recommended(arms, 0.5) == 0
+
+
+def test_of_two_that_learn_the_same_the_cheaper_one_is_as_sure_as_the_costs_are() -> None:
+    same = (0.8, 0.8)
+    assert shares([Arm(1.0, same), Arm(1.1, same)], 1.0) == [1.0, 0.0]
+    found = shares([Arm(1.0, same, 0.06), Arm(1.1, same, 0.08)], 1.0)
+    likely = NormalDist(0, math.hypot(0.06, 0.08)).cdf(math.log(1.1))  # that the first one is the cheaper
+    assert found == pytest.approx([likely, 1 - likely], abs=0.04) and 0.75 < likely < 0.9
+    # What is not good enough is not taken for being cheap.
+    assert shares([Arm(1.0, same, 0.1), Arm(1.0, (0.7, 0.7), 0.1)], 1.0) == [1.0, 0.0]
+
+
+def test_the_error_of_a_median_is_that_of_medians_of_such_steps() -> None:
+    times = np.random.default_rng(1).normal(100.0, 8.0, (4000, 25))
+    error = cost_error({"step_ms": 100.0, "step_ms_p95": 100 + 8 * NormalDist().inv_cdf(0.95)}, 25)
+    assert 100 * error == pytest.approx(float(np.median(times, axis=1).std()), rel=0.05)
+    assert cost_error({"step_ms": 100.0}, 25) == 0.0
 
 
 ARM = st.tuples(st.sampled_from([1.0, 2.0, 3.0]), st.lists(st.integers(70, 76), min_size=1, max_size=3))
@@ -85,7 +105,7 @@ def test_each_cost_has_its_own_front_and_choice() -> None:
         row(256, [0.60, 0.62], 4.0, train_wh=2.0),
         {"batch_size": 512, "out_of_memory": True},
     ]
-    mark(rows, 1.0)
+    mark(rows, 1.0, 10)
     assert [r.get("pareto") for r in rows] == [True, True, True, None]
     assert [r.get("pareto_wh") for r in rows] == [True, False, True, None]
     assert [r.get("recommended") for r in rows] == [False, True, False, None]
@@ -97,12 +117,12 @@ def test_each_cost_has_its_own_front_and_choice() -> None:
 
 def test_one_seed_has_no_share_and_a_batch_made_in_two_ways_is_one() -> None:
     rows = [row(16, [0.8, 0.8], 2.0, micro_batch=16), row(16, [0.8, 0.8], 1.0, micro_batch=4), row(32, [0.7], 0.5)]
-    mark(rows, 1.0)
+    mark(rows, 1.0, 10)
     assert not any("recommended_share" in r for r in rows)
     rows[2] |= {"top1_by_seed": [0.7, 0.7]}
-    mark(rows, 1.0)
+    mark(rows, 1.0, 10)
     assert [r.get("recommended_share") for r in rows] == [None, 1.0, 0.0]
     assert [r["recommended"] for r in rows] == [False, True, False]
     rows[2] |= {"top1_by_seed": None}  # a result of a time that had one seed
-    mark(rows, 1.0)
+    mark(rows, 1.0, 10)
     assert not any("recommended_share" in r for r in rows)
