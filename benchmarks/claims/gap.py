@@ -49,6 +49,8 @@ class Arguments:
     """of the result: benchmarks/results/gap/NAME.json"""
     train: Literal["frozen", "all"] = "frozen"
     """frozen: heads on features that are computed once; all: backbone too, with flips and crops"""
+    freeze: str = "none"
+    """with --train all, what of the backbone is not, as model.freeze: 10 for all but the upper two of 12 blocks"""
     backbone: str = "vit_small_patch14_dinov2"
     """timm's name of a ViT"""
     size: int = 126
@@ -85,6 +87,10 @@ def run(arguments: Arguments) -> Path:
         raise UseError(f"--batches {arguments.batches}: name at least two, the smallest first")
     if arguments.train == "frozen" and any(REMEDIES[name].frozen_embedding for name in remedies):
         raise UseError("--remedies frozen embedding: with --train frozen all of the backbone is")
+    if arguments.freeze != "none" and (
+        arguments.train == "frozen" or any(REMEDIES[name].frozen_embedding for name in remedies)
+    ):
+        raise UseError(f"--freeze {arguments.freeze}: it goes with --train all, without the remedy frozen embedding")
     if not arguments.weights.is_file():
         raise UseError(f"--weights: there is no file {arguments.weights}")
     manifest = read_manifest(str(arguments.set))
@@ -125,7 +131,7 @@ def run(arguments: Arguments) -> Path:
 def comparable_rows(name: str, asked: dict[str, Any]) -> dict[str, Row]:
     """The rows of the result by run. Raises UseError where they are of other settings; there may be more remedies."""
     document = read_document("gap", name)
-    there = {"precision": "auto", **document["parameters"]} if document.get("rows") else {}
+    there = {"precision": "auto", "freeze": "none", **document["parameters"]} if document.get("rows") else {}
     for key, value in there.items():
         if key != "remedies" and asked.get(key) != value:
             raise UseError(f"--name {name}: this result has runs with {key} {value}, not {asked.get(key)}; use another")
@@ -213,7 +219,7 @@ def recipe_of(run: Run, arguments: Arguments, batches: Sequence[int], rate: floa
             head=start.head,
             head_init=start.head_init,
             weights=str(arguments.weights),
-            freeze="backbone" if frozen else "0" if remedy.frozen_embedding else "none",
+            freeze="backbone" if frozen else "0" if remedy.frozen_embedding else arguments.freeze,
         ),
         optim=OptimConfig(
             name=remedy.optimizer,

@@ -21,8 +21,8 @@ from tests.harness import write_shard_set
 BATCHES = [16, 64, 256]
 
 
-def recipe(remedy: str, batch: int, train: Any = "frozen") -> Recipe:
-    arguments = gap.Arguments(set=Path("set"), weights=Path("w.safetensors"), name="x", train=train, epochs=4)
+def recipe(remedy: str, batch: int, train: Any = "frozen", **more: Any) -> Recipe:
+    arguments = gap.Arguments(set=Path("set"), weights=Path("w.safetensors"), name="x", train=train, epochs=4, **more)
     return gap.recipe_of(Run("cls", remedy, batch, 0), arguments, BATCHES, 0.02, samples=1000)
 
 
@@ -42,6 +42,7 @@ def test_a_remedy_changes_what_it_says_and_nothing_else() -> None:
     assert recipe("adamw", 256).optim.name == "adamw"
     assert recipe("frozen embedding", 256, "all").model.freeze == "0"
     assert (fixed.model.freeze, recipe(FIXED, 256, "all").model.freeze) == ("backbone", "none")
+    assert recipe(FIXED, 256, "all", freeze="10").model.freeze == "10"
     for remedy in ("own rate", "linear + momentum by samples"):
         assert recipe(remedy, 256).data == fixed.data
 
@@ -123,5 +124,7 @@ def test_a_small_one_searches_trains_answers_and_continues(
     assert again[:5] == document["rows"] and len(again) == 8
     assert main([*words, "--seeds=2", "--epochs=2"]) == 2
     assert "this result has runs with epochs 1, not 2" in capfd.readouterr().err
+    assert main([*words, "--seeds=2", "--freeze=10"]) == 2
+    assert "--freeze 10: it goes with --train all" in capfd.readouterr().err
     assert main(["gap", str(shards), "--weights=w", "--name=x", "--heads=mlp"]) == 2
     assert "no head 'mlp'" in capfd.readouterr().err

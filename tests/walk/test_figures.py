@@ -277,6 +277,18 @@ def test_how_well_the_noise_scale_predicts_is_what_the_committed_knees_say() -> 
     text = text_in_one_line("docs/training.md")
     assert "is 0.5 to 1.5 times the predicted one, in six of them within a factor of two" in text
     assert "it is 0.7 to 17 times the prediction, within a factor of two in four" in text
+    (one,) = result("knee/photos")["knees"]
+    assert one["doubt"] is None and one["seeds"] == 4
+
+    def with_interval(name: str) -> str:
+        return f"{one[name]:.0f} ({one[f'{name}_low']:.0f} to {one[f'{name}_high']:.0f})"
+
+    assert f"the batch is {one['says']}, the fitted one {with_interval('fitted')}" in text
+    assert (
+        f"the prediction {with_interval('predicted')}. From batch 64 on the lowest rate tried was best there." in text
+    )
+    tried = {row["factor"] for row in result("knee/photos")["rows"] if row["batch"] > 0}
+    assert [batch for batch, factor in one["factors"].items() if factor == min(tried)] == ["64", "128", "256"]
     rows = result("knee/frozen")["rows"]
     lowest = [
         (one["setting"], batch)
