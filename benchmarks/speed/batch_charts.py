@@ -64,7 +64,8 @@ def series_of(rows: Sequence[Row], by_way: bool = True) -> dict[str, list[Row]]:
         words["compile"] = lambda row: "eager" if row.get("compile") == "none" else str(row.get("compile") or "")
     differ = [key for key in words if len({row.get(key) for row in rows}) > 1]
     found: dict[str, list[Row]] = {}
-    for row in rows:
+    # Eager ones first: so a head has the colour that it has where model.compile tells no lines apart.
+    for row in sorted(rows, key=lambda row: row.get("compile") not in (None, "none")):
         parts = [words[key](row) for key in differ]
         if by_way and row.get("micro_batch") not in (None, row.get("batch_size")):
             parts.append(f"in micro-batches of {row['micro_batch']}")
@@ -118,6 +119,6 @@ def _draw_front(rows: Sequence[Row], cost: str, suffix: str) -> Figure:
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel(COST_LABELS[cost])
     axes.set_ylabel("test top-1, %")
-    axes.margins(0.1)
+    axes.margins(0.15, 0.1)
     legend(figure, len(series))
     return figure
