@@ -238,7 +238,10 @@ def test_branches_are_measured_once_and_reported(
     assert rows[1]["rate"] == pytest.approx(0.003 * math.sqrt(2))
     (found,) = document["knees"]
     assert (found["samples"], found["seeds"], found["knee_low"]) == (48, 1, None)
-    assert found["start_loss"] > min(row["val_loss"] for row in rows)  # it learns
+    trunk = (Path(recipe.train.run) / "trunk" / "metrics.jsonl").read_text().splitlines()
+    (evaluated,) = (entry["loss"] for entry in map(json.loads, trunk) if entry.get("split") == "val")
+    assert found["start_loss"] == pytest.approx(evaluated, rel=1e-6)
+    assert all(row["val_loss"] != found["start_loss"] for row in rows)
     assert "says" in found and found["says"] in knee.BENCHMARK.headline(document)
     assert tables_of(benchmark_of("knee"), document)
     for chart in knee.BENCHMARK.charts(document):
