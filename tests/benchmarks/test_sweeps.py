@@ -336,7 +336,7 @@ POINTS = st.lists(
 def test_the_front_is_what_no_point_beats(rows: list[dict[str, Any]], tolerance: float) -> None:
     for number, row in enumerate(rows):
         row["batch_size"] = number
-    mark(rows, tolerance)
+    mark(rows, tolerance, 10)
     for row in rows:
         beaten = any(
             (other["train_minutes"] < row["train_minutes"] and other["top1"] >= row["top1"])

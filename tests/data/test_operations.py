@@ -65,6 +65,13 @@ def torchvisions(policy: str, image: NDArray[np.uint8], operation: int, magnitud
     return made.permute(1, 2, 0).numpy()
 
 
+def to_the_last_bit(policy: str, image: np.ndarray, operation: int, magnitude: float) -> list[np.ndarray]:
+    """The same, and beside it for a shear and a turn what it makes of magnitudes that are hardly others: which of two
+    pixels a point half-way between them takes hangs on the last bit of its place, and that on the processor."""
+    hardly = (1, 1 + 1e-5, 1 - 1e-5) if operation in (Operation.SHEAR_X, Operation.SHEAR_Y, Operation.ROTATE) else (1,)
+    return [torchvisions(policy, image, operation, factor * magnitude) for factor in hardly]
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("side", [16, 96, 128, 224, 225])
 def test_operations_and_magnitudes_are_torchvisions(policy: str, side: int) -> None:
@@ -93,13 +100,14 @@ def test_each_operation_is_torchvisions_at_every_magnitude(apply: Apply, operati
         images = np.stack([some[i % len(some)] for i in range(len(values))])
         kinds, magnitudes = np.full((len(values), 1), operation, np.int64), np.array(values)[:, None]
         got = operate(apply, images, kinds, magnitudes)
-        expected = np.stack(
+        differences = np.stack(
             [
-                torchvisions(policy, *both, value)
-                for *both, value in ((image, operation, value) for image, value in zip(images, values, strict=True))
+                np.min(
+                    [abs(result.astype(int) - one) for one in to_the_last_bit(policy, image, operation, value)], axis=0
+                )
+                for image, value, result in zip(images, values, got, strict=True)
             ]
         )
-        differences = np.abs(got.astype(int) - expected)
         assert differences.max() <= (0 if operation in MOVES else 1), (policy, differences.max())
         assert (differences > 0).mean() < 0.01
 
@@ -112,10 +120,10 @@ def test_an_image_is_flipped_first_and_then_has_its_operations_one_after_the_oth
     flip = np.arange(len(images)) % 2 == 0
     got = apply(images, flip, kinds, magnitudes, affine_maps(kinds, magnitudes, images.shape[1]))
     for image, flipped, result in zip(images, flip, got, strict=True):
-        expected = image[:, ::-1].copy() if flipped else image
-        for kind, magnitude in zip(kinds[0], magnitudes[0], strict=True):
-            expected = torchvisions("randaugment", expected, kind, magnitude)
-        assert np.abs(result.astype(int) - expected).max() <= 1
+        expected = [image[:, ::-1].copy() if flipped else image]
+        for step in zip(kinds[0], magnitudes[0], strict=True):
+            expected = [made for one in expected for made in to_the_last_bit("randaugment", one, *step)]
+        assert np.min([abs(result.astype(int) - one) for one in expected], axis=0).max() <= 1
 
 
 def drawn(count: int, side: int, **settings: object) -> Augmentation:
