@@ -278,7 +278,7 @@ def describe_plan(left: list[Recipe], total: int, sweep: Arguments, samples: int
     for recipe in left:
         model = (recipe.model.backbone, recipe.data.image_size)
         if model not in rates:
-            config = replace(recipe.model, weights="none")
+            config = replace(recipe.model, weights="none", checkpoint_blocks=False)
             vocabulary = step.SYNTHETIC_VOCABULARY if config.text_tokens else 0
             network = build_model(config, recipe.data.image_size, step.PAPER_CLASSES, vocabulary)[0]
             flops = training_flops_per_sample(network, *one_sample(recipe))

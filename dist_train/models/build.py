@@ -42,6 +42,8 @@ def build_model(
     initialise_head(head, config.head_init)
 
     model = Classifier(backbone, head, text, config.mask_padding)
+    if config.checkpoint_blocks:
+        model.recompute_blocks(True)
     own, classifiers = plain_weights(model), classifier_names(backbone)
     report = load_weights(own, config.weights, config.backbone, config.pos_resize, class_names, image_size, classifiers)
     if config.lora:
@@ -55,14 +57,11 @@ def _build_backbone(config: ModelConfig, image_size: int, features: Features) ->
     shape = vit_shape(config.backbone)
     if shape is not None:
         vit = TokenTransformer(shape, image_size, features, config.dropout, config.norm_eps, config.drop_path)
-        vit.set_grad_checkpointing(config.checkpoint_blocks)
         return vit, shape.dim, shape.depth
     # The paper's CNNs have no layer that model.dropout is about.
     dropout = 0.0 if is_paper_name(config.backbone) else config.dropout
     text = config.text_tokens > 0
     backbone = build_timm(config.backbone, image_size, features, config.drop_path, dropout, text)
-    if config.checkpoint_blocks:
-        backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     traits = inspect(config.backbone, image_size)
     return backbone, traits.pooled_dim if features == "pooled" else traits.token_dim, traits.depth
 

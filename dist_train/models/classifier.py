@@ -36,6 +36,10 @@ class Classifier(nn.Module):
             module.eval()
         return self
 
+    def recompute_blocks(self, on: bool) -> None:
+        """Keep no activations inside of the backbone's blocks but compute them again in the backward pass; or not."""
+        self.backbone.set_grad_checkpointing(on)  # type: ignore[operator]
+
     def forward(self, images: Tensor, text_ids: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         """Logits (B, num_classes) of images (B, 3, H, W), float; or of their features, where those are given.
 
@@ -52,7 +56,9 @@ class Classifier(nn.Module):
 
     def _arithmetic(self, images: Tensor) -> AbstractContextManager[Any]:
         # In here and not around the model: DeepSpeed's engine switches an autocast around it off, on GPUs alone.
-        return nullcontext() if self.autocast is None else torch.autocast(images.device.type, self.autocast)
+        if self.autocast is None or images.is_meta:  # on the meta device nothing is computed
+            return nullcontext()
+        return torch.autocast(images.device.type, self.autocast)
 
     def _logits(self, images: Tensor, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor:
         if (text_ids is None) != (self.text is None):

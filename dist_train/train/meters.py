@@ -10,11 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,15 +47,20 @@ def training_flops_per_sample(model: nn.Module, *inputs: Tensor) -> int:
     """FLOPs of forward and backward for one sample; `inputs` is a batch of one.
 
     Counted by torch (2 per multiply-add) over both passes, as the model is frozen: nothing is propagated below the
-    lowest weight that is trained, and a frozen weight has no gradient. `model.checkpoint_blocks` must be off meanwhile:
-    what is computed again is no work of the model.
+    lowest weight that is trained, and a frozen weight has no gradient. Counted on the meta device, where tensors have a
+    shape and nothing is computed. Blocks must not be computed again meanwhile: that is no work of the model.
     """
     training = model.training
     model.eval()  # batch norm cannot train on one sample
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # By single products: in the CPU's fused attention torch counts nothing.
+    tensors = {
+        name: torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
+        for name, tensor in chain(model.named_parameters(), model.named_buffers())
+    }
+    trained = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    # By single products: in fused attention torch does not always count any.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        torch.autograd.grad(model(*inputs).sum(), trained, allow_unused=True)
+        logits = functional_call(model, tensors, tuple(its.to("meta") for its in inputs))
+        torch.autograd.grad(logits.sum(), trained, allow_unused=True)
     model.train(training)
     return int(counter.get_total_flops())
 

@@ -90,13 +90,12 @@ def build_step(
         graphs = compile_mode(recipe, device, place.world_size) == "graphs"
     micro_batch = micro_batch_of(recipe.train.batch_size, place.world_size, recipe.train.micro_batch_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    with next(model.parameters()).device:
-        inputs = one_sample(recipe) if model.feature_shape is None else (torch.zeros(1, *model.feature_shape),)
-        if recipe.model.checkpoint_blocks:
-            model.backbone.set_grad_checkpointing(False)  # type: ignore[operator]
-        flops = training_flops_per_sample(model, *inputs)
-        if recipe.model.checkpoint_blocks:
-            model.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    inputs = one_sample(recipe) if model.feature_shape is None else (torch.zeros(1, *model.feature_shape),)
+    if recipe.model.checkpoint_blocks:
+        model.recompute_blocks(False)
+    flops = training_flops_per_sample(model, *inputs)
+    if recipe.model.checkpoint_blocks:
+        model.recompute_blocks(True)
     engine = build_engine(model, recipe, place, micro_batch)
     accumulation = recipe.train.batch_size // (place.world_size * micro_batch)
     noise = None

@@ -48,6 +48,17 @@ def test_a_frozen_weight_beside_adapters_has_no_gradient() -> None:
     assert flops_of(lora=rank) == forward + backward - to_the_embedding
 
 
+def test_the_weights_are_neither_read_nor_changed_nor_moved() -> None:
+    """Nor has the count anything to do with autocast, in which features for a cache have been computed before it."""
+    network, _ = build_model(ModelConfig(backbone="vit_tiny_patch16"), SIDE, CLASSES)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.autocast = torch.bfloat16
+    assert training_flops_per_sample(network, torch.full((1, 3, SIDE, SIDE), torch.nan)) == flops_of()
+    assert network.training and all(parameter.grad is None for parameter in network.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert network(torch.randn(2, 3, SIDE, SIDE)).isfinite().all()
+
+
 @pytest.mark.parametrize("backbone", ["vit_tiny_patch16", "vit_tiny_patch16_224", "convnext_atto"])
 def test_what_is_computed_again_is_not_counted(backbone: str) -> None:
     counted = []
