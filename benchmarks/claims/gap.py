@@ -29,6 +29,7 @@ from dist_train.config import DataConfig, DeepSpeedConfig, ModelConfig, OptimCon
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.output import say
+from dist_train.recipe import check
 from dist_train.train.schedule import count_steps
 
 MOMENTUM = 0.9
@@ -100,7 +101,11 @@ def run(arguments: Arguments) -> Path:
     asked = {key: value for key, value in asked.items() if key not in ("name", "jobs", "scratch", "heads", "seeds")}
     asked |= {"digest": manifest.digest, "classes": len(manifest.classes)}
     rows = comparable_rows(arguments.name, asked)
-    chosen = search(arguments, heads, remedies, batches, manifest.split("train").samples, rows)
+    samples = manifest.split("train").samples
+    for head in heads:
+        one = recipe_of(Run(head, FIXED, batches[0], 0), arguments, batches, 0.0, samples)
+        check(one, 1, manifest=manifest, resume="auto")
+    chosen = search(arguments, heads, remedies, batches, samples, rows)
 
     def write() -> Path:
         found = list(rows.values())
@@ -115,7 +120,6 @@ def run(arguments: Arguments) -> Path:
     path = write()
     left = [run for run in plan(heads, remedies, batches, arguments.seeds) if run.name not in rows]
     say(f"{len(left)} runs are left")
-    samples = manifest.split("train").samples
     recipes = {}
     for each in left:
         rate = chosen[each.head, *searched_as(each.remedy, batches)]

@@ -126,5 +126,7 @@ def test_a_small_one_searches_trains_answers_and_continues(
     assert "this result has runs with epochs 1, not 2" in capfd.readouterr().err
     assert main([*words, "--seeds=2", "--freeze=10"]) == 2
     assert "--freeze 10: it goes with --train all" in capfd.readouterr().err
+    assert main([*words, "--name=y", "--train=all", "--freeze=abc"]) == 2  # before a run of the search begins
+    assert "model.freeze is 'abc'" in capfd.readouterr().err and not (tmp_path / "scratch" / "y").exists()
     assert main(["gap", str(shards), "--weights=w", "--name=x", "--heads=mlp"]) == 2
     assert "no head 'mlp'" in capfd.readouterr().err
