@@ -111,7 +111,7 @@ class ImagePipeline:
         self._fed = 0
         self._under_way: deque[tuple[Augmentation, Regions | None]] = deque()
         self._workers = threads
-        self._threads = ThreadPoolExecutor(threads)
+        self._threads = ThreadPoolExecutor(threads, "augment")
         self._memory = _Memory((batch_size, 3, self._size, self._size), depth + config.prefetch)
         mean, std = np.array(config.mean), np.array(config.std)
         self._normalise = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)

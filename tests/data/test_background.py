@@ -53,13 +53,14 @@ def batch_of(number: int) -> Batch:
 @pytest.fixture(autouse=True)
 def no_others_threads() -> None:
     """Those of loaders in other files' tests end when they are collected."""
-    gc.collect()
-    wait_for(lambda: not threads())
+    if threads():
+        gc.collect()
+        wait_for(lambda: not threads(), f"the end of {[one.name for one in threads()]}", 20)
 
 
 def threads() -> list[threading.Thread]:
     """Threads that making batches starts: its own, and those of the pipeline."""
-    return [one for one in threading.enumerate() if one.name.startswith(("batches", "ThreadPoolExecutor"))]
+    return [one for one in threading.enumerate() if one.name.startswith(("batches", "augment"))]
 
 
 def mapped(root: Path) -> bool:
