@@ -35,6 +35,8 @@ from dist_train.train.schedule import count_steps
 MOMENTUM = 0.9
 SEARCH_SEEDS = (100,)
 """Not among those of the runs that are compared."""
+NOT_OF_A_RUN = ("name", "jobs", "scratch", "keep_checkpoints", "heads", "seeds")
+"""Arguments that change nothing in a row."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ class Arguments:
     precision: Precision = "auto"
     """of forward and backward pass, as deepspeed.precision"""
     scratch: Path = Path("runs/gap")
-    """for features and runs; checkpoints are removed as each run ends"""
+    """for features and runs"""
+    keep_checkpoints: bool = False
+    """of each run, 90 MB or more a run with --train all, for python -m benchmarks landscape; else they are removed as
+    it ends"""
     jobs: int = 1
     """runs at a time"""
 
@@ -98,7 +103,7 @@ def run(arguments: Arguments) -> Path:
     if missing := [split for split in ("train", "val", "test") if split not in manifest.splits]:
         raise UseError(f"{arguments.set}: has no split {missing[0]}")
     asked = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(arguments).items()}
-    asked = {key: value for key, value in asked.items() if key not in ("name", "jobs", "scratch", "heads", "seeds")}
+    asked = {key: value for key, value in asked.items() if key not in NOT_OF_A_RUN}
     asked |= {"digest": manifest.digest, "classes": len(manifest.classes)}
     rows = comparable_rows(arguments.name, asked)
     samples = manifest.split("train").samples
@@ -128,6 +133,8 @@ def run(arguments: Arguments) -> Path:
     for recipe in ended(list(recipes.values()), arguments.jobs, "gap"):
         each = by_folder[recipe.train.run]
         rows[each.name] = row_of(each, recipe)
+        if not arguments.keep_checkpoints:
+            remove_checkpoints(recipe)
         path = write()
     return path
 
@@ -166,6 +173,7 @@ def search(
     for recipe in ended(recipes, arguments.jobs, "search"):
         each = by_folder[recipe.train.run]
         rows[each.name] = row_of(each, recipe)
+        remove_checkpoints(recipe)
     chosen = {}
     for place, its in runs.items():
         tried: dict[float, list[Row]] = {}
@@ -249,9 +257,13 @@ def recipe_of(run: Run, arguments: Arguments, batches: Sequence[int], rate: floa
     return with_normalisation(asked)  # as a run's own recipe has it, by which a finished one is known
 
 
-def row_of(run: Run, recipe: Recipe) -> Row:
-    """A run that has ended; removes its checkpoints, which hold the whole backbone each."""
+def remove_checkpoints(recipe: Recipe) -> None:
+    """Of a run that has ended: they hold the whole backbone each."""
     shutil.rmtree(Path(recipe.train.run) / "checkpoints", ignore_errors=True)
+
+
+def row_of(run: Run, recipe: Recipe) -> Row:
+    """A run that has ended."""
     found: Row = {"run": run.name, **asdict(run), "searched_rate": run.rate > 0, "lr": recipe.optim.lr}
     del found["rate"]
     found |= {"epochs": recipe.train.epochs, "diverged": not is_finished(recipe)}

@@ -56,8 +56,12 @@ class Arguments:
     """half of that side, in units of the filters' norms"""
     line_points: int = 29
     """on the line from the initial weights (0) to the trained ones (1), from -0.2 to 1.2"""
+    directions: int = 8
+    """more directions, over which and over the samples the excess loss has an error; 0 for none"""
+    hessian_steps: int = 50
+    """at most, of the power iteration for the Hessian's largest eigenvalue; 0 for none"""
     seed: int = 0
-    """of the two directions"""
+    """of the directions"""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -77,6 +81,9 @@ class Arguments:
             raise UseError(f"--radius: {self.radius} is not above 0; 1 moves every filter by its own norm")
         if self.line_points < 2:
             raise UseError(f"--line-points: {self.line_points} is not at least 2")
+        for key in ("directions", "hessian_steps"):
+            if getattr(self, key) < 0:
+                raise UseError(f"--{key.replace('_', '-')}: {getattr(self, key)} is below 0")
 
 
 def run(arguments: Arguments) -> Path:
@@ -234,7 +241,12 @@ COLUMNS = [
     ("top1", "top-1", ".2%"),
     ("mean_excess_loss", "mean excess loss", ".4f"),
     ("max_excess_loss_half_radius", "highest excess within half the radius", ".4f"),
+    ("expected_excess_loss", "over more directions", ".4f"),
+    ("expected_excess_loss_error_directions", "± over directions", ".4f"),
+    ("expected_excess_loss_error_samples", "± over samples", ".4f"),
     ("curvature", "curvature", ",.4g"),
+    ("largest_eigenvalue", "largest eigenvalue of the Hessian", ",.4g"),
+    ("eigenvalue_residual", "its residual", ".1%"),
     ("line_barrier", "barrier on the line", ".4f"),
 ]
 BENCHMARK = Benchmark(

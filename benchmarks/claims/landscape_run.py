@@ -12,7 +12,8 @@ import json
 import logging
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from benchmarks.claims.sharpness import excess_losses, hessian_eigenvalue, mean_excess, sample_losses
 from benchmarks.claims.surface import (
     Floats,
     all_line_positions,
@@ -52,7 +54,7 @@ from dist_train.use.trained import TrainedModel, load_trained
 if TYPE_CHECKING:
     from benchmarks.claims.landscape import Arguments
 
-_METHOD = 2  # of the numbers in a work file: another one makes old work files useless
+_METHOD = 3  # of the numbers in a work file: another one makes old work files useless
 log = logging.getLogger(__name__)
 
 
@@ -89,53 +91,30 @@ def read_runs(runs: list[Path]) -> tuple[list[Recipe], Manifest]:
 
 
 def measure_run(
-    run: Path, recipe: Recipe, manifest: Manifest, asked: Arguments, work: Path
+    run: Path, recipe: Recipe, manifest: Manifest, asked: Arguments, work_file: Path
 ) -> tuple[Row, dict[str, Floats]]:
-    """The row of a run, without its arrays' name, and its `surface_arrays`. Finished rows of the plane are kept in the
-    file `work`, from which the next call continues."""
+    """The row of a run, without its arrays' name, and its `surface_arrays`. What is finished of it is kept in the work
+    file, from which the next call continues."""
     trained = load_trained(run, recipe, "last", False)
     batches = hold_subset(trained, recipe, manifest, asked.split, asked.samples)
     plane, line = plane_points(asked.points, asked.radius), all_line_positions(asked.line_points)
-    key = _work_key(trained, recipe, manifest, asked)
-    values = read_work(work, key, len(plane) + len(line))
-    note = None
+    work = read_work(work_file, _work_key(trained, recipe, manifest, asked), len(plane) + len(line))
     # TensorFloat-32, cuDNN's default for the patches' convolution, has 10 bits of mantissa: not enough for differences.
-    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    left = len(plane) + len(line) - len(values)
-    bar = tqdm(total=left, desc=run.resolve().name, unit="point", disable=not sys.stderr.isatty())
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        if "sharpness" not in work.done:
+            work.done["sharpness"] = np.array(json.dumps(_sharpness(trained, batches, asked)))
+            work.save()
+        note = _measure_points(run, recipe, trained, batches, asked, work)
 
-    def measure() -> None:
-        values.append(loss_and_top1(trained.forward, batches))
-        bar.update()
-        if len(values) % asked.points == 0 or len(values) == len(plane) + len(line):
-            save_arrays(work, {"key": np.array(key), "values": np.array(values)})
-
-    with exact, bar:
-        if len(values) < len(plane):
-            move = move_on_plane(trained.model, *(draw_direction(trained.model, asked.seed, i) for i in (1, 2)))
-            for a, b in plane[len(values) :]:
-                move(a, b)
-                measure()
-            move(0.0, 0.0)  # the line ends at the trained weights
-        if len(values) < len(plane) + len(line):
-            try:
-                move_to = move_on_line(trained.model, initial_weights(recipe, trained))
-            except (UseError, WorkError) as error:
-                note = f"no line, as the initial weights cannot be made again: {error}"
-                log.warning("%s: %s", run, note)
-            else:
-                for t in line[len(values) - len(plane) :]:
-                    move_to(t)
-                    measure()
-
-    on_plane, on_line = np.split(np.array(values, np.float64), [len(plane)])
+    on_plane, on_line = np.split(np.array(work.values, np.float64), [len(plane)])
     numbers = dict(zip(("loss", "top1"), on_plane[0].tolist(), strict=True))
-    numbers |= sharpness(on_plane, asked.points, asked.radius)
+    numbers |= sharpness(on_plane, asked.points, asked.radius) | json.loads(str(work.done["sharpness"]))
     row = {
         "run": run.resolve().name,
         "backbone": recipe.model.backbone,
         "head": recipe.model.head,
         "batch_size": recipe.train.batch_size,
+        "seed": recipe.train.seed,
         "image_size": recipe.data.image_size,
         "text_tokens": recipe.model.text_tokens,
         "step": read_state(trained.checkpoint).step,
@@ -146,6 +125,53 @@ def measure_run(
     }
     arrays = surface_arrays(on_plane, on_line, asked.points, asked.radius)
     return row | ({"line_note": note} if note else {}), arrays
+
+
+def _sharpness(trained: TrainedModel, batches: list[Batch], asked: Arguments) -> dict[str, float | None]:
+    """The numbers of `benchmarks.claims.sharpness`."""
+    numbers: dict[str, float | None] = {}
+    if asked.directions:
+        losses = partial(sample_losses, trained.forward, batches)
+        numbers |= mean_excess(excess_losses(trained.model, losses, asked.seed, asked.directions, asked.radius))
+    if asked.hessian_steps:
+        found = hessian_eigenvalue(trained.model, batches, asked.seed, asked.hessian_steps)
+        numbers |= {"largest_eigenvalue": found.value, "eigenvalue_residual": found.residual}
+        numbers["eigenvalue_steps"] = found.steps
+    return numbers
+
+
+def _measure_points(
+    run: Path, recipe: Recipe, trained: TrainedModel, batches: list[Batch], asked: Arguments, work: Work
+) -> str | None:
+    """Add (loss, top-1) at the points of the plane and the line that are not in `work`; why there is no line, if so."""
+    plane, line = plane_points(asked.points, asked.radius), all_line_positions(asked.line_points)
+    values, total = work.values, len(plane) + len(line)
+    bar = tqdm(total=total - len(values), desc=run.resolve().name, unit="point", disable=not sys.stderr.isatty())
+
+    def measure() -> None:
+        values.append(loss_and_top1(trained.forward, batches))
+        bar.update()
+        if len(values) % asked.points == 0 or len(values) == total:
+            work.save()
+
+    with bar:
+        if len(values) < len(plane):
+            move = move_on_plane(trained.model, *(draw_direction(trained.model, asked.seed, i) for i in (1, 2)))
+            for a, b in plane[len(values) :]:
+                move(a, b)
+                measure()
+            move(0.0, 0.0)  # the line ends at the trained weights
+        if len(values) < total:
+            try:
+                move_to = move_on_line(trained.model, initial_weights(recipe, trained))
+            except (UseError, WorkError) as error:
+                note = f"no line, as the initial weights cannot be made again: {error}"
+                log.warning("%s: %s", run, note)
+                return note
+            for t in line[len(values) - len(plane) :]:
+                move_to(t)
+                measure()
+    return None
 
 
 def hold_subset(trained: TrainedModel, recipe: Recipe, manifest: Manifest, split: str, samples: int) -> list[Batch]:
@@ -227,21 +253,38 @@ def _work_key(trained: TrainedModel, recipe: Recipe, manifest: Manifest, asked: 
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def read_work(path: Path, key: str, most: int) -> list[tuple[float, float]]:
-    """(loss, top-1) of the points in a work file; none, with a warning, where it is damaged or of another
-    measurement."""
+@dataclass
+class Work:
+    """What is finished of a run, in a file: (loss, top-1) of the points, and `done`, numbers by name."""
+
+    path: Path
+    key: str
+    values: list[tuple[float, float]] = field(default_factory=list)
+    done: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    def save(self) -> None:
+        """Write the file. Raises WorkError where it cannot be."""
+        values = np.array(self.values, np.float64).reshape(-1, 2)
+        save_arrays(self.path, {"key": np.array(self.key), "values": values, **self.done})
+
+
+def read_work(path: Path, key: str, most: int) -> Work:
+    """What is in a work file; nothing, with a warning, where it is damaged or of another measurement."""
+    work = Work(path, key)
     if not path.exists():
-        return []
+        return work
     try:
         with np.load(path, allow_pickle=False) as arrays:
             its_key, values = str(arrays["key"]), np.asarray(arrays["values"])
+            done = {name: np.asarray(arrays[name]) for name in arrays.files if name not in ("key", "values")}
     except Exception as error:  # zip, zlib and numpy each have errors of their own
         log.warning("%s cannot be read (%s); measuring from the start", path, " ".join(str(error).split()))
-        return []
+        return work
     if its_key != key or values.ndim != 2 or values.shape[1] != 2 or len(values) > most:
         log.warning("%s is of another checkpoint or other settings; measuring from the start", path)
-        return []
-    return [(loss, top1) for loss, top1 in values.tolist()]
+        return work
+    work.values, work.done = [(loss, top1) for loss, top1 in values.tolist()], done
+    return work
 
 
 def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:

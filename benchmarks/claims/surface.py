@@ -45,11 +45,12 @@ def draw_direction(model: nn.Module, seed: int, direction: int) -> dict[str, Ten
     word's embedding), d_i <- d_i |w_i| / |d_i| in the Frobenius norm (Li et al. 2018, section 4). Biases and norms do
     not move, as in Li's code, which takes what has one axis for such. Neither do the [CLS] token, the position
     embeddings and the token type: like biases they are added to what the filters give, and have no filters of their
-    own. In all, what moves is what weight decay is meant for (`is_decayed`). A filter that is zero stays.
+    own. In all, what moves is what weight decay is meant for (`is_decayed`), of what is trained: weights that
+    model.freeze holds are no solution of the run. A filter that is zero stays.
     """
     drawn = {}
     for name, parameter in model.named_parameters():
-        if is_decayed(name, parameter):
+        if parameter.requires_grad and is_decayed(name, parameter):
             noise = gaussian(seed, direction, name, parameter.shape).to(parameter.device)
             scale = _filter_norms(parameter.detach()) / _filter_norms(noise)
             drawn[name] = noise * scale.view(-1, *[1] * (noise.ndim - 1))

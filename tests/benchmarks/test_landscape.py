@@ -35,7 +35,8 @@ from tests import harness
 from tests.harness import CLASSES, write_shard_set
 
 TEST = [7, 6]
-SMALL = {"split": "test", "samples": 7, "points": 3, "radius": 0.5, "line_points": 4, "seed": 0}
+SMALL = {"split": "test", "samples": 7, "points": 3, "radius": 0.5, "line_points": 4, "seed": 0, "directions": 2}
+SMALL |= {"hessian_steps": 2}
 
 
 def train(shards: Path, run: Path, **changes: object) -> Path:
