@@ -54,16 +54,25 @@ def closers(
     rows: Sequence[Row], heads: Sequence[str], remedies: Sequence[str], batches: Sequence[int]
 ) -> list[tuple[str, float]]:
     """(remedy, percent of the gap that it wins back on average over the heads with a gap), the best first. Without
-    those by which a run of such a head diverged: of the others alone the mean would be too good."""
+    those by which a run of such a head diverged, of the others alone the mean would be too good, and without those
+    that are not `complete`."""
+    losing = _losing(rows, heads, batches)
     means = []
-    losing = [head for head in heads if gap(rows, head, batches) and gap(rows, head, batches).sign > 0]
     for remedy in remedies:
-        if any(diverged(rows, head, remedy) for head in losing):
-            continue
-        shares = [share.mean for head in heads if (share := closed(rows, head, remedy, batches))]
-        if shares:
+        if complete(rows, losing, remedy, batches) and not any(diverged(rows, head, remedy) for head in losing):
+            shares = [closed(rows, head, remedy, batches).mean for head in losing]
             means.append((remedy, sum(shares) / len(shares)))
     return sorted(means, key=lambda pair: -pair[1])
+
+
+def _losing(rows: Sequence[Row], heads: Sequence[str], batches: Sequence[int]) -> list[str]:
+    return [head for head in heads if (lost := gap(rows, head, batches)) and lost.sign > 0]
+
+
+def complete(rows: Sequence[Row], losing: Sequence[str], remedy: str, batches: Sequence[int]) -> bool:
+    """Whether the remedy has runs of at least two seeds, finite or not, of every head that loses."""
+    counts = [diverged(rows, head, remedy) + len(closed(rows, head, remedy, batches)) for head in losing]
+    return bool(counts) and min(counts) > 1
 
 
 def diverged(rows: Sequence[Row], head: str, remedy: str) -> int:
@@ -107,6 +116,8 @@ def _closes(rows: Sequence[Row], heads: Sequence[str], remedy: str, batches: Seq
         return None
     question = f"Does `{remedy}` win back what batch {batches[-1]} loses?"
     verdict = YES if all(whole) else NO if not any(whole) else "for some heads"
+    if not complete(rows, _losing(rows, heads, batches), remedy, batches):
+        verdict = UNDECIDED  # by one seed, or of some heads
     return _answer(question, verdict, "share of the gap won back: " + "; ".join(said))
 
 
@@ -117,10 +128,14 @@ def _explained(
     if not best:
         return None
     shown = ", ".join(f"{remedy} {share:.0f} %" for remedy, share in best)
-    others = [remedy for remedy in remedies if remedy not in dict(best)]
+    losing = _losing(rows, heads, batches)
+    unfinished = [remedy for remedy in remedies if not complete(rows, losing, remedy, batches)]
+    others = [remedy for remedy in remedies if remedy not in (*dict(best), *unfinished)]
     shown += f"; runs diverged: {'; '.join(others)}" if others else ""
+    shown += f"; without the runs of two seeds of each head: {'; '.join(unfinished)}" if unfinished else ""
     question = f"Is at least {EXPLAINED:.0f} % of the gap explained by one of them?"
-    return _answer(question, YES if best[0][1] >= EXPLAINED else NO, f"mean over the heads that have a gap: {shown}")
+    verdict = YES if best[0][1] >= EXPLAINED else UNDECIDED if unfinished else NO
+    return _answer(question, verdict, f"mean over the heads that have a gap: {shown}")
 
 
 def _adds(rows: Sequence[Row], head: str, remedy: str, batches: Sequence[int]) -> Answer | None:

@@ -92,6 +92,29 @@ def test_the_share_of_the_gap_is_what_a_remedy_wins_back_and_a_head_without_a_ga
     assert answers["Does accuracy fall with the batch size, at one rate and number of epochs?"] == "undecided"
 
 
+def test_one_seed_or_a_head_without_its_runs_decides_nothing() -> None:
+    levels = {
+        ("cls", FIXED, 16): [80.0, 81.0, 82.0],
+        ("cls", FIXED, 256): [70.0, 71.0, 72.0],
+        ("ifa", FIXED, 16): [80.0, 82.0, 81.0],
+        ("ifa", FIXED, 256): [60.0, 62.0, 61.0],
+        ("cls", "own rate", 256): [75.0, 76.5, 77.0],
+        ("ifa", "own rate", 256): [70.0, 71.0, 72.0],
+    }
+
+    def ask(equal_steps: dict[str, list[float]]) -> tuple[dict[str, str], list[str]]:
+        rows = rows_of(levels | {(head, "equal steps", 256): its for head, its in equal_steps.items()})
+        verdicts = {answer["question"]: answer["verdict"] for answer in answer_questions(rows, BATCHES)}
+        named = [name for name, _ in closers(rows, ["cls", "ifa"], ["own rate", "equal steps"], BATCHES)]
+        return {word: next(its for asked, its in verdicts.items() if word in asked) for word in ("equal", "95")}, named
+
+    both = ask({"cls": [80.0, 81.0, 82.1], "ifa": [81.0, 82.0, 81.5]})
+    assert both == ({"equal": "yes", "95": "yes"}, ["equal steps", "own rate"])
+    undecided = ({"equal": "undecided", "95": "undecided"}, ["own rate"])
+    assert ask({"cls": [80.0, 81.0, 82.1]}) == undecided
+    assert ask({"cls": [80.0, 81.0, 82.1], "ifa": [81.0]}) == undecided
+
+
 def test_the_error_of_a_share_is_that_of_a_ratio_of_paired_runs() -> None:
     # The gap differs from seed to seed, what is left of it does not: a remedy that comes to 1 point below each time.
     small, large, remedied = [80.0, 82.0, 81.0, 83.0], [70.0, 78.0, 74.0, 74.0], [79.0, 81.0, 80.0, 82.0]
