@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,7 +171,9 @@ def search(
     left = [each for its in runs.values() for each in its if each.name not in rows]
     recipes = [recipe_of(each, arguments, batches, each.rate, samples) for each in left]
     by_folder = {recipe.train.run: each for each, recipe in zip(left, recipes, strict=True)}
-    for recipe in ended(recipes, arguments.jobs, "search"):
+    first = first_readers(recipes) if arguments.train == "frozen" else []
+    others = [recipe for recipe in recipes if recipe not in first]
+    for recipe in chain(ended(first, 1, "features"), ended(others, arguments.jobs, "search")):
         each = by_folder[recipe.train.run]
         rows[each.name] = row_of(each, recipe)
         remove_checkpoints(recipe)
@@ -183,6 +186,13 @@ def search(
         if chosen[place] in (min(tried), max(tried)):
             say(f"note: {place[0]}, {place[1]}, batch {place[2]}: the best rate {chosen[place]:g} is at the edge")
     return chosen
+
+
+def first_readers(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """The first recipe of each kind of features, by which they are computed: one at a time, with all cores."""
+    from dist_train.models.heads import HEADS as MODELS_HEADS
+
+    return list({MODELS_HEADS[recipe.model.head].reads: recipe for recipe in reversed(recipes)}.values())
 
 
 def _merit(rows: Sequence[Row]) -> tuple[float, float]:

@@ -50,17 +50,20 @@ def batch_of(number: int) -> Batch:
     return Batch(torch.zeros(1), torch.zeros(1), torch.ones(1), None, None, np.array([number]))
 
 
-@pytest.fixture(autouse=True)
-def no_others_threads() -> None:
-    """Those of loaders in other files' tests end when they are collected."""
-    if threads():
-        gc.collect()
-        wait_for(lambda: not threads(), f"the end of {[one.name for one in threads()]}", 20)
+OTHERS: set[threading.Thread] = set()
+"""Threads that tests of other files have left in this process: what is asked here is whether these tests leave any."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def note_others_threads() -> None:
+    gc.collect()  # those of loaders that nobody holds any more end with them
+    OTHERS.update(threads())
 
 
 def threads() -> list[threading.Thread]:
     """Threads that making batches starts: its own, and those of the pipeline."""
-    return [one for one in threading.enumerate() if one.name.startswith(("batches", "augment"))]
+    ours = (one for one in threading.enumerate() if one.name.startswith(("batches", "augment")))
+    return [one for one in ours if one not in OTHERS]
 
 
 def mapped(root: Path) -> bool:
