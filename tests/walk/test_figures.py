@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from benchmarks.claims.gap_answers import closed, closers
 from benchmarks.claims.gap_runs import accuracies as gap_accuracies
 from benchmarks.claims.histogram import colour_histogram_accuracy
 from benchmarks.claims.knee_fit import excess
 from benchmarks.claims.knee_report import losses_of
 from benchmarks.claims.study_runs import Seeds, accuracies
 from benchmarks.speed.head_cost import Size, share_of_step
+from benchmarks.tables import by
 from dist_train.models.heads import HEADS
 from dist_train.train.schedule import count_steps
 from shards.__main__ import main as shards_main
@@ -203,37 +206,102 @@ def test_what_the_study_says_of_ifa_is_what_its_runs_say() -> None:
     assert f"and {drawn:.1f} (drawn characters) and {photos:.1f} points (photos) below it at batch 256." in text
 
 
+GAPS = {"photos, 43 classes": "grocery-frozen", "photos, 81 classes": "grocery-fine-frozen"}
+GAPS |= {"drawn characters": "drawn-frozen"}
+
+
 def test_what_a_large_batch_costs_a_head_is_what_was_measured() -> None:
-    document = json.loads((REPOSITORY / "benchmarks/results/gap/grocery-frozen.json").read_bytes())
-    levels = {row["head"]: row for row in document["test_top1_in_percent"]}
-    named = {"ifa": "ifa", "last_n": "last four", "all_layers": "all layers", "attentive": "attentive", "cls": "cls"}
+    named = {"cls": "cls", "ifa": "ifa", "ifa mean": "ifa from the mean", "ifa last": "ifa from the last block"}
+    named |= {"last_n": "last four", "all_layers": "all layers", "attentive mean": "attentive"}
     table = [line for line in text_of("docs/training.md").splitlines() if line.startswith("| `model.head: ")]
-    assert len(table) == 6
+    rows = {
+        (place, row["head"]): row
+        for place, name in GAPS.items()
+        for row in result(f"gap/{name}")["test_top1_in_percent"]
+    }
+    assert len(table) == len(rows)
     for line in table:
-        head, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        name = named[head.split("`")[1].removeprefix("model.head: ")]
-        row = levels["ifa from the mean" if name == "ifa" and "head_init" in head else name]
+        head, place, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        words = " ".join(part.split(": ")[1].rstrip("`") for part in head.split(", "))
+        row = rows.pop((place, named[words]))
         assert cells == [row[key] for key in ("batch 16", "batch 256", "equal steps", "adamw + own rate")]
-    gaps = [float(row["batch 16"].split()[0]) - float(row["batch 256"].split()[0]) for row in levels.values()]
-    assert all(6 < gap < 8 for gap in sorted(gaps)[-4:])
-    found = [row["rate"] for row in document["rates"] if row["remedy"] == "adamw + own rate"]
-    highest = max(map(float, document["parameters"]["adamw_rates"].split(",")))
-    assert (len(found), found.count(highest), highest) == (6, 4, 0.01)
-    text = text_in_one_line("docs/training.md")
-    assert "for four of the six heads the best rate was 0.01, the highest tried, so perhaps more" in text
+    assert not rows
 
-    def mean(head: str, remedy: str, batch: int) -> float:
-        return gap_accuracies(compared, head, remedy, batch).mean
 
-    compared = [row for row in document["rows"] if not row["searched_rate"]]
-    lost = mean("cls", "fixed", 16) - mean("cls", "fixed", 256)
-    ifa, query = (mean(head, "equal steps", 256) - mean("cls", "equal steps", 256) for head in ("ifa", "attentive"))
+def test_what_is_said_of_large_batches_and_heads_is_what_the_runs_say() -> None:
+    documents = {place: result(f"gap/{name}") for place, name in GAPS.items()}
+    compared = {
+        place: [row for row in document["rows"] if not row["searched_rate"]] for place, document in documents.items()
+    }
+
+    def mean(place: str, head: str, remedy: str, batch: int) -> float:
+        return gap_accuracies(compared[place], head, remedy, batch).mean
+
+    verdicts = [
+        {answer["question"]: answer["verdict"] for answer in document["answers"]} for document in documents.values()
+    ]
+    for verdict in verdicts:
+        assert verdict["Does `equal steps` win back what batch 256 loses?"] == "yes"
+        condition = "when the gap is closed by `equal steps`?"
+        assert verdict[f"Is `attentive` better than CLS at batch 256 {condition}"] == "yes"
+        # Of IFA and its other starts none is better; on drawn characters the paper's cannot be told from CLS.
+        ifa = [its for asked, its in verdict.items() if asked.startswith("Is `ifa") and asked.endswith(condition)]
+        assert ifa and "yes" not in ifa
+    for document in documents.values():  # "four of the six heads"
+        found = [row["rate"] for row in document["rates"] if row["remedy"] == "adamw + own rate"]
+        highest = max(map(float, document["parameters"]["adamw_rates"].split(",")))
+        assert (len(found), found.count(highest), highest) == (6, 4, 0.01)
+    text, batches = text_in_one_line("docs/training.md"), (16, 256)
+
+    def list_of(numbers: Iterable[float], form: str = ".0f") -> str:
+        first, second, third = (f"{number:{form}}" for number in numbers)
+        return f"{first}, {second} and {third}"
+
+    heads = {place: list(by(rows, "head")) for place, rows in compared.items()}
+    remedies = ["equal steps", "adamw + own rate", "own rate", "square root", "momentum by samples"]
+    won = {place: dict(closers(rows, heads[place], remedies, batches)) for place, rows in compared.items()}
+    assert f"As many steps win back {list_of(its['equal steps'] for its in won.values())} % of the loss" in text
+    assert f"rate of its own wins back {list_of(its['adamw + own rate'] for its in won.values())} %" in text
+    assert f"searched at batch 256 wins back {list_of(its['own rate'] for its in won.values())} %" in text
+    assert all(its["momentum by samples"] < 0 for its in won.values())
+    of_cls = [
+        list_of(closed(rows, "cls", remedy, batches).mean for rows in compared.values())
+        for remedy in ("square root", "linear")
+    ]
+    assert f"Of `cls` the square root rule wins back {of_cls[0]} %, the linear one {of_cls[1]} %" in text
     readme = text_in_one_line("README.md")
-    assert (
-        f"On {GROCERY_TRAIN:,} photos of groceries a CLS head on a frozen DINOv2 ViT-S/14 loses {lost:.1f} points"
-        in readme
+    lost = [mean(place, "cls", "fixed", 16) - mean(place, "cls", "fixed", 256) for place in GAPS]
+    photos, fine, drawn = (f"{points:.1f}" for points in lost)
+    assert f"{photos} points on photos of 43 classes, {fine} on 81, {drawn} on drawn characters" in readme
+    gains = {
+        head: sorted(mean(place, head, "equal steps", 256) - mean(place, "cls", "equal steps", 256) for place in GAPS)
+        for head in ("ifa", "attentive")
+    }
+    query = (mean(place, "attentive", "equal steps", 256) - mean(place, "cls", "equal steps", 256) for place in GAPS)
+    assert f"With as many steps `attentive` is above `cls` by {list_of(query, '.1f')} points" in text
+    low, high = gains["attentive"][0], gains["attentive"][-1]
+    assert f"a learned query over all layers {low:.1f} to {high:.1f} above" in readme
+    low, high = -gains["ifa"][-1], -gains["ifa"][0]
+    assert f"IFA, the paper's remedy, is {low:.1f} to {high:.1f} points below CLS" in readme
+
+
+def test_what_is_said_of_trained_backbones_is_what_their_runs_say() -> None:
+    text, document = text_in_one_line("docs/training.md"), result("gap/grocery-upper")
+    upper = {row["head"]: row for row in document["test_top1_in_percent"]}
+    falls = [f"from {upper[head]['batch 16']} % at batch 16 to {upper[head]['batch 256']} %" for head in ("cls", "ifa")]
+    assert f"`cls` falls {falls[0]}, `ifa` {falls[1]}" in text
+    rows = [row for row in document["rows"] if not row["searched_rate"]]
+    sgd, adamw = (
+        [f"{closed(rows, head, remedy, (16, 256)).mean:.0f}" for head in ("cls", "ifa")]
+        for remedy in ("own rate", "adamw + own rate")
     )
-    assert f"is {-ifa:.0f} points below CLS, and a learned query over all layers {query:.0f} above" in readme
+    assert f"wins back {sgd[0]} and {sgd[1]} % of that, AdamW at its own {adamw[0]} and {adamw[1]} %" in text
+    assert f"Of equal steps there is one run, of `cls`, with {upper['cls']['equal steps']} %" in text
+    assert not upper["ifa"]["equal steps"] and "±" not in upper["cls"]["equal steps"]
+    every = result("gap/grocery-all")
+    (row,) = every["test_top1_in_percent"]
+    assert f"falls from {row['batch 16']} to {row['batch 256']} %, and to {row['frozen embedding']} % with" in text
+    assert every["rates"][0]["rate"] == min(map(float, every["parameters"]["rates"].split(",")))
 
 
 def test_the_profile_of_photos_is_what_was_measured() -> None:
