@@ -142,7 +142,7 @@ def test_a_small_one_searches_trains_answers_and_continues(
     assert [row["searched_rate"] for row in document["rows"]] == [True, True, False, False, False]
     assert document["answers"]
     assert not list(tmp_path.rglob("checkpoints"))
-    assert main([*words, "--seeds=2", "--keep-checkpoints=true"]) == 0  # more seeds, of the same search
+    assert main([*words, "--seeds=2", "--keep-checkpoints"]) == 0  # more seeds, of the same search
     kept = {path.parent.name for path in (tmp_path / "scratch").rglob("checkpoints")}
     assert kept == {"cls-fixed-batch4-seed1", "cls-fixed-batch8-seed1", "cls-own_rate-batch8-seed1"}
     again = json.loads((results / "gap/x.json").read_bytes())["rows"]

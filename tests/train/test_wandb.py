@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dist_train.models.saved import list_checkpoints
-from tests.harness import train, write_shard_set
+from tests.harness import train, wait_for, write_shard_set
 
 pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
 
@@ -29,6 +29,8 @@ def read_records(file: Path) -> Iterator[Any]:
             position += left
             continue
         _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        if position + 7 + length > len(content):  # being written
+            break
         record += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # the whole, or the last part
@@ -64,6 +66,8 @@ def test_stops_kills_and_resumes_are_one_run_and_no_point_doubles(
             for folder in list_checkpoints(run)[1:]:
                 shutil.rmtree(folder)
         assert train(shards, run, resume, train__stop_after_steps=stop, **project) == 0
+    last = {("train/loss", 8), ("val/top1", 8), ("test/top1", 8)}
+    wait_for(lambda: last <= points(run)[1].keys(), "wandb's own process to write what it was sent")
     ids, sent = points(run)
     assert ids == {json.loads((run / "wandb.json").read_text())["id"]}
     assert set(sent.values()) == {1}
