@@ -253,6 +253,8 @@ def test_what_cannot_be_measured_is_one_clear_line(
         ({"radius": math.inf}, "--radius: inf"),
         ({"samples": 0}, "--samples: 0"),
         ({"line_points": 1}, "--line-points: 1"),
+        ({"directions": -1}, "--directions: -1 is below 0"),
+        ({"hessian_steps": -1}, "--hessian-steps: -1 is below 0"),
         ({"split": "val"}, "no split 'val', only test, train"),
     ):
         with pytest.raises(UseError, match=message):
