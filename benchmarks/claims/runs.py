@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.points import Child, ChildEnded, gpu_environment
 from dist_train.config import Recipe, recipe_from_dict
+from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.output import say
 from dist_train.parse import recipe_from_run
@@ -41,10 +42,14 @@ def finish_runs(recipes: Sequence[Recipe], jobs: int, what: str) -> Iterator[Rec
 
     On GPUs child i has GPU i mod their number; on the CPU the children share the cores. `what` is the progress bar's
     title. A run that fails is reported in a WorkError after all others. Where the caller stops, or Ctrl-C, no further
-    run begins. Raises UseError where a run folder holds a run of another recipe, and as `threads_of` does.
+    run begins. Raises UseError where a run folder holds a run of another recipe, where a shard set has no test split,
+    and as `threads_of` does.
     """
     threads = threads_of(jobs)
     left = [recipe for recipe in recipes if not is_finished(recipe)]
+    for shards in dict.fromkeys(recipe.data.shards for recipe in left):
+        if "test" not in read_manifest(shards).splits:
+            raise UseError(f"{shards}: no test split, so its runs would have no accuracy to compare")
     bar = tqdm(total=len(recipes), initial=len(recipes) - len(left), desc=what, disable=not sys.stderr.isatty())
     yield from (recipe for recipe in recipes if recipe not in left)
     free: SimpleQueue[tuple[Child, Path]] = SimpleQueue()

@@ -44,25 +44,29 @@ def test_at_full_scale_a_run_is_compared_with_the_papers(tmp_path: Path, monkeyp
 
 
 @pytest.mark.launch
+@pytest.mark.parametrize(
+    ("table", "cell"), [("5", "vilt-b32-daf"), pytest.param("2", "b32-batch256-64px", marks=pytest.mark.slow)]
+)
 def test_a_cell_of_the_paper_runs_small_and_is_printed_beside_the_papers(
-    tmp_path: Path, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    table: str, cell: str, tmp_path: Path, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(paper, "SMALL_PICTURES", 200)
-    for table, cell in (("5", "vilt-b32-daf"), ("2", "b32-batch256-64px")):
-        assert main(["paper", "--table", table, "--scale", "small", "--cells", cell]) == 0
-        printed = capsys.readouterr().out
-        rows = {
-            row["cell"]: row for row in json.loads((results / f"paper/table{table}-small.json").read_bytes())["rows"]
-        }
-        summary = next((tmp_path / f"runs/paper-small/table{table}").glob("*/summary.json"))
-        top1 = 100 * json.loads(summary.read_bytes())["evaluations"]["test"]["top1"]
-        assert rows[cell]["top1"] == pytest.approx(top1, abs=0.01)
-        assert rows[cell]["difference_points"] is None  # of another model on other data
-        assert [row["cell"] for row in rows.values() if row["top1"] is not None] == [cell]
-        assert f"{rows[cell]['paper_top1']}" in printed
-    assert main(["paper", "--table", "5", "--scale", "small", "--render"]) == 0
-    assert len(list((tmp_path / "runs/paper-small").glob("*/*/summary.json"))) == 2
+    monkeypatch.setattr(paper, "SMALL_PICTURES", 120)
+    monkeypatch.setattr(paper, "SMALL_EPOCHS", 1)
+    assert main(["paper", "--table", table, "--scale", "small", "--cells", cell]) == 0
+    printed = capsys.readouterr().out
+    rows = {row["cell"]: row for row in json.loads((results / f"paper/table{table}-small.json").read_bytes())["rows"]}
+    summary = next((tmp_path / f"runs/paper-small/table{table}").glob("*/summary.json"))
+    top1 = 100 * json.loads(summary.read_bytes())["evaluations"]["test"]["top1"]
+    assert rows[cell]["top1"] == pytest.approx(top1, abs=0.01)
+    assert rows[cell]["difference_points"] is None  # of another model on other data
+    assert [row["cell"] for row in rows.values() if row["top1"] is not None] == [cell]
+    assert f"{rows[cell]['paper_top1']}" in printed
+    assert main(["paper", "--table", table, "--scale", "small", "--render"]) == 0
+    assert len(list((tmp_path / "runs/paper-small").glob("*/*/summary.json"))) == 1
+
+
+def test_a_cell_that_a_table_has_not_is_named(capsys: Any) -> None:
     assert main(["paper", "--table", "5", "--cells", "vit-b8"]) == 2
     assert "table 5 has no cell 'vit-b8'; it has vit-b16-daf" in capsys.readouterr().err
 

@@ -109,11 +109,13 @@ def test_where_the_caller_stops_no_further_run_begins(shards: Path, tmp_path: Pa
     assert all((tmp_path / name / "summary.json").exists() for name in begun)
 
 
-@pytest.mark.launch
-def test_a_set_without_a_test_split_is_named(shard_set: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_set_without_a_test_split_is_refused_before_anything_is_trained(
+    shard_set: Callable[..., Path], tmp_path: Path
+) -> None:
     recipe = small(shard_set({"train": [8]}, "untested", baked=40), tmp_path / "run")
-    with pytest.raises(UseError, match=r"untested: no test split, so .*run has no accuracy"):
+    with pytest.raises(UseError, match="untested: no test split, so its runs would have no accuracy to compare"):
         list(finish_runs([recipe], 1, "runs"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.launch

@@ -92,6 +92,7 @@ def assert_same_end(run: Path, undisturbed: Path) -> None:
     assert same(newest_weights(run), newest_weights(undisturbed))
 
 
+@pytest.mark.slow  # tests/multinode/test_slurm.py has a signal and a resumption of ranks on two hosts, too
 def test_a_run_stopped_by_a_signal_goes_on_over_both_hosts(
     folder: Path, hosts: tuple[Host, Host], shards: Path, undisturbed: Path
 ) -> None:

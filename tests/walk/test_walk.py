@@ -16,7 +16,7 @@ from benchmarks.points import environment_of_one_process
 from dist_train.cli import _command_parser, parse_recipe
 from shards.__main__ import _parser as shards_parser
 from tests.harness import REPOSITORY, jpeg_bytes
-from tests.walk.readme import WALK, Run, Skip, broken_links, commands, in_prose, text_of, what_to_do
+from tests.walk.readme import DOCUMENTS, WALK, Run, Skip, broken_links, commands, in_prose, text_of, what_to_do
 
 
 def clone(folder: Path) -> Path:
@@ -74,33 +74,43 @@ def parse(command: str) -> None:
         parse_recipe(getattr(parse_benchmark(words[3:]), "recipe_arguments", []))
     elif words[:3] == ["python", "-m", "shards"]:
         shards_parser().parse_args(words[3:])
-    elif words[0] == "dist-train" and words[1] not in ("train", "doctor"):
+    elif words[:2] == ["dist-train", "train"]:
+        parse_recipe([word for word in words[2:] if word not in ("--dry-run", "--help")])
+    elif words[0] == "dist-train" and words[1] != "doctor":
         _command_parser().parse_args(words[1:])
     for word in words:
         if word.startswith(("launch/", "benchmarks/")):
             assert (REPOSITORY / word).is_file(), f"{command}: there is no {word}"
 
 
+def is_example(command: str) -> bool:
+    entry = what_to_do(command)
+    return isinstance(entry, Skip) and entry.example
+
+
 @pytest.mark.parametrize(
-    "command",
-    [c for c in commands() if isinstance(entry := what_to_do(c), Skip) and not entry.example] + in_prose(),
-    ids=lambda command: command,
+    "command", [c for c in commands() if not is_example(c)] + in_prose(), ids=lambda command: command
 )
-def test_a_command_that_is_not_run_is_at_least_one_that_its_program_takes(
-    command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_is_one_that_its_program_takes(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     parse(command)
 
 
 @pytest.mark.launch
 @pytest.mark.skipif(not is_activated(), reason="needs make, and runs in a virtual environment")
-def test_the_documents_can_be_walked_from_top_to_bottom_in_a_fresh_clone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "documents",
+    [("README.md",), pytest.param(DOCUMENTS, marks=pytest.mark.slow)],
+    ids=["README", "README and docs"],
+)
+def test_the_documents_can_be_walked_from_top_to_bottom_in_a_fresh_clone(
+    documents: tuple[str, ...], tmp_path: Path
+) -> None:
     """Each command ends well and leaves what it is to leave; later ones find what earlier ones made."""
     folder = clone(tmp_path)
     photos(folder)
     script = []
-    for command in commands():
+    for command in commands(documents):
         entry = what_to_do(command)
         if isinstance(entry, Run):
             script += [f"echo {shlex.quote('$ ' + command)}", f"{with_more(command, entry.more)} || exit 9"]
