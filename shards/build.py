@@ -31,7 +31,7 @@ from shards.finish import make_manifest, warn_of_classes, write_left_out
 from shards.plan import BuildOptions, Plan, make_plan, too_few
 from shards.records import LeftOut, Record, warn
 from shards.workers import run_jobs
-from shards.writer import ShardStatistics, drop_classes, read_statistics, write_shard
+from shards.writer import ShardStatistics, drop_classes, read_statistics, statistics_path, write_shard
 
 _LOCK_NAME = ".build.lock"
 
@@ -129,9 +129,12 @@ def _drop_small_classes(
 
 
 def _claim(out: Path, plan: Plan, options: BuildOptions) -> bool:
-    """Make sure that `out` is empty or holds this very build, and mark it; returns whether the set is complete."""
+    """Make sure that `out` is empty or holds this very build, and mark it; returns whether the set is complete.
+
+    In an unfinished build the shards whose images have changed since are written again.
+    """
     settings = options.settings()
-    claim = {"settings": settings, "fingerprint": plan.fingerprint()}
+    claim = {"settings": settings, "fingerprint": plan.fingerprint(), "sizes": plan.sizes()}
     complete = (out / MANIFEST_NAME).exists()
     what = "a complete shard set" if complete else "an unfinished build"
     try:
@@ -140,19 +143,25 @@ def _claim(out: Path, plan: Plan, options: BuildOptions) -> bool:
         found = None
     except ValueError:
         raise UseError(f"{out / BUILD_NAME}: cannot be read as JSON; delete {out} or choose another folder") from None
-    if found is None:
-        if complete or any(out.glob("*.tar")):
-            raise UseError(f"{out}: holds shards that this builder did not make; choose another folder")
-        write_atomically(out / BUILD_NAME, (json.dumps(claim, indent=1) + "\n").encode())
-    elif found != claim:
-        theirs = found.get("settings", {})
+    if found is None and (complete or any(out.glob("*.tar"))):
+        raise UseError(f"{out}: holds shards that this builder did not make; choose another folder")
+    there = claim if found is None else {"sizes": claim["sizes"], **found}  # older versions wrote no sizes
+    changed = [name for name, sizes in claim["sizes"].items() if there["sizes"].get(name) != sizes]
+    if {**there, "sizes": claim["sizes"]} != claim or (complete and changed):
+        theirs = there.get("settings", {})
         differences = [
             f"{name} {theirs.get(name)} there, {value} here"
             for name, value in settings.items()
             if theirs.get(name) != value
         ]
+        if not differences and there.get("fingerprint") == claim["fingerprint"]:
+            differences = [f"images have changed since, for example of {changed[0]}"]
         why = "; ".join(differences) or "the source's images, classes, splits or tags"
         raise UseError(f"{out}: holds {what} of something else ({why}); choose another folder, or delete that one")
+    for name in changed:
+        statistics_path(out, name).unlink(missing_ok=True)
+    if not complete:
+        write_atomically(out / BUILD_NAME, (json.dumps(claim, indent=1) + "\n").encode())
     return complete
 
 

@@ -29,6 +29,7 @@ from shards.build import build_shard_set
 from shards.plan import BuildOptions
 from shards.records import FileContent, Record
 from shards.sources import read_source
+from tests.harness import jpeg_bytes
 
 REPOSITORY = Path(__file__).parents[2]
 GROCERY = REPOSITORY / "../shared/data/grocery"
@@ -217,6 +218,35 @@ def test_a_complete_set_is_left_as_it_is_and_others_are_not_written_over(
     (tmp_path / "other.tar").write_bytes(b"")
     with pytest.raises(UseError, match="did not make"):
         build_shard_set(records, tmp_path, OPTIONS)
+
+
+def test_images_that_have_changed_under_the_same_names_are_read_again_or_refused(tmp_path: Path) -> None:
+    """Read again by a build that goes on; refused where the set is complete."""
+    image = tmp_path / "0.jpg"
+    image.write_bytes(jpeg_bytes(0))
+    before = [Record(image.name, FileContent(str(image)), "c", "train")]
+    deadly, cured = (Record("1.jpg", read, "c", "test") for read in (partial(os._exit, 9), partial(jpeg_bytes, 1)))
+    with pytest.raises(WorkError, match="test-000000"):
+        build_shard_set([*before, deadly], tmp_path / "set", BuildOptions())
+    assert (tmp_path / "set" / "train-000000.stats.json").exists()
+
+    image.write_bytes(jpeg_bytes(2, width=64))
+    build_shard_set([*before, cured], tmp_path / "set", BuildOptions())
+    (sample,) = members(tmp_path / "set", "train").values()
+    assert sample["jpg"] == jpeg_bytes(2, width=64)
+    build_shard_set([*before, cured], tmp_path / "set", BuildOptions())
+
+    image.write_bytes(jpeg_bytes(3, width=80))
+    with pytest.raises(
+        UseError, match=r"a complete shard set .* \(images have changed since, for example of train-0+\)"
+    ):
+        build_shard_set([*before, cured], tmp_path / "set", BuildOptions())
+    with pytest.raises(UseError, match=r"\(size None there, 48 here\)"):
+        build_shard_set([*before, cured], tmp_path / "set", BuildOptions(size=48))
+    written = json.loads((tmp_path / "set" / "build.json").read_bytes())
+    del written["sizes"]  # as in a set of an older version
+    (tmp_path / "set" / "build.json").write_text(json.dumps(written))
+    build_shard_set([*before, cured], tmp_path / "set", BuildOptions())
 
 
 def test_two_builds_at_once_in_one_folder_are_refused(photos: Path, tmp_path: Path) -> None:
