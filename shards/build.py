@@ -134,7 +134,8 @@ def _claim(out: Path, plan: Plan, options: BuildOptions) -> bool:
     In an unfinished build the shards whose images have changed since are written again.
     """
     settings = options.settings()
-    claim = {"settings": settings, "fingerprint": plan.fingerprint(), "sizes": plan.sizes()}
+    sizes = plan.sizes()
+    claim = {"settings": settings, "fingerprint": plan.fingerprint(), "sizes": sizes}
     complete = (out / MANIFEST_NAME).exists()
     what = "a complete shard set" if complete else "an unfinished build"
     try:
@@ -145,9 +146,9 @@ def _claim(out: Path, plan: Plan, options: BuildOptions) -> bool:
         raise UseError(f"{out / BUILD_NAME}: cannot be read as JSON; delete {out} or choose another folder") from None
     if found is None and (complete or any(out.glob("*.tar"))):
         raise UseError(f"{out}: holds shards that this builder did not make; choose another folder")
-    there = claim if found is None else {"sizes": claim["sizes"], **found}  # older versions wrote no sizes
-    changed = [name for name, sizes in claim["sizes"].items() if there["sizes"].get(name) != sizes]
-    if {**there, "sizes": claim["sizes"]} != claim or (complete and changed):
+    there: dict[str, Any] = claim if found is None else {"sizes": sizes, **found}  # older versions wrote no sizes
+    changed = [name for name, its_sizes in sizes.items() if there["sizes"].get(name) != its_sizes]
+    if {**there, "sizes": sizes} != claim or (complete and changed):
         theirs = there.get("settings", {})
         differences = [
             f"{name} {theirs.get(name)} there, {value} here"
