@@ -139,6 +139,7 @@ def _describe(checkpoint: Path, newest: Path, best_step: int, value: str) -> str
 
 def find_damage(checkpoint: Path) -> str | None:
     """The first thing by which a checkpoint is not what was written, or None; reads all of its files."""
+    reading = CHECKSUMS_NAME
     try:
         described = json.loads((checkpoint / CHECKSUMS_NAME).read_text(encoding="utf-8"))
         for name, file in described.items():
@@ -147,11 +148,21 @@ def find_damage(checkpoint: Path) -> str | None:
                 return f"{name} has {size} bytes instead of {file['bytes']}"
             if file_sha256(checkpoint / name) != file["sha256"]:
                 return f"{name} has another SHA-256 than when it was written"
+        if STATE_NAME not in described:  # where it is, an older version wrote it
+            reading = STATE_NAME
+            document = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+            if document.pop("sha256") != document_sha256(document):
+                return f"{STATE_NAME} is not what was written"
     except OSError as error:
-        return f"{Path(error.filename or CHECKSUMS_NAME).name} cannot be read ({error.strerror})"
+        return f"{Path(error.filename or reading).name} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{CHECKSUMS_NAME} is not what was written"
+        return f"{reading} is not what was written"
     return None
+
+
+def document_sha256(document: dict[str, Any]) -> str:
+    """The SHA-256, in hexadecimal, of what state.json says beside it."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -162,7 +173,7 @@ def file_sha256(path: Path) -> str:
 
 # ---------------------------------------------------------------------- what it holds
 def read_document(checkpoint: Path) -> dict[str, Any]:
-    """state.json: state, classes, recipe, loss_scale. Raises WorkError naming the file if it cannot be read."""
+    """state.json: state, classes, recipe, loss_scale, sha256. Raises WorkError naming the file if it cannot be read."""
     path = checkpoint / STATE_NAME
     try:
         return json.loads(path.read_text(encoding="utf-8"))

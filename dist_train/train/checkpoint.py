@@ -3,14 +3,16 @@
 RUN/checkpoints/step-00000123/ holds
     state.json              where the run stood: step, samples consumed, seed, manifest digest, best result; the names
                             of the classes (or tags, and the thresholds for them that were chosen on val, if it was
-                            evaluated there); the recipe; fp16's loss scale
+                            evaluated there); the recipe; fp16's loss scale; a SHA-256 of all that
     weights.safetensors     the weights, float32, names as in the model
     optimizer.safetensors   the optimizer's state by KEY/NAME of the parameter
     extra.safetensors       the averaged weights, if the run has such (train.ema), likewise
-    checksums.json          size and SHA-256 of each of them
+    checksums.json          size and SHA-256 of each of the others
 and RUN/checkpoints/latest names the newest. Nothing in it depends on the number of ranks, the ZeRO stage or the
-precision, and nothing is a pickle. A checkpoint is written under a temporary name, synced, and renamed. Random numbers
-need no state: order and augmentation are functions of the position, dropout is seeded by the step.
+precision, and nothing is a pickle. A checkpoint is written under a temporary name, synced, and renamed. Where val is
+evaluated that comes after it and changes state.json alone, so that a process which is killed meanwhile has lost nothing
+and evaluates when it is resumed. Random numbers need no state: order and augmentation are functions of the position,
+dropout is seeded by the step.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from dist_train.models.saved import (
     WEIGHTS_NAME,
     checkpoint_folder,
     choose_checkpoint,
+    document_sha256,
     file_sha256,
     list_checkpoints,
     newest_checkpoint,
@@ -70,7 +73,8 @@ class RunState:
 
     Of the best evaluation on val: best_step, -1 before any; best_top1, its top-1, or the mAP of a model that
     predicts tags; best_value, of what train.monitor
-    names, which is in `monitor` without `auto`. evaluations_since_best: how many have followed it.
+    names, which is in `monitor` without `auto`. evaluations_since_best: how many have followed it. evaluation_due:
+    whether val is still to be evaluated at this step.
     """
 
     step: int
@@ -87,6 +91,7 @@ class RunState:
     monitor: str = "top1"
     best_value: float | None = None
     evaluations_since_best: int = 0
+    evaluation_due: bool = False
 
     @classmethod
     def at_start(cls, recipe: Recipe, manifest: Manifest, world_size: int) -> RunState:
@@ -241,12 +246,10 @@ class CheckpointWriter:
         engine: Engine,
         state: RunState,
         extra: dict[str, Tensor] | None = None,
-        thresholds: dict[str, list[float]] | None = None,
     ) -> None:
         """Take the state and begin to write the checkpoint; all ranks call this together.
 
-        extra: further tensors by name, of rank 0, that `read_extra` gives back. thresholds: of the tags, for the `raw`
-        and the `averaged` weights, that `read_thresholds` gives back. Of the older checkpoints the newest
+        extra: further tensors by name, of rank 0, that `read_extra` gives back. Of the older checkpoints the newest
         train.keep_checkpoints - 1 and the best stay; newer ones, of a past that was left by resuming before them, go.
         Raises WorkError on rank 0 where the former checkpoint failed or the file system has no room for this one.
         """
@@ -260,8 +263,6 @@ class CheckpointWriter:
             "recipe": recipe_to_dict(self._recipe),
             "loss_scale": read_loss_scale(engine),
         }
-        if thresholds:
-            document["thresholds"] = thresholds
         files = {WEIGHTS_NAME: weights, OPTIMIZER_NAME: optimizer}
         if extra:
             files[EXTRA_NAME] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in extra.items()}
@@ -269,6 +270,25 @@ class CheckpointWriter:
         final.parent.mkdir(parents=True, exist_ok=True)
         _check_space(final, files)
         self._writing = self._thread.submit(self._write, final, document, files, replace(state))
+
+    def note_evaluation(self, state: RunState, thresholds: dict[str, list[float]] | None = None) -> None:
+        """Write what an evaluation came to into the checkpoint of its step, and remove what is no longer the best.
+
+        thresholds: of the tags, for the `raw` and the `averaged` weights, that `read_thresholds` gives back. Raises
+        WorkError on rank 0 where the checkpoint failed, OSError where state.json cannot be written.
+        """
+        self.finish()
+        folder = checkpoint_folder(self._run, state.step)
+        if self._rank != 0 or not folder.is_dir():  # a run that was resumed from another's checkpoint has none yet
+            return
+        document = read_document(folder)
+        if not document["state"].get("evaluation_due"):
+            return
+        document["state"] = asdict(state)
+        if thresholds:
+            document["thresholds"] = thresholds
+        write_atomically(folder / STATE_NAME, _state_file(document))
+        _remove_others(self._run, state, self._recipe.train.keep_checkpoints)
 
     def check(self) -> None:
         """Raise WorkError if the checkpoint in the background has failed."""
@@ -291,11 +311,12 @@ class CheckpointWriter:
             temporary.mkdir()
             for name, tensors in files.items():
                 save_file(tensors, temporary / name)
-            (temporary / STATE_NAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            (temporary / STATE_NAME).write_bytes(_state_file(document))
             for name in files:  # safetensors lets only the owner read what it writes, whatever the umask
                 (temporary / name).chmod((temporary / STATE_NAME).stat().st_mode)
             described = {
-                path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in temporary.iterdir()
+                name: {"bytes": (temporary / name).stat().st_size, "sha256": file_sha256(temporary / name)}
+                for name in files
             }
             (temporary / CHECKSUMS_NAME).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
             for path in [*temporary.iterdir(), temporary]:
@@ -311,6 +332,11 @@ class CheckpointWriter:
                 f"{final}: the checkpoint could not be written ({error}); older ones are untouched: "
                 f"see to {final.parent}, then --resume auto"
             ) from None
+
+
+def _state_file(document: dict[str, Any]) -> bytes:
+    document = {name: value for name, value in document.items() if name != "sha256"}
+    return (json.dumps(document | {"sha256": document_sha256(document)}, indent=1) + "\n").encode()
 
 
 def _check_space(final: Path, files: dict[str, dict[str, Tensor]]) -> None:

@@ -205,6 +205,8 @@ class _Run:
         """Make the steps that are left. Returns whether the run is complete, or was stopped."""
         recipe, state, writer = self.recipe, self.state, self.writer
         self.meter.measure_peak(self.dtype, self.place.world_size)
+        if state.evaluation_due:
+            self.evaluate()
         consumed = state.samples_consumed
         batches: Iterator[Batch]
         if self.features is None:
@@ -223,7 +225,8 @@ class _Run:
             rate = learning_rate(recipe.optim, recipe.train.batch_size, state.step, self.total_steps, self.samples)
             loss_since_log += self.step(batches, rate)
             finished = state.step == self.total_steps
-            stopping = self.stop.requested(self.place) or state.step == recipe.train.stop_after_steps
+            interrupted = self.stop.requested(self.place)
+            stopping = interrupted or state.step == recipe.train.stop_after_steps
             epoch = state.samples_consumed // self.samples
             every = recipe.train.eval_every  # a batch larger than the split may pass several epochs' ends
             due = finished or epoch // every > epoch_before // every
@@ -234,8 +237,9 @@ class _Run:
             if logging_is_due or (saving and self.lost(loss_since_log)):
                 self.log_steps(loss_since_log, rate)
             if saving:
+                state.evaluation_due = due and "val" in self.manifest.splits
                 with self.meter.paused():
-                    self.save(evaluated=due)
+                    self.save(evaluate=finished or not interrupted)
             writer.check()
             if stopping and not finished:
                 writer.finish()
@@ -295,19 +299,24 @@ class _Run:
         that can still be trained, and --resume auto would go on from it."""
         return not math.isfinite(mean_over_ranks(loss_sum.clone(), self.place.world_size))
 
-    def save(self, evaluated: bool) -> None:
-        """Write a checkpoint, evaluated on val first or not."""
+    def save(self, evaluate: bool) -> None:
+        """Write a checkpoint, and evaluate on val where that is asked for: in this order, as that may take long."""
         state = self.state
-        if evaluated and "val" in self.manifest.splits:
-            self.measure("val")
-            result = self.evaluations["val"]
-            # All ranks end at one step: they go by one number, to the last bit.
-            value = from_rank_zero(lambda: monitored(result, state.monitor), self.place)
-            note_evaluation(state, value, result.score)
         averaged = None if self.average is None else self.average.state()
-        thresholds = thresholds_to_keep(self.evaluations) if evaluated else None
-        self.writer.save(self.train_step.engine, state, averaged, thresholds)
+        self.writer.save(self.train_step.engine, state, averaged)
+        if evaluate and state.evaluation_due:
+            self.evaluate()
         self.meter.measure_peak(self.dtype, self.place.world_size)
+
+    def evaluate(self) -> None:
+        """Evaluate on val, and let the state and its checkpoint know."""
+        state = self.state
+        self.measure("val")
+        result = self.evaluations["val"]
+        # All ranks end at one step: they go by one number, to the last bit.
+        value = from_rank_zero(lambda: monitored(result, state.monitor), self.place)
+        note_evaluation(state, value, result.score)
+        self.writer.note_evaluation(state, thresholds_to_keep(self.evaluations))
 
     def measure(self, split: str) -> None:
         """Evaluate the raw weights, and the averaged ones as SPLIT_ema; record both."""

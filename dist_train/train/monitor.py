@@ -32,6 +32,7 @@ def note_evaluation(state: RunState, value: float, score: float) -> None:
         state.evaluations_since_best = 0
     else:
         state.evaluations_since_best += 1
+    state.evaluation_due = False
 
 
 def out_of_patience(state: RunState, config: TrainConfig) -> bool:

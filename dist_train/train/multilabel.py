@@ -128,7 +128,7 @@ def chosen_thresholds(of_val: Any) -> Floats | None:
 
 
 def thresholds_to_keep(evaluations: dict[str, Any]) -> dict[str, list[float]]:
-    """What `CheckpointWriter.save` takes: the thresholds chosen on val, for the raw and the averaged weights."""
+    """What `CheckpointWriter.note_evaluation` takes: thresholds chosen on val, for the raw and the averaged weights."""
     chosen = {
         name: chosen_thresholds(evaluations.get(split)) for name, split in (("raw", "val"), ("averaged", "val_ema"))
     }

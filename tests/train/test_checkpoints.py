@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import resource
 import shutil
 import subprocess
@@ -151,11 +152,18 @@ def test_resumed_runs_end_with_bit_identical_weights(
 
 
 # ---------------------------------------------------------------------- damage
+def change_best(file: Path) -> None:
+    document = json.loads(file.read_text())
+    document["state"]["best_top1"] += 0.01
+    file.write_text(json.dumps(document, indent=1))
+
+
 @pytest.mark.parametrize(
     ("damage", "name", "finding"),
     [
         (flip, "weights.safetensors", "weights.safetensors has another SHA-256 than when it was written"),
-        (flip, "state.json", "state.json has another SHA-256 than when it was written"),
+        (flip, "state.json", "state.json is not what was written"),
+        (change_best, "state.json", "state.json is not what was written"),
         (cut, "optimizer.safetensors", "optimizer.safetensors has "),
         (Path.unlink, "optimizer.safetensors", "optimizer.safetensors cannot be read (No such file or directory)"),
         (Path.unlink, "checksums.json", "checksums.json cannot be read (No such file or directory)"),
@@ -173,7 +181,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert line.startswith(f"{newest} is damaged, so the one before it is used: {finding}")
     with pytest.raises(WorkError, match=r"is damaged: .*; --resume auto uses the newest that is not"):
         checkpoint_to_resume(copy, str(newest))
-    damage(older / "weights.safetensors")
+    flip(older / "weights.safetensors")
     with pytest.raises(WorkError, match="every checkpoint is damaged"):
         checkpoint_to_resume(copy, "auto")
 

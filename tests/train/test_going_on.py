@@ -18,8 +18,22 @@ import yaml
 from dist_train.cli import main
 from dist_train.config import Recipe
 from dist_train.models.saved import list_checkpoints, newest_checkpoint, read_step
+from dist_train.train import loop
+from dist_train.train.checkpoint import read_state
+from dist_train.train.ranks import StopSignal
 from dist_train.train.record import RunRecord, start_console_log
-from tests.harness import error_line, read_metrics, read_summary, steps_done, train, wait_for, write_shard_set
+from tests.harness import (
+    error_line,
+    evaluations,
+    newest_weights,
+    read_metrics,
+    read_summary,
+    same,
+    steps_done,
+    train,
+    wait_for,
+    write_shard_set,
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +99,58 @@ def test_a_run_that_was_killed_before_its_result_gets_it_and_nothing_doubles(cop
     assert train(shards, copy, "auto") == 0
     assert read_summary(copy)["evaluations"] == first
     assert stands_once(copy, 8)
+
+
+class Killed(BaseException):
+    """In the place of a SIGKILL."""
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_run_that_is_killed_while_it_evaluates_has_lost_no_step(
+    finished: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    run, evaluate = tmp_path / "run", loop.evaluate_split
+
+    def evaluate_or_die(loader: Any, *others: Any) -> Any:
+        if steps_done(run) == step:
+            raise Killed
+        return evaluate(loader, *others)
+
+    monkeypatch.setattr(loop, "evaluate_split", evaluate_or_die)
+    with pytest.raises(Killed):
+        train(shards, run)
+    wait_for(lambda: (newest := newest_checkpoint(run)) and read_step(newest) == step, "the checkpoint")
+    saved = newest_checkpoint(run)
+    assert saved is not None and read_state(saved).evaluation_due
+    monkeypatch.undo()
+    assert train(shards, run, "auto") == 0
+    assert as_undisturbed(run, finished)
+
+
+def test_a_run_that_is_stopped_at_the_end_of_an_epoch_evaluates_when_it_goes_on(
+    finished: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation may take longer than a queue waits between SIGTERM and SIGKILL."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(StopSignal, "requested", lambda self, place: steps_done(run) == 3)  # asked after the fourth
+    assert train(shards, run) == 0
+    monkeypatch.undo()
+    assert steps_done(run) == 4 and evaluations(run) == []
+    assert train(shards, run, "auto") == 0
+    assert as_undisturbed(run, finished)
+
+
+def as_undisturbed(run: Path, finished: Path) -> bool:
+    """Weights, what is best of them and the evaluations are the same, and each step stands in the record once."""
+    newest, expected = newest_checkpoint(run), newest_checkpoint(finished)
+    assert newest is not None and expected is not None
+    return (
+        stands_once(run, 8)
+        and evaluations(run) == evaluations(finished)
+        and read_state(newest) == read_state(expected)
+        and same(newest_weights(run), newest_weights(finished))
+        and read_summary(run)["evaluations"] == read_summary(finished)["evaluations"]
+    )
 
 
 def test_a_run_beyond_the_step_where_it_shall_stop_stops_at_once(shards: Path, tmp_path: Path, capsys: Any) -> None:
