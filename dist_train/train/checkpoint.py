@@ -9,9 +9,8 @@ RUN/checkpoints/step-00000123/ holds
     extra.safetensors       the averaged weights, if the run has such (train.ema), likewise
     checksums.json          size and SHA-256 of each of the others
 and RUN/checkpoints/latest names the newest. Nothing in it depends on the number of ranks, the ZeRO stage or the
-precision, and nothing is a pickle. A checkpoint is written under a temporary name, synced, and renamed. Where val is
-evaluated that comes after it and changes state.json alone, so that a process which is killed meanwhile has lost nothing
-and evaluates when it is resumed. Random numbers need no state: order and augmentation are functions of the position,
+precision, and nothing is a pickle. A checkpoint is written under a temporary name, synced, and renamed. An evaluation
+on val changes state.json alone afterwards, so that a run which is killed in it continues from there. Random numbers need no state: order and augmentation are functions of the position,
 dropout is seeded by the step.
 """
 
