@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train import __version__
 from dist_train.config import Recipe
-from dist_train.errors import UseError, WorkError, run_command, written
+from dist_train.errors import Parser, UseError, WorkError, run_command, written
 from dist_train.files import write_atomically
 from dist_train.image_folder import with_shard_set
 from dist_train.machine import is_installed
@@ -79,7 +79,7 @@ def run_training(arguments: list[str], begin: Callable[[], None] = lambda: None)
 
 def _range_test(words: list[str], keep: Callable[[], None]) -> None:
     """`dist-train lr [RECIPE] ...`: other arguments are the recipe's, as for train."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dist-train lr",
         allow_abbrev=False,
         usage="%(prog)s [RECIPE.yaml] [--low RATE] [--high RATE] [--steps N] [--output FILE.csv] [--section.key VALUE]",
@@ -112,7 +112,7 @@ def _range_test(words: list[str], keep: Callable[[], None]) -> None:
 
 
 def _doctors_arguments(words: list[str]) -> tuple[Path | None, Recipe, str]:
-    parser = argparse.ArgumentParser(prog="dist-train doctor", epilog="Other arguments are the recipe's, as for train.")
+    parser = Parser(prog="dist-train doctor", epilog="Other arguments are the recipe's, as for train.")
     parser.add_argument("--hostfile", type=Path, help="hosts to ask, over ssh (default: this machine alone)")
     options, words = parser.parse_known_args(words)
     return options.hostfile, *parse_recipe(words)
@@ -148,7 +148,7 @@ def _path_or_url(text: str) -> str:
 
 
 def _command_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dist-train", description=__doc__)
+    parser = Parser(prog="dist-train", description=__doc__)
     parser.add_argument("--version", action="version", version=f"dist-train {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train by a recipe in one process (several: deepspeed launch/train.py)")

@@ -6,6 +6,7 @@ entry points print that line without a traceback. Every other exception is a bug
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import socket
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 CLOSED_PIPE = 128 + 13
 """Exit status of a command whose output nobody reads any more, as of one that SIGPIPE ended."""
@@ -25,6 +26,14 @@ class UseError(Exception):
 
 class WorkError(Exception):
     """The work itself failed (a damaged file, an unreachable host): exit status 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, for which a wrong word is wrong use like any other: one line, not its list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UseError."""
+        raise UseError(f"{message}; {self.prog} --help says what there is")
 
 
 class ToldAlready(Exception):

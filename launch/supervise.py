@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from dist_train.cli import parse_recipe
-from dist_train.errors import UseError, run_command
+from dist_train.errors import Parser, UseError, run_command
 from dist_train.recipe import check_run_folder
 
 _OF_THE_RECIPE = re.compile(r"--(config|resume|[a-z]+\.[a-z_]+)(=.*)?")
@@ -31,7 +31,7 @@ _LONGEST_WAIT = 600.0  # seconds between two starts
 
 def main(arguments: list[str]) -> int:
     """Run the command until it ends well, was used wrongly, was asked to stop, or makes no progress."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--restarts", type=int, default=3, help="starts without a newer checkpoint (default: 3)")
     parser.add_argument("--backoff", type=float, default=10.0, help="seconds before the first, then doubled (10)")
     parser.add_argument("command", nargs="+", help="after `--`: the launcher with its arguments, then the recipe's")

