@@ -59,7 +59,7 @@ class Arguments:
     directions: int = 8
     """more directions, over which and over the samples the excess loss has an error; 0 for none"""
     hessian_steps: int = 50
-    """at most, of the power iteration for the Hessian's largest eigenvalue; 0 for none"""
+    """products with the Hessian, at most, for its largest eigenvalue; 0 for none"""
     seed: int = 0
     """of the directions"""
 

@@ -54,7 +54,9 @@ from dist_train.use.trained import TrainedModel, load_trained
 if TYPE_CHECKING:
     from benchmarks.claims.landscape import Arguments
 
-_METHOD = 3  # of the numbers in a work file: another one makes old work files useless
+LARGEST_RESIDUAL = 0.1
+"""Of an eigenvalue that is reported; one with a larger residual was not reached."""
+_METHOD = 4  # of the numbers in a work file: another one makes old work files useless
 log = logging.getLogger(__name__)
 
 
@@ -135,7 +137,8 @@ def _sharpness(trained: TrainedModel, batches: list[Batch], asked: Arguments) ->
         numbers |= mean_excess(excess_losses(trained.model, losses, asked.seed, asked.directions, asked.radius))
     if asked.hessian_steps:
         found = hessian_eigenvalue(trained.model, batches, asked.seed, asked.hessian_steps)
-        numbers |= {"largest_eigenvalue": found.value, "eigenvalue_residual": found.residual}
+        reached = found.value if found.residual <= LARGEST_RESIDUAL else None
+        numbers |= {"largest_eigenvalue": reached, "eigenvalue_residual": found.residual}
         numbers["eigenvalue_steps"] = found.steps
     return numbers
 

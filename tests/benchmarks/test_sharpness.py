@@ -82,8 +82,11 @@ def test_the_errors_are_students_over_directions_and_over_samples() -> None:
     assert mean_excess(excess[:1])["expected_excess_loss_error_directions"] is None
 
 
-@pytest.mark.parametrize("values", [[9.0, 4.0, 1.0, -2.0], [1.0, -7.0, 3.0, 2.0]])
-def test_the_eigenvalue_of_a_quadratic_is_that_of_largest_magnitude(values: list[float]) -> None:
+@pytest.mark.parametrize(
+    "values", [[9.0, 4.0, 1.0, -2.0], [1.0, -7.0, 3.0, 2.0], [5.0, -5.0, 1.0, 0.0], [-1.0, -2.0, -8.0, -3.0]]
+)
+def test_the_eigenvalue_of_a_quadratic_is_its_largest(values: list[float]) -> None:
+    """Also where others are larger in magnitude, or as large."""
     generator = torch.Generator().manual_seed(3)
     turn, _ = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))
     hessian = turn @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ turn.T
@@ -94,9 +97,9 @@ def test_the_eigenvalue_of_a_quadratic_is_that_of_largest_magnitude(values: list
     def gradient() -> list[Tensor]:
         return list((hessian @ torch.cat([first, second]).detach() + slope).split(2))
 
-    found = largest_eigenvalue([("first", first), ("second", second)], gradient, seed=0, tolerance=1e-9, most=500)
-    assert found.value == pytest.approx(max(values, key=abs), rel=1e-6)
-    assert found.residual < 1e-3 and found.steps < 500
+    found = largest_eigenvalue([("first", first), ("second", second)], gradient, seed=0, tolerance=1e-6, most=500)
+    assert found.value == pytest.approx(max(values), rel=1e-6)
+    assert found.residual <= 1e-6 and found.steps < 40
     assert torch.equal(torch.cat([first, second]).detach(), before)
     cut_short = largest_eigenvalue([("first", first), ("second", second)], gradient, seed=0, most=1)
     assert cut_short.steps == 1 and cut_short.residual > 0.05  # and it says how far it is
@@ -134,7 +137,7 @@ def test_the_eigenvalue_of_a_linear_classifier_is_that_of_its_known_hessian() ->
     ]
     hessian = torch.stack(of_samples).mean(dim=0)
     assert sum(its.numel() for its in model.parameters() if its.requires_grad) == len(hessian)
-    assert found.value == pytest.approx(torch.linalg.eigvalsh(hessian).abs().max().item(), rel=0.01)
+    assert found.value == pytest.approx(torch.linalg.eigvalsh(hessian).max().item(), rel=0.01)
 
 
 def power_iteration(product: Callable[[Tensor], Tensor], size: int, steps: int) -> float:
@@ -161,5 +164,7 @@ def test_the_eigenvalue_of_a_transformer_is_that_of_its_gradients_derivative() -
             parts = torch.autograd.grad(slopes, trained, vector, retain_graph=True)
             return torch.cat([part.flatten() for part in parts])
 
-        largest = power_iteration(product, len(slopes), 100)
-    assert abs(found.value) == pytest.approx(largest, rel=0.02)
+        magnitude = power_iteration(product, len(slopes), 50)
+        largest = power_iteration(lambda vector: product(vector) + magnitude * vector, len(slopes), 300) - magnitude
+    assert found.residual <= 0.01
+    assert found.value == pytest.approx(largest, rel=0.02)
