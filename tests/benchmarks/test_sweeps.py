@@ -52,6 +52,7 @@ def small(shards: Path, run: Path, *more: str) -> Recipe:
 
 
 @pytest.mark.launch
+@pytest.mark.slow  # tests/use/test_from_python.py has runs in one process, too
 def test_a_run_is_the_same_after_others_in_one_process_and_alone(shards: Path, tmp_path: Path) -> None:
     """Bit for bit; finished runs are not trained again, and another recipe's folder is refused."""
     first, second = (small(shards, tmp_path / name, "--train.seed", seed) for name, seed in (("a", "1"), ("b", "2")))

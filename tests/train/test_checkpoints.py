@@ -133,7 +133,9 @@ def test_a_run_goes_on_with_other_ranks_zero_stages_and_micro_batches_as_if_noth
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
-        (1, {"model__backbone": "resnet18", "data__image_size": 32, "optim__name": "sgd"}),
+        pytest.param(
+            1, {"model__backbone": "resnet18", "data__image_size": 32, "optim__name": "sgd"}, marks=pytest.mark.slow
+        ),
         (2, {"model__backbone": "resnet18", "data__image_size": 32, "optim__name": "sgd"}),
         (2, {"model__dropout": 0.2, "deepspeed__zero_stage": 2}),
     ],

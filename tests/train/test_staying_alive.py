@@ -113,7 +113,11 @@ def test_ranks_whose_launcher_is_killed_save_and_end(shards: Path, tmp_path: Pat
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize(("ranks", "begun"), [(2, True), (1, False)], ids=["training", "importing"])
+@pytest.mark.parametrize(
+    ("ranks", "begun"),
+    [(2, True), pytest.param(1, False, marks=pytest.mark.slow)],
+    ids=["training", "importing"],
+)
 def test_sigterm_to_the_deepspeed_command_makes_the_ranks_save_and_end(
     shards: Path, tmp_path: Path, ranks: int, begun: bool
 ) -> None:
