@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.harness import REPOSITORY
 
@@ -158,6 +160,16 @@ WALK: dict[str, Run | Skip] = {
 def text_of(document: str) -> str:
     """A document's Markdown."""
     return (REPOSITORY / document).read_text(encoding="utf-8")
+
+
+def result(name: str) -> dict[str, Any]:
+    """A committed result of the benchmarks."""
+    return json.loads((REPOSITORY / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def text_in_one_line(document: str) -> str:
+    """A document without its line breaks."""
+    return " ".join(text_of(document).split())
 
 
 def commands(documents: tuple[str, ...] = DOCUMENTS) -> list[str]:
