@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dist_train.errors import UseError
 from dist_train.use.evaluate import evaluate
 from dist_train.use.formats import export_as
 from dist_train.use.pictures import OneImage, pictures
@@ -37,8 +38,11 @@ class Model(TrainedModel):
         batch_size: images decoded and computed together.
 
         An image that cannot be read raises nothing: its prediction has an `error`, and no names. Raises UseError for
-        a folder without images and for tags that the model cannot take.
+        a folder without images, for tags that the model cannot take, and for a top or batch_size below 1.
         """
+        for name, value in (("top", top), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise UseError(f"predict: {name} must be a number from 1 on, not {value}")
         found = pictures(images)
         return list(predict(self, found, tags, top, tags_from_sidecars=tags_from_sidecars, batch_size=batch_size))
 

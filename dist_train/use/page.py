@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dist_train.data.device import decoding_gpu
 from dist_train.data.images import BadImage
 from dist_train.data.loader import Batch
 from dist_train.data.reader import ImageReader
 from dist_train.data.tags import tag_line
 from dist_train.errors import WorkError
+from dist_train.train.engine import torch_device
 from dist_train.train.pictures import to_pixels
 from dist_train.use.look import find_importance, overlay
 from dist_train.use.multilabel import predicts_tags, probabilities_of
@@ -37,7 +39,9 @@ class Viewer:
 
     def __init__(self, trained: TrainedModel) -> None:
         self.trained = trained
-        self._reader = ImageReader(trained.recipe.data, trained.place.device_id)
+        config = trained.recipe.data
+        self._reader = ImageReader(config, decoding_gpu(config, trained.place.device_id))
+        self._device = torch_device(trained.place)
         self._lock = threading.Lock()
 
     def look(self, path: Path, tags: str = "") -> tuple[dict[str, float], Image.Image, str]:
@@ -55,7 +59,7 @@ class Viewer:
         return shares, picture, _sentence(names[first], float(best.values[0]), float(importance.max()))
 
     def _batch(self, encoded: bytes, tags: str) -> Batch:
-        images = self._reader.read(encoded)
+        images = self._reader.read(encoded).to(self._device)  # which data.device cpu leaves in main memory
         ids = mask = None
         if self.trained.tokenizer is not None:
             ids, mask = (part.to(images.device) for part in self.trained.tokenizer([tag_line(tags)]))

@@ -195,6 +195,8 @@ def test_a_model_predicts_evaluates_and_exports_as_the_commands_do(shards: Path,
     assert all(len(one.names) == len(one.probabilities) == 2 and one.error is None for one in predictions)
     again = dist_train.load(str(tmp_path / "run"), "last").predict([tmp_path / "photos" / "1.jpg"], top=None)
     assert again[0].names[:2] == predictions[1].names and sum(again[0].probabilities) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(dist_train.UseError, match="predict: top must be a number from 1 on, not -1"):
+        model.predict(tmp_path / "photos", top=-1)
     assert model.evaluate("test")["top1"] == run.summary["evaluations"]["test"]["top1"]
     assert "weights.safetensors" in model.export(tmp_path / "weights.safetensors")
     assert (tmp_path / "weights.safetensors").is_file()

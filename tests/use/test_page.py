@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlparse
 
@@ -15,9 +16,10 @@ import torch
 import yaml
 
 from dist_train.cli import main
-from dist_train.config import Recipe, recipe_to_dict
+from dist_train.config import DataConfig, Recipe, recipe_to_dict
 from dist_train.data.loader import Batch
 from dist_train.parse import recipe_from_run
+from dist_train.place import Place
 from dist_train.use.look import find_importance, overlay
 from dist_train.use.trained import load_trained
 from tests import harness
@@ -65,6 +67,21 @@ def test_without_gradio_the_extra_is_named(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["demo", str(tmp_path / "run")]) == 2
     assert "demo: needs gradio; pip install 'dist-train[page]'" in harness.error_line(capsys.readouterr().err)
+
+
+def test_beside_a_gpu_images_are_decoded_where_data_device_says_and_go_to_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The GPU is named, not used."""
+    from dist_train.use import page
+
+    asked = []
+    monkeypatch.setattr(page, "ImageReader", lambda config, device_id: asked.append(device_id))
+    for device in ("cpu", "auto"):
+        recipe = Recipe(data=DataConfig(device=device))
+        viewer = page.Viewer(SimpleNamespace(recipe=recipe, place=Place(device_id=0)))
+        assert viewer._device == torch.device("cuda", 0)
+    assert asked == [None, 0]
 
 
 @pytest.mark.slow
