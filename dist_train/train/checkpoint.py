@@ -70,10 +70,9 @@ log = logging.getLogger(__name__)
 class RunState:
     """Where a run stands between two optimizer steps.
 
-    Of the best evaluation on val: best_step, -1 before any; best_top1, its top-1, or the mAP of a model that
-    predicts tags; best_value, of what train.monitor
-    names, which is in `monitor` without `auto`. evaluations_since_best: how many have followed it. evaluation_due:
-    whether val is still to be evaluated at this step.
+    Of the best evaluation on val: best_step, -1 before any; best_top1, its top-1, or the mAP of a model that predicts
+    tags; best_value, of what train.monitor names, which is in `monitor` without `auto`. evaluations_since_best: how
+    many have followed it. evaluation_due: whether val is still to be evaluated at this step.
     """
 
     step: int
