@@ -238,7 +238,7 @@ class _Run:
                 self.log_steps(loss_since_log, rate)
             if saving:
                 state.evaluation_due = due and "val" in self.manifest.splits
-                with self.meter.paused():
+                with self.meter.paused():  # asked to stop, there may be no time to evaluate: then when it is resumed
                     self.save(evaluate=finished or not interrupted)
             writer.check()
             if stopping and not finished:
