@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from benchmarks.claims.gap_answers import closed, closers
 from benchmarks.claims.gap_runs import accuracies
+from benchmarks.claims.study_runs import Seeds
 from benchmarks.tables import by
 from dist_train.train.schedule import count_steps
 from tests.walk.readme import result, text_in_one_line, text_of
@@ -91,21 +92,47 @@ def test_what_is_said_of_large_batches_and_heads_is_what_the_runs_say() -> None:
 
 def test_what_is_said_of_trained_backbones_is_what_their_runs_say() -> None:
     text, document = text_in_one_line("docs/training.md"), result("gap/grocery-upper")
-    upper = {row["head"]: row for row in document["test_top1_in_percent"]}
-    falls = [f"from {upper[head]['batch 16']} % at batch 16 to {upper[head]['batch 256']} %" for head in ("cls", "ifa")]
-    assert f"`cls` falls {falls[0]}, `ifa` {falls[1]}" in text
+    named = {"`cls`": "cls", "`ifa`": "ifa", "`attentive`, `head_init: mean`": "attentive"}
+    named |= {"`all_layers`": "all layers", "`last_n`": "last four"}
+    lines = text_of("docs/training.md").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| Head, upper two blocks trained"))
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first + 2 : first + 7]]
+    keys = ("batch 16", "batch 256", "equal steps", "own rate", "adamw + own rate")
+    expected = {row["head"]: [row[key] for key in keys] for row in document["test_top1_in_percent"]}
+    assert {named[head.removeprefix("with ")]: cells for head, *cells in table} == expected
+    heads = [named[head.removeprefix("with ")] for head, *_ in table]
     rows = [row for row in document["rows"] if not row["searched_rate"]]
-    sgd, adamw = (
-        [f"{closed(rows, head, remedy, (16, 256)).mean:.0f}" for head in ("cls", "ifa")]
-        for remedy in ("own rate", "adamw + own rate")
+
+    def won_back(remedy: str) -> str:
+        *some, last = (f"{closed(rows, head, remedy, (16, 256)).mean:.0f}" for head in heads)
+        return f"{', '.join(some)} and {last} %"
+
+    assert f"win back {won_back('equal steps')} of the loss, in the order of the table" in text
+    assert (
+        f"batch 256 wins back {won_back('own rate')}, AdamW at a rate of its own {won_back('adamw + own rate')}" in text
     )
-    assert f"wins back {sgd[0]} and {sgd[1]} % of that, AdamW at its own {adamw[0]} and {adamw[1]} %" in text
-    assert f"Of equal steps there is one run, of `cls`, with {upper['cls']['equal steps']} %" in text
-    assert not upper["ifa"]["equal steps"] and "±" not in upper["cls"]["equal steps"]
-    every = result("gap/grocery-all")
-    (row,) = every["test_top1_in_percent"]
+    worse = [head for head in heads if closed(rows, head, "linear", (16, 256)).mean < 0]
+    assert worse == [head for head in heads if head != "ifa"]  # "all but `ifa` worse"
+    assert all(closed(rows, head, "equal steps", (16, 256)).mean >= 95 for head in heads)  # README: "as they do"
+
+    def above_cls(remedy: str, batch: int) -> dict[str, Seeds]:
+        cls = accuracies(rows, "cls", remedy, batch)
+        return {head: accuracies(rows, head, remedy, batch) - cls for head in heads[1:]}
+
+    assert max(gain.sign for gain in above_cls("fixed", 16).values()) <= 0  # "no head is above `cls`"
+    equal = above_cls("equal steps", 256)
+    assert f"`ifa` is {-equal['ifa'].mean:.1f} ± {equal['ifa'].error:.1f} points below it" in text
+    undecided = [equal[head] for head in ("attentive", "all layers", "last four")]
+    query, every, four = (f"{gain.mean:+.1f} ± {gain.error:.1f}" for gain in undecided)
+    assert f"`attentive` ({query}), `all_layers` ({every}) and `last_n` ({four}) cannot be told from it by two" in text
+    assert {len(gain) for gain in undecided} == {2} and not any(gain.sign for gain in undecided)
+    adamw = {head: gain.mean for head, gain in above_cls("adamw + own rate", 256).items()}
+    assert (min(adamw, key=adamw.__getitem__), max(adamw, key=adamw.__getitem__)) == ("ifa", "all layers")
+    assert f"by {adamw['ifa']:.1f} points (`ifa`) to {adamw['all layers']:.1f} (`all_layers`)" in text
+    embedding = result("gap/grocery-all")
+    (row,) = embedding["test_top1_in_percent"]
     assert f"falls from {row['batch 16']} to {row['batch 256']} %, and to {row['frozen embedding']} % with" in text
-    assert every["rates"][0]["rate"] == min(map(float, every["parameters"]["rates"].split(",")))
+    assert embedding["rates"][0]["rate"] == min(map(float, embedding["parameters"]["rates"].split(",")))
 
 
 def test_the_profile_of_photos_is_what_was_measured() -> None:
