@@ -16,7 +16,7 @@ from benchmarks.speed.head_cost import Size, share_of_step
 from dist_train.models.heads import HEADS
 from shards.__main__ import main as shards_main
 from tests.harness import REPOSITORY
-from tests.walk.readme import result, text_in_one_line, text_of
+from tests.walk.documents import result, text_in_one_line, text_of
 
 GROCERY = (REPOSITORY / "launch" / "recipes" / "grocery.yaml").read_text(encoding="utf-8")
 GROCERY_TRAIN = 2640  # photos

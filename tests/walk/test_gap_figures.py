@@ -9,7 +9,7 @@ from benchmarks.claims.gap_runs import accuracies
 from benchmarks.claims.study_runs import Seeds
 from benchmarks.tables import by
 from dist_train.train.schedule import count_steps
-from tests.walk.readme import result, text_in_one_line, text_of
+from tests.walk.documents import result, text_in_one_line, text_of
 
 GAPS = {"photos, 43 classes": "grocery-frozen", "photos, 81 classes": "grocery-fine-frozen"}
 GAPS |= {"drawn characters": "drawn-frozen"}

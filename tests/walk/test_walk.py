@@ -16,7 +16,8 @@ from benchmarks.points import environment_of_one_process
 from dist_train.cli import _command_parser, parse_recipe
 from shards.__main__ import _parser as shards_parser
 from tests.harness import REPOSITORY, jpeg_bytes
-from tests.walk.readme import DOCUMENTS, WALK, Run, Skip, broken_links, commands, in_prose, text_of, what_to_do
+from tests.walk.documents import DOCUMENTS, broken_links, text_of
+from tests.walk.readme import WALK, Run, Skip, commands, in_prose, what_to_do
 
 
 def clone(folder: Path) -> Path:
