@@ -33,7 +33,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UseError."""
-        raise UseError(f"{message}; {self.prog} --help says what there is")
+        # What none of the commands takes is noticed by the parser above them.
+        of_a_command = message.startswith("unrecognized arguments") and self._subparsers is not None
+        raise UseError(f"{message}; {self.prog}{' COMMAND' if of_a_command else ''} --help says what there is")
 
 
 class ToldAlready(Exception):

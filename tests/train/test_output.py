@@ -160,6 +160,14 @@ def test_numbers_of_the_commands_begin_with_1(run: Path, words: str, capsys: pyt
     assert line.startswith("error: argument --") and "must be a number from 1 on" in line
 
 
+def test_a_word_that_a_command_does_not_take_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("evaluate runs/mine --chekpoint best".split()) == 2
+    said = "unrecognized arguments: --chekpoint best; dist-train COMMAND --help says what there is"
+    assert capsys.readouterr().err == f"error: {said}\n"
+    assert main(["evaluate"]) == 2
+    assert capsys.readouterr().err.endswith("required: run; dist-train evaluate --help says what there is\n")
+
+
 def test_deepspeed_does_not_remark_upon_a_machine_without_a_gpu() -> None:
     without = {name: value for name, value in environment().items() if name != "DS_ACCELERATOR"}
     done = subprocess.run(
