@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from benchmarks.benchmark import Benchmark, Chart
 from benchmarks.charts import png
+from benchmarks.load import BUSY
 from benchmarks.tables import FOLDED, Document, Table, table_of, text_of
 from dist_train.errors import UseError
 
@@ -55,12 +56,15 @@ class Result:
 
     @property
     def machine(self) -> str:
-        """The hardware in one line."""
+        """The hardware in one line, and whether it had other work meanwhile."""
         hardware = self.document.get("hardware") or {}
         cores, memory = text_of(hardware.get("cores")), text_of(hardware.get("memory_gb"))
         parts = [f"{cores} cores of {hardware.get('cpu', '')}" if cores else hardware.get("cpu", "")]
         parts += [f"{memory} GB"] if memory else []
-        return ", ".join(str(part) for part in [*parts, *(hardware.get("gpus") or [])] if part)
+        parts += hardware.get("gpus") or []
+        taken = self.document.get("busy_elsewhere") or 0.0
+        parts += [f"of which other processes took {taken:.0%} meanwhile"] if taken >= BUSY else []
+        return ", ".join(str(part) for part in parts if part)
 
     @property
     def parameters(self) -> str:

@@ -11,10 +11,12 @@ from typing import Any
 
 import psutil
 
+from benchmarks.load import OtherProcesses
 from dist_train.files import write_atomically
 from dist_train.machine import ask_git, gpu_names, processor_name, software
 
 RESULTS = Path(__file__).parent / "results"
+_OTHERS = OtherProcesses()
 _PACKAGES = (
     *("torch", "torchvision", "nvidia-dali-cuda120", "deepspeed", "timm", "transformers", "webdataset"),
     *("ffcv", "spdl", "numpy", "numba"),
@@ -36,6 +38,7 @@ def write_result(
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
+        "busy_elsewhere": _OTHERS.share(),
         "versions": software(_PACKAGES),
         "parameters": parameters,
         "rows": rows,
@@ -65,6 +68,7 @@ def finished_rows(bench: str, name: str, parameters: dict[str, Any]) -> list[dic
     if any(document[key] != value for key, value in mine.items()):
         print(f"{path}: of another commit, machine or parameters; measuring all of it again", file=sys.stderr)
         return []
+    _OTHERS.before = document.get("busy_elsewhere", 0.0)
     return document["rows"]
 
 

@@ -29,7 +29,17 @@ def test_the_loader_benchmark_measures_each_contestant(
     arguments = f"--name small --size 32 --margin 8 --batch 8 --threads 1 --rounds 2 --seconds 0.1 --only {names}"
     assert main(["loader", "--images", str(shards), "--scratch", str(tmp_path / "scratch"), *arguments.split()]) == 0
     document = json.loads((tmp_path / "results/loader/small.json").read_bytes())
-    assert {"bench", "command", "commit", "date", "hardware", "versions", "parameters", "rows"} == set(document)
+    assert {
+        "bench",
+        "command",
+        "commit",
+        "date",
+        "hardware",
+        "busy_elsewhere",
+        "versions",
+        "parameters",
+        "rows",
+    } == set(document)
     assert [row["loader"] for row in document["rows"]] == [CONTESTANTS[name] for name in names.split(",")]
     for row in document["rows"]:
         assert row["images_per_s_lowest"] <= row["images_per_s"] <= row["images_per_s_highest"]

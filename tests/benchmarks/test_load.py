@@ -1,0 +1,90 @@
+"""A result says how much of the processor other processes took while it was measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks import load, result
+from benchmarks.catalogue import BENCHMARKS
+from benchmarks.pages import Result
+
+BURN = "import time\nend = time.process_time() + {0}\nwhile time.process_time() < end: pass\nprint(flush=True)\ninput()"
+
+
+@contextmanager
+def busy(seconds: float, *, child: bool) -> Iterator[None]:
+    """A process that has taken so much processor time and waits; started by this one, or else by nobody that lives."""
+    command = [sys.executable, "-c", BURN.format(seconds)]
+    if not child:
+        between = "import subprocess, sys; subprocess.Popen(sys.argv[1:])"
+        command = [sys.executable, "-c", between, *command]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdout.readline()
+    try:
+        yield
+    finally:
+        process.communicate(b"\n")
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only processes that begin from here on are seen: whatever else the machine does would be counted."""
+    there, iterate = set(psutil.pids()), psutil.process_iter
+
+    def fresh(attributes: list[str]) -> Iterator[psutil.Process]:
+        return (process for process in iterate(attributes) if process.pid not in there)
+
+    monkeypatch.setattr(psutil, "process_iter", fresh)
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_time_of_other_processes_is_counted_and_that_of_own_ones_is_not() -> None:
+    with busy(0.4, child=True):
+        assert load.seconds_of_others() < 0.2
+    with busy(0.4, child=False):
+        assert load.seconds_of_others() == pytest.approx(0.4, abs=0.15)
+
+
+def test_the_share_is_of_all_cores_since_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now, taken = [100.0], [7.0]
+    monkeypatch.setattr(load.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(load, "seconds_of_others", lambda: taken[0])
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
+    others = load.OtherProcesses()
+    now[0], taken[0] = 110.0, 7.0 + 3.0
+    assert others.share() == 0.075
+    assert capsys.readouterr().err == ""
+    taken[0] = 7.0 + 30.0
+    assert [others.share(), others.share()] == [0.75, 0.75]
+    assert capsys.readouterr().err.splitlines() == [
+        "note: other processes take 75% of the processor, so times are too long; measure on an idle machine"
+    ]
+
+
+def test_a_continued_result_keeps_what_its_first_rows_were_measured_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result, "RESULTS", tmp_path)
+    monkeypatch.setattr(load, "seconds_of_others", lambda: 0.0)
+    monkeypatch.setattr(result, "_OTHERS", load.OtherProcesses())
+    path = result.write_result("step", "x", {}, [{"images_per_s": 1.0}])
+    document = json.loads(path.read_bytes())
+    assert document["busy_elsewhere"] == 0
+    path.write_text(json.dumps(document | {"busy_elsewhere": 0.523}))
+    rows = result.finished_rows("step", "x", {})
+    document = json.loads(result.write_result("step", "x", {}, rows).read_bytes())
+    assert document["busy_elsewhere"] == 0.523
+    step = next(benchmark for benchmark in BENCHMARKS if benchmark.name == "step")
+    assert Result(step, path, document).machine.endswith("of which other processes took 52% meanwhile")
+    assert "other processes" not in Result(step, path, document | {"busy_elsewhere": 0.04}).machine
