@@ -121,11 +121,12 @@ def test_what_is_said_of_trained_backbones_is_what_their_runs_say() -> None:
 
     assert max(gain.sign for gain in above_cls("fixed", 16).values()) <= 0  # "no head is above `cls`"
     equal = above_cls("equal steps", 256)
-    assert f"`ifa` is {-equal['ifa'].mean:.1f} ± {equal['ifa'].error:.1f} points below it" in text
-    undecided = [equal[head] for head in ("attentive", "all layers", "last four")]
-    query, every, four = (f"{gain.mean:+.1f} ± {gain.error:.1f}" for gain in undecided)
-    assert f"`attentive` ({query}), `all_layers` ({every}) and `last_n` ({four}) cannot be told from it by two" in text
-    assert {len(gain) for gain in undecided} == {2} and not any(gain.sign for gain in undecided)
+    query, every, four = (equal[head] for head in ("attentive", "all layers", "last four"))
+    assert (query.sign, every.sign, four.sign, equal["ifa"].sign) == (1, 1, 0, -1)
+    said = [f"{gain.mean:+.1f} ± {gain.error:.1f}" for gain in (query, every, four)]
+    assert f"`attentive` is ({said[0]} points) and `all_layers` ({said[1]}); `last_n` cannot be told from it" in text
+    assert f"({said[2]}), and `ifa` is {-equal['ifa'].mean:.1f} ± {equal['ifa'].error:.1f} points below." in text
+    assert {len(gain) for gain in equal.values()} == {4}
     adamw = {head: gain.mean for head, gain in above_cls("adamw + own rate", 256).items()}
     assert (min(adamw, key=adamw.__getitem__), max(adamw, key=adamw.__getitem__)) == ("ifa", "all layers")
     assert f"by {adamw['ifa']:.1f} points (`ifa`) to {adamw['all layers']:.1f} (`all_layers`)" in text
