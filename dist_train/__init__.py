@@ -11,6 +11,7 @@ From Python, as docs/python.md has it:
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from dist_train.errors import UseError, WorkError
     from dist_train.use.model import Model
     from dist_train.use.predict import Prediction
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    # GNU's OpenMP threads spin for about a millisecond where they wait for each other, at each of thousands of
+    # operators: with another process on the cores a step takes tens of times as long. So they give up the core early,
+    # and late enough for an idle machine not to notice. It is read as PyTorch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 __version__ = "0.1.0"
 __all__ = ["Model", "Prediction", "Recipe", "Run", "UseError", "WorkError", "__version__", "load", "train"]

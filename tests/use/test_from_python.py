@@ -84,6 +84,22 @@ print(refusal(), dist_train.train is before is train, callable(dist_train.train.
         dist_train.fit  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("set_by_user", "expected"),
+    [({}, "'3000'"), ({"GOMP_SPINCOUNT": "77"}, "'77'"), ({"OMP_WAIT_POLICY": "passive"}, "'0'")],
+)
+def test_threads_that_wait_soon_leave_the_core_to_others(set_by_user: dict[str, str], expected: str) -> None:
+    """As GNU's OpenMP itself reports it, when PyTorch loads it."""
+    unset = {name: value for name, value in environment().items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    asked = unset | {"OMP_DISPLAY_ENV": "verbose"} | set_by_user
+    command = [sys.executable, "-c", "import dist_train.train.engine"]
+    said = subprocess.run(command, env=asked, check=True, capture_output=True, text=True).stderr
+    found = re.findall(r"GOMP_SPINCOUNT = (\S+)", said)
+    if not found:
+        pytest.skip("PyTorch is built with another OpenMP")
+    assert set(found) == {expected}
+
+
 # ---------------------------------------------------------------------- training
 def test_runs_follow_each_other_in_one_process_which_stays_as_it_was(shards: Path, tmp_path: Path) -> None:
     """Also after one that failed, and with DeepSpeed's engine; the same recipe gives the same weights."""
