@@ -29,3 +29,4 @@ def test_a_recipe_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypatc
     (row,) = json.loads((tmp_path / "memory/small.json").read_bytes())["rows"]
     assert row["of_allocated"] == pytest.approx(1, abs=0.01)
     assert row["resident_mb"] > 0.5 * row["predicted_mb"]
+    assert row["resident_mb_given_back"] > row["predicted_mb"]
