@@ -63,7 +63,7 @@ class Arguments:
     """which"""
     batches: str = "16,32,64,128,256"
     """global batch sizes, the smallest first"""
-    remedies: str = ",".join(name for name in REMEDIES if name not in (FIXED, "frozen embedding"))
+    remedies: str = ",".join(name for name in REMEDIES if name != FIXED and not REMEDIES[name].of_backbone)
     """which, beside none"""
     rates: str = "0.001,0.003,0.01,0.03,0.1,0.3"
     """of SGD to search among"""
@@ -92,8 +92,8 @@ def run(arguments: Arguments) -> Path:
     check_words("--remedies", "remedy", remedies, tuple(REMEDIES))
     if batches != sorted(set(batches)) or len(batches) < 2:
         raise UseError(f"--batches {arguments.batches}: name at least two, the smallest first")
-    if arguments.train == "frozen" and any(REMEDIES[name].frozen_embedding for name in remedies):
-        raise UseError("--remedies frozen embedding: with --train frozen all of the backbone is")
+    if arguments.train == "frozen" and (useless := [name for name in remedies if REMEDIES[name].of_backbone]):
+        raise UseError(f"--remedies {useless[0]}: with --train frozen all of the backbone is")
     if arguments.freeze != "none" and (
         arguments.train == "frozen" or any(REMEDIES[name].frozen_embedding for name in remedies)
     ):
@@ -250,6 +250,7 @@ def recipe_of(run: Run, arguments: Arguments, batches: Sequence[int], rate: floa
             schedule="cosine",
             warmup_steps=steps // 20,
             lr_scaling=remedy.scaling,
+            layer_decay=remedy.layer_decay,
             lr_reference_batch=smallest,
         ),
         train=TrainConfig(

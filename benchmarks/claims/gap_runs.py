@@ -38,7 +38,8 @@ class Remedy:
     scaling: of the rate with the batch size. by_samples: momentum whose half-life is as many samples as the smallest
     batch's (Marek et al. 2025, arXiv 2507.07101). steps: as many steps as the smallest batch has, so more epochs.
     own_rate: found by a search at this batch size, not at the smallest. frozen_embedding: patches and positions keep
-    their starting weights (Kumar et al. 2022, arXiv 2211.09359).
+    their starting weights (Kumar et al. 2022, arXiv 2211.09359). layer_decay: as optim.layer_decay, so that the
+    backbone learns slower than the head.
     """
 
     optimizer: OptimName = "sgd"
@@ -47,6 +48,12 @@ class Remedy:
     steps: bool = False
     own_rate: bool = False
     frozen_embedding: bool = False
+    layer_decay: float = 1.0
+
+    @property
+    def of_backbone(self) -> bool:
+        """Whether it says how the backbone is trained, and nothing where that is frozen."""
+        return self.frozen_embedding or self.layer_decay != 1.0
 
 
 FIXED = "fixed"
@@ -62,6 +69,7 @@ REMEDIES: dict[str, Remedy] = {
     ADAMW: Remedy(optimizer="adamw"),
     "adamw + square root": Remedy(optimizer="adamw", scaling="sqrt"),
     "adamw + own rate": Remedy(optimizer="adamw", own_rate=True),
+    "adamw + own rate + layer decay": Remedy(optimizer="adamw", own_rate=True, layer_decay=0.1),
     "frozen embedding": Remedy(frozen_embedding=True),
 }
 """By name. `fixed` is none: SGD at the rate that is best for the smallest batch, in as many epochs."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,24 @@ def test_a_remedy_changes_what_it_says_and_nothing_else() -> None:
     steps = recipe("equal steps", 256).train
     assert abs(count_steps(steps.epochs, 1000, 256) - count_steps(4, 1000, 16)) <= 1
     assert recipe("adamw", 256).optim.name == "adamw"
+    slow, adamw = recipe("adamw + own rate + layer decay", 256, "all"), recipe("adamw + own rate", 256, "all")
+    assert (slow.optim.layer_decay, adamw.optim.layer_decay) == (0.1, 1)
+    assert replace(slow, optim=adamw.optim, train=adamw.train) == adamw
     assert recipe("frozen embedding", 256, "all").model.freeze == "0"
     assert (fixed.model.freeze, recipe(FIXED, 256, "all").model.freeze) == ("backbone", "none")
     assert recipe(FIXED, 256, "all", freeze="10").model.freeze == "10"
     for remedy in ("own rate", "linear + momentum by samples"):
         assert recipe(remedy, 256).data == fixed.data
+
+
+@pytest.mark.parametrize("remedy", [name for name in REMEDIES if REMEDIES[name].of_backbone])
+def test_a_remedy_of_the_backbone_is_refused_where_that_is_frozen(
+    remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["gap", "set", "--weights", str(tmp_path), "--name", "x", "--remedies", f"linear,{remedy}"]
+    assert main(command) == 2
+    said = f"error: --remedies {remedy}: with --train frozen all of the backbone is\n"
+    assert capsys.readouterr().err == said
 
 
 def test_every_run_has_a_rate_that_was_searched_for_its_optimizer_and_is_planned_once() -> None:
