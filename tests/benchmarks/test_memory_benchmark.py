@@ -19,6 +19,17 @@ def test_what_gpus_took_is_predicted_to_three_hundredths() -> None:
     assert [row["of_allocated"] for row in rows] == pytest.approx([1] * len(rows), abs=0.03)
 
 
+def test_what_is_said_of_memory_on_a_cpu_is_what_was_measured() -> None:
+    rows = result.read_rows("memory", "cpu")
+    assert len(rows) == 9  # "all nine recipes measured"
+    assert [row["of_allocated"] for row in rows] == pytest.approx([1] * 9, abs=0.0149)  # "about 1 %"
+    more = [row["resident_mb_given_back"] - row["predicted_mb"] for row in rows]
+    assert 15 <= min(more) and max(more) < 35.5  # "15 to 35 MB more than predicted"
+    share = [1 - row["of_resident_given_back"] for row in rows]
+    assert (round(100 * min(share)), round(100 * max(share))) == (2, 12)  # "2 to 12 % of the whole"
+    assert max(row["resident_mb"] - row["predicted_mb"] for row in rows) > 100  # "may be hundreds of MB more"
+
+
 @pytest.mark.slow
 @pytest.mark.launch
 def test_a_recipe_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
