@@ -96,9 +96,12 @@ def test_what_is_said_of_trained_backbones_is_what_their_runs_say() -> None:
     named |= {"`all_layers`": "all layers", "`last_n`": "last four"}
     lines = text_of("docs/training.md").splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("| Head, upper two blocks trained"))
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first + 2 : first + 7]]
-    keys = ("batch 16", "batch 256", "equal steps", "own rate", "adamw + own rate")
-    expected = {row["head"]: [row[key] for key in keys] for row in document["test_top1_in_percent"]}
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines[first + 2 : first + 2 + len(named)]
+    ]
+    slow = "adamw + own rate + layer decay"
+    keys = ("batch 16", "batch 256", "equal steps", "own rate", "adamw + own rate", slow)
+    expected = {row["head"]: [row[key] or "not trained" for key in keys] for row in document["test_top1_in_percent"]}
     assert {named[head.removeprefix("with ")]: cells for head, *cells in table} == expected
     heads = [named[head.removeprefix("with ")] for head, *_ in table]
     rows = [row for row in document["rows"] if not row["searched_rate"]]
@@ -130,10 +133,39 @@ def test_what_is_said_of_trained_backbones_is_what_their_runs_say() -> None:
     adamw = {head: gain.mean for head, gain in above_cls("adamw + own rate", 256).items()}
     assert (min(adamw, key=adamw.__getitem__), max(adamw, key=adamw.__getitem__)) == ("ifa", "all layers")
     assert f"by {adamw['ifa']:.1f} points (`ifa`) to {adamw['all layers']:.1f} (`all_layers`)" in text
+    decayed = {head: accuracies(rows, head, slow, 256) for head in ("cls", "ifa", "all layers")}
+    gained = {head: its - accuracies(rows, head, "adamw + own rate", 256) for head, its in decayed.items()}
+    above, every = decayed["cls"] - decayed["ifa"], decayed["all layers"] - decayed["cls"]
+    assert (gained["cls"].sign, gained["ifa"].sign, above.sign, every.sign) == (1, -1, 1, 0)
+    said = [f"{seeds.mean:.1f} ± {seeds.error:.1f}" for seeds in (gained["cls"], above, every)]
+    assert f"`cls` gains {said[0]} points and is {said[1]} above `ifa`, which loses {-gained['ifa'].mean:.1f}" in text
+    assert f"cannot be told from `cls` then (+{said[2]})" in text
+    chosen = {row["head"]: row["rate"] for row in document["rates"] if row["remedy"] == slow}
+    highest = max(map(float, document["parameters"]["adamw_rates"].split(",")))
+    assert [head for head, rate in chosen.items() if rate == highest] == ["cls", "ifa"]
     embedding = result("gap/grocery-all")
     (row,) = embedding["test_top1_in_percent"]
     assert f"falls from {row['batch 16']} to {row['batch 256']} %, and to {row['frozen embedding']} % with" in text
     assert embedding["rates"][0]["rate"] == min(map(float, embedding["parameters"]["rates"].split(",")))
+
+
+def test_what_is_said_of_the_start_of_ifa_is_what_its_runs_say() -> None:
+    text, document = text_in_one_line("docs/training.md"), result("gap/grocery-upper-starts")
+    rows = [row for row in document["rows"] if not row["searched_rate"]]
+    places = [("fixed", 16), ("fixed", 256), ("equal steps", 256)]
+
+    def levels(head: str) -> list[str]:
+        return [f"{accuracies(rows, head, *place).mean:.1f}" for place in places]
+
+    mean, last, paper = levels("ifa from the mean"), levels("ifa from the last block"), levels("ifa")
+    pairs = [f"{a} and {b} %" for a, b in zip(mean, last, strict=True)]
+    assert f"{pairs[0]} at batch 16, {pairs[1]} at batch 256 and {pairs[2]} there with as many steps" in text
+    assert f"where the paper's start has {paper[0]}, {paper[1]} and {paper[2]} %." in text
+    assert f"`cls` has {levels('cls')[2]} % with as many steps." in text
+    counts = [
+        len(accuracies(rows, f"ifa from the {start}", *place)) for start in ("mean", "last block") for place in places
+    ]
+    assert counts == [2, 2, 2, 2, 2, 1]
 
 
 def test_the_profile_of_photos_is_what_was_measured() -> None:
