@@ -29,8 +29,8 @@ class OtherProcesses:
         share = min(1.0, gone / (passed * (psutil.cpu_count() or 1)))
         if share >= BUSY and passed >= 5 and not self._said:
             self._said = True
-            note = f"note: other processes take {share:.0%} of the processor, so times are too long"
-            print(f"{note}; measure on an idle machine", file=sys.stderr)
+            note = f"note: other processes take {share:.0%} of the processor, which makes every time too long"
+            print(f"{note}; where times matter, measure on an idle machine", file=sys.stderr)
         return round(max(share, self.before), 3)
 
 

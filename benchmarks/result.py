@@ -47,29 +47,34 @@ def write_result(
     return path
 
 
-def read_document(bench: str, name: str) -> dict[str, Any]:
-    """A result; empty where there is none."""
-    path = RESULTS / bench / f"{name}.json"
-    return json.loads(path.read_bytes()) if path.exists() else {}
-
-
 def read_rows(bench: str, name: str) -> list[dict[str, Any]]:
     """The rows of a result; none where there is no such result."""
-    return read_document(bench, name).get("rows", [])
+    return _read(bench, name).get("rows", [])
+
+
+def begun_document(bench: str, name: str) -> dict[str, Any]:
+    """A result that is continued, with what it was measured beside; empty where there is none."""
+    document = _read(bench, name)
+    _OTHERS.before = document.get("busy_elsewhere", 0.0)
+    return document
 
 
 def finished_rows(bench: str, name: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a result that was begun with the same parameters, commit and hardware; else none."""
-    path = RESULTS / bench / f"{name}.json"
-    if not path.exists():
+    document = _read(bench, name)
+    if not document:
         return []
-    document = json.loads(path.read_bytes())
     mine = {"parameters": json.loads(json.dumps(parameters)), "commit": _commit(), "hardware": hardware()}
     if any(document[key] != value for key, value in mine.items()):
+        path = RESULTS / bench / f"{name}.json"
         print(f"{path}: of another commit, machine or parameters; measuring all of it again", file=sys.stderr)
         return []
-    _OTHERS.before = document.get("busy_elsewhere", 0.0)
-    return document["rows"]
+    return begun_document(bench, name)["rows"]
+
+
+def _read(bench: str, name: str) -> dict[str, Any]:
+    path = RESULTS / bench / f"{name}.json"
+    return json.loads(path.read_bytes()) if path.exists() else {}
 
 
 def hardware() -> dict[str, Any]:

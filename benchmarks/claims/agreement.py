@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.benchmark import Benchmark
 from benchmarks.claims.runs import comparable, is_finished, outcome, threads_of
 from benchmarks.points import Child
-from benchmarks.result import read_document, write_result
+from benchmarks.result import begun_document, write_result
 from benchmarks.tables import Document, Row
 from dist_train.config import Recipe, recipe_from_dict
 from dist_train.data.manifest import Manifest, read_manifest
@@ -41,7 +41,7 @@ def run(arguments: Arguments, base: Recipe) -> Path:
     """
     parameters = {"recipe": asdict(base), "seeds": arguments.seeds}
     manifest = read_manifest(base.data.shards)
-    document = read_document("agreement", arguments.name)
+    document = begun_document("agreement", arguments.name)
     rows: list[Row] = document.get("rows", [])
     there = {(row["arm"], row["seed"]) for row in rows}
     threads = threads_of(arguments.jobs)

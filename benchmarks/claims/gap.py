@@ -23,7 +23,7 @@ from benchmarks.claims.gap_answers import answer_questions, closers, table_rows
 from benchmarks.claims.gap_runs import FIXED, HEADS, REMEDIES, Run, accuracies, plan, searched_as, searches
 from benchmarks.claims.runs import finish_runs, is_finished, outcome, read_summary
 from benchmarks.claims.study_runs import with_spread
-from benchmarks.result import read_document, write_result
+from benchmarks.result import begun_document, write_result
 from benchmarks.tables import FOLDED, Document, Row, by, having, table_of
 from benchmarks.tables import Table as ReportTable
 from dist_train.config import DataConfig, DeepSpeedConfig, ModelConfig, OptimConfig, Precision, Recipe, TrainConfig
@@ -142,7 +142,7 @@ def run(arguments: Arguments) -> Path:
 
 def comparable_rows(name: str, asked: dict[str, Any]) -> dict[str, Row]:
     """The rows of the result by run. Raises UseError where they are of other settings; there may be more remedies."""
-    document = read_document("gap", name)
+    document = begun_document("gap", name)
     there = {"precision": "auto", "freeze": "none", **document["parameters"]} if document.get("rows") else {}
     for key, value in there.items():
         if key != "remedies" and asked.get(key) != value:

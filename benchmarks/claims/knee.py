@@ -30,7 +30,7 @@ from benchmarks.benchmark import Benchmark
 from benchmarks.claims.knee_report import COLUMNS, LOSS, charts, factor_of, headline, knee_of
 from benchmarks.claims.runs import comparable, threads_of
 from benchmarks.points import Child, gpu_environment
-from benchmarks.result import read_document, write_result
+from benchmarks.result import begun_document, write_result
 from benchmarks.tables import Document, Row, short_backbone
 from dist_train.config import Recipe
 from dist_train.data.manifest import read_manifest
@@ -211,7 +211,7 @@ class Record:
 
     def __init__(self, setting: Setting, asked: Arguments) -> None:
         self.setting, self.name = setting, asked.name
-        document: Document = read_document("knee", asked.name)
+        document: Document = begun_document("knee", asked.name)
         self.settings: dict[str, Any] = document.get("parameters", {}).get("settings", {})
         self.rows: list[Row] = document.get("rows", [])
         self.stages: list[Row] = document.get("knees", [])
