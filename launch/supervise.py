@@ -46,8 +46,10 @@ def main(arguments: list[str]) -> int:
     failures, step = 0, newest_step(run)
     while not stop.asked.is_set():
         say(f"start: {' '.join([*launcher, *words])}")
+        before = written_at(run / "lock")
         status = stop.run([*launcher, *words])
-        if status == 0 and not stop.asked.is_set() and not is_complete(run, recipe.train.stop_after_steps):
+        complete = is_complete(run, recipe.train.stop_after_steps, before)
+        if status == 0 and not stop.asked.is_set() and not complete:
             status = 1  # the deepspeed launcher ends with 0 where a signal killed what it started
         if status == 0 or stop.asked.is_set():
             say(f"ended with status {status} after step {max(newest_step(run), 0)}")
@@ -81,9 +83,20 @@ def newest_step(run: Path) -> int:
     return max((int(step) for step in steps if step.isdecimal()), default=-1)
 
 
-def is_complete(run: Path, stop_after_steps: int) -> bool:
-    """Whether the run has come to its end, or to the step where the recipe stops it."""
-    return (run / "summary.json").exists() or 0 < stop_after_steps <= newest_step(run)
+def is_complete(run: Path, stop_after_steps: int, before: int) -> bool:
+    """Whether the job came to the run's end, or to the step where the recipe stops it.
+
+    What a run has left there that is trained further says nothing of the job that was to do so: its rank 0 has written
+    its name into the lock file, last changed at `before` until then, and emptied that as it ended.
+    """
+    lock = run / "lock"
+    ended = written_at(lock) != before and lock.stat().st_size == 0
+    return ended and ((run / "summary.json").exists() or 0 < stop_after_steps <= newest_step(run))
+
+
+def written_at(file: Path) -> int:
+    """The nanosecond of its last change, 0 where there is no such file."""
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def say(text: str) -> None:

@@ -37,6 +37,8 @@ _CURES = {
 def held_run_folder(run: Path, place: Place) -> Iterator[None]:
     """The run folder, for this job alone while the block runs. All ranks call this together.
 
+    Meanwhile the lock file names rank 0's process; it is empty after a block that ended without an error.
+
     Raises WorkError where another job holds the folder or where it cannot be written, now or later.
     """
     with _named_disk_errors(run), ExitStack() as held:
@@ -59,10 +61,15 @@ def _lock(run: Path, held: ExitStack) -> None:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise WorkError(_disk_error(run, error) or f"{run}: cannot be locked ({error})") from None
         log.warning("%s: its file system has no locks, so nothing keeps a second job out (%s)", run, error.strerror)
-        return
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+
+    def leave(error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            file.truncate(0)
+
+    held.push(leave)
 
 
 @contextmanager

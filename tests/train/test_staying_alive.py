@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -274,6 +274,29 @@ def test_the_supervisor_gives_up_without_progress_and_at_wrong_use(tmp_path: Pat
     assert starts("false") == (1, 3)
     assert starts("true") == (1, 3)  # ends well, it says, but there is no run
     assert starts("sh", "-c", "exit 2") == (2, 1)
+
+
+@pytest.mark.launch
+def test_the_supervisor_takes_no_result_of_an_earlier_job_for_that_of_one_that_was_killed(
+    shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+
+    def starts(command: Sequence[str], *more: str) -> tuple[int, int]:
+        words = [*arguments(shards, run, train__epochs=1), *more]
+        options = supervise("--restarts=0", "--backoff=0.05", "--", *command, *words)
+        done = subprocess.run(options, env=environment(), capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stderr.count("supervise: start:")
+
+    train = (sys.executable, str(REPOSITORY / "launch" / "train.py"))
+    assert starts(train) == (0, 1)
+    assert starts(train, "--resume", "auto") == (0, 1)  # nothing to do, it says
+    # As the deepspeed launcher ends where a signal has killed what it started: before it had the folder, or after.
+    assert starts(("true",), "--train.epochs=2", "--resume=auto") == (1, 1)
+    hold = f"echo process 1 on here > {run / 'lock'}"
+    assert starts(("sh", "-c", hold), "--train.epochs=2", "--resume=auto") == (1, 1)
+    assert starts(train, "--train.epochs=2", "--resume=auto") == (0, 1)
+    assert read_summary(run)["steps"] == steps_done(run)
 
 
 def test_a_signal_that_comes_while_the_job_is_started_ends_it_too(
