@@ -70,7 +70,7 @@ def run_training(arguments: list[str], begin: Callable[[], None] = lambda: None)
     if asked.dry_run:
         from dist_train.train.dry_run import dry_run
 
-        dry_run(recipe, asked.price_per_hour)
+        dry_run(recipe, asked.price_per_hour, asked.resume)
     else:
         from dist_train.train.loop import train  # which checks again, with the set
 

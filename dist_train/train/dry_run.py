@@ -79,13 +79,15 @@ class Estimate:
         return "\n".join(lines)
 
 
-def dry_run(recipe: Recipe, price_per_hour: float | None = None) -> None:
-    """Make a few steps and say what the run will take; all ranks call this together. Leaves nothing behind."""
+def dry_run(recipe: Recipe, price_per_hour: float | None = None, resume: str = "none") -> None:
+    """Make a few steps and say what the whole run will take; all ranks call this together. Leaves nothing behind."""
     cached = bool(recipe.data.feature_cache)
     with rehearsal(recipe) as it:
         estimate = _measure(it, cached, price_per_hour)
         if it.place.rank == 0:
             say(estimate)
+            if resume != "none":
+                say("--resume   takes nothing off: these are of the whole run, from its first step")
 
 
 def _measure(it: Rehearsal, cached: bool, price_per_hour: float | None) -> Estimate:

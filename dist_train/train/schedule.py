@@ -21,7 +21,7 @@ def scaled_rate(config: OptimConfig, batch_size: int) -> float:
 
 def check_schedule(config: OptimConfig, total_steps: int) -> None:
     """Raise UseError for a schedule that cannot be followed."""
-    if config.schedule == "cosine" and config.warmup_steps >= total_steps:
+    if config.warmup_steps >= total_steps:
         raise UseError(
             f"optim.warmup_steps {config.warmup_steps} leaves nothing of the run's {total_steps} steps; "
             "lower it or train longer"

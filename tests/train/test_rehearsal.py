@@ -89,6 +89,9 @@ def test_a_dry_run_is_refused_what_a_run_would_be(
     (tmp_path / "old" / "metrics.jsonl").write_text("")
     assert main(["train", *arguments(shards, tmp_path / "old"), "--dry-run"]) == 2
     assert "already holds a run" in capsys.readouterr().err
+    assert main(["train", *arguments(shards, tmp_path / "old"), "--dry-run", "--resume", "auto"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("--resume   takes nothing off")
+    assert [file.name for file in (tmp_path / "old").iterdir()] == ["metrics.jsonl"]
 
 
 def test_its_options_are_read_beside_the_recipes() -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from dist_train.config import OptimConfig
+from dist_train.config import OptimConfig, Schedule
 from dist_train.errors import UseError
 from dist_train.train.schedule import check_schedule, learning_rate
 
@@ -33,6 +33,8 @@ def test_batch_size_rules_scale_the_rate(rule: str, factor: float) -> None:
     assert learning_rate(config, 256, 7, 100, 640) == pytest.approx(0.001 * factor)
 
 
-def test_a_warm_up_longer_than_the_run_is_refused() -> None:
-    with pytest.raises(UseError, match=r"warmup_steps 100 leaves nothing of the run's 90 steps"):
-        check_schedule(OptimConfig(warmup_steps=100), 90)
+@pytest.mark.parametrize("schedule", ["constant", "constant_epoch", "cosine"])
+def test_a_warm_up_as_long_as_the_run_is_refused(schedule: Schedule) -> None:
+    with pytest.raises(UseError, match=r"warmup_steps 90 leaves nothing of the run's 90 steps"):
+        check_schedule(OptimConfig(schedule=schedule, warmup_steps=90), 90)
+    check_schedule(OptimConfig(schedule=schedule, warmup_steps=89), 90)
