@@ -172,10 +172,11 @@ class ModelConfig:
     """Resampling of pretrained position embeddings: timm's (bicubic, antialiased) or the reference's (bilinear,
     aligned corners). A backbone under timm's own name always has timm's."""
     dropout: Annotated[float, SHARE] = 0.0
-    """Dropout inside the transformer blocks; the reference trains with 0.1."""
+    """Dropout inside the transformer blocks; the reference trains with 0.1. 0 is none, also of timm's models that have
+    some by default."""
     drop_path: Annotated[float, SHARE] = 0.0
     """Probability with which the residual branches of the last block are skipped for a sample; it rises linearly from 0
-    at the first (stochastic depth, Huang et al. 2016)."""
+    at the first (stochastic depth, Huang et al. 2016). 0 is none; timm's Swin, for one, has 0.1 by default."""
     freeze: str = "none"
     """What keeps its starting weights, in evaluation mode: none; a number n, the embedding or stem and the first n
     blocks or, as timm groups them, layers; or backbone, all but the head (and the text embeddings)."""

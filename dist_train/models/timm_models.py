@@ -16,9 +16,11 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
 from dist_train.errors import UseError
@@ -66,7 +68,10 @@ def _has_fixed_size(backbone: str) -> bool:
 def create(
     backbone: str, image_size: int, num_classes: int = 0, drop_path: float = 0.0, dropout: float = 0.0
 ) -> nn.Module:
-    """timm's model of that name, for images of that size, untrained. Raises UseError where it cannot be."""
+    """timm's model of that name, for images of that size, untrained. Raises UseError where it cannot be.
+
+    A rate of 0 is none: some of timm's models, such as Swin, begin with one of their own.
+    """
     arguments: dict[str, Any] = timm_arguments(backbone, image_size)
     if drop_path:
         arguments["drop_path_rate"] = drop_path
@@ -74,7 +79,8 @@ def create(
         arguments |= {"pos_drop_rate": dropout, "proj_drop_rate": dropout}
     while True:
         try:
-            return timm.create_model(backbone, num_classes=num_classes, **arguments)
+            model = timm.create_model(backbone, num_classes=num_classes, **arguments)
+            break
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if unknown is None or unknown[1] not in arguments:
@@ -84,6 +90,14 @@ def create(
             del arguments[unknown[1]]
         except (AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
             raise _wrong_size(backbone, image_size, error) from None
+    for module in model.modules():
+        if isinstance(module, DropPath) and not drop_path:
+            module.drop_prob = 0.0
+        elif isinstance(module, _DropoutNd) and not dropout:
+            module.p = 0.0
+    if not dropout and hasattr(model, "drop_rate"):  # before the classifier, in the forward pass of some
+        model.drop_rate = 0.0
+    return model
 
 
 def _wrong_size(backbone: str, image_size: int, error: Exception) -> UseError:

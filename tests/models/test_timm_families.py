@@ -17,7 +17,7 @@ from dist_train.models.build import Classifier, build_model, to_timm_state_dict
 from dist_train.models.names import CNNS, abilities
 from dist_train.models.parameter_groups import layers_of
 from dist_train.models.pretrained import hub_name
-from dist_train.models.timm_models import inspect
+from dist_train.models.timm_models import create, inspect
 from tests.models.timm_families import FAMILIES
 
 CLASSES = 5
@@ -76,6 +76,23 @@ def test_a_training_step_reaches_all_that_is_trained_and_timms_model_has_the_sam
         expected = reference.eval()(images(name))
         assert expected.std() > 0.01
         torch.testing.assert_close(model.eval()(images(name)), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        *((name, family.image_size) for name, family in FAMILIES.items()),
+        *((name, 64) for name in ("ghostnet_050", "rexnet_100", "legacy_seresnet18", "nest_tiny")),
+        ("swinv2_tiny_window8_256", 64),
+        ("vit_relpos_small_patch16_224", 64),
+    ],
+)
+def test_nothing_is_left_to_chance_where_the_recipe_says_0(name: str, side: int) -> None:
+    """timm's own defaults: stochastic depth of 0.1 to 0.5, dropout of 0.125 to 0.2."""
+    torch.manual_seed(5)
+    model, pixels = create(name, side).train(), torch.randn(16, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels), model(pixels), rtol=0, atol=0)
 
 
 def test_a_model_of_two_classifiers_has_one_of_ours_twice_each_with_memory_of_its_own() -> None:
