@@ -9,7 +9,7 @@ With `--train frozen` heads learn on features of the frozen backbone, which take
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -119,7 +119,9 @@ def run(arguments: Arguments) -> Path:
         more = {
             "answers": answer_questions(compared, batches),
             "test_top1_in_percent": table_rows(compared, batches),
-            "rates": [{"head": h, "remedy": r, "batch_size": b, "rate": rate} for (h, r, b), rate in chosen.items()],
+            "rates": [
+                {"head": h, "remedy": r, "batch_size": b, "rate": rate} for (h, r, b), rate in best_rates(found).items()
+            ],
         }
         return write_result("gap", arguments.name, asked, found, more)
 
@@ -177,15 +179,22 @@ def search(
         each = by_folder[recipe.train.run]
         rows[each.name] = row_of(each, recipe)
         remove_checkpoints(recipe)
-    chosen = {}
+    chosen = best_rates(rows.values())
     for place, its in runs.items():
-        tried: dict[float, list[Row]] = {}
-        for each in its:
-            tried.setdefault(each.rate, []).append(rows[each.name])
-        chosen[place] = max(tried, key=lambda rate: _merit(tried[rate]))
+        tried = [each.rate for each in its]
         if chosen[place] in (min(tried), max(tried)):
             say(f"note: {place[0]}, {place[1]}, batch {place[2]}: the best rate {chosen[place]:g} is at the edge")
     return chosen
+
+
+def best_rates(rows: Iterable[Row]) -> dict[tuple[str, str, int], float]:
+    """Of all searches that the rows have, also those of earlier calls: the best rate by head, remedy and batch size."""
+    tried: dict[tuple[str, str, int], dict[float, list[Row]]] = {}
+    for row in rows:
+        if row["searched_rate"]:
+            place = (row["head"], row["remedy"], row["batch_size"])
+            tried.setdefault(place, {}).setdefault(row["lr"], []).append(row)
+    return {place: max(its, key=lambda rate: _merit(its[rate])) for place, its in tried.items()}
 
 
 def first_readers(recipes: Sequence[Recipe]) -> list[Recipe]:

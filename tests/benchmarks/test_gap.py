@@ -72,6 +72,22 @@ def test_every_run_has_a_rate_that_was_searched_for_its_optimizer_and_is_planned
         assert place[1] == (256 if "own rate" in run.remedy else 16)
 
 
+def test_the_best_rates_are_of_all_searches_whichever_call_made_them() -> None:
+    def searched(head: str, remedy: str, rate: float, top1: float, loss: float = 1.0, **more: Any) -> dict[str, Any]:
+        row = {"head": head, "remedy": remedy, "batch_size": 16, "searched_rate": True, "lr": rate, "diverged": False}
+        return row | {"val_top1": top1, "val_loss": loss} | more
+
+    rows = [
+        searched("cls", FIXED, 0.1, 0.5),
+        searched("cls", FIXED, 0.3, 0.6, loss=1.2),
+        searched("cls", FIXED, 1.0, 0.6, loss=1.1),
+        searched("cls", FIXED, 3.0, 0.0, diverged=True),
+        searched("cls", FIXED, 9.0, 0.9, searched_rate=False),
+        searched("ifa", "own rate", 0.1, 0.4),
+    ]
+    assert gap.best_rates(rows) == {("cls", FIXED, 16): 1.0, ("ifa", "own rate", 16): 0.1}
+
+
 def rows_of(levels: dict[tuple[str, str, int], list[float]]) -> list[dict[str, Any]]:
     return [
         {"head": head, "remedy": remedy, "batch_size": batch, "seed": seed, "top1": top1 / 100}
@@ -161,6 +177,7 @@ def test_a_small_one_searches_trains_answers_and_continues(
     assert kept == {"cls-fixed-batch4-seed1", "cls-fixed-batch8-seed1", "cls-own_rate-batch8-seed1"}
     again = json.loads((results / "gap/x.json").read_bytes())["rows"]
     assert again[:5] == document["rows"] and len(again) == 8
+    assert [row["rate"] for row in document["rates"]] == [0.01, 0.01]
     assert main([*words, "--seeds=2", "--epochs=2"]) == 2
     assert "this result has runs with epochs 1, not 2" in capfd.readouterr().err
     assert main([*words, "--seeds=2", "--freeze=10"]) == 2

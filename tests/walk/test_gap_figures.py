@@ -101,7 +101,7 @@ def test_what_is_said_of_trained_backbones_is_what_their_runs_say() -> None:
     ]
     slow = "adamw + own rate + layer decay"
     keys = ("batch 16", "batch 256", "equal steps", "own rate", "adamw + own rate", slow)
-    expected = {row["head"]: [row[key] or "not trained" for key in keys] for row in document["test_top1_in_percent"]}
+    expected = {row["head"]: [row[key] for key in keys] for row in document["test_top1_in_percent"]}
     assert {named[head.removeprefix("with ")]: cells for head, *cells in table} == expected
     heads = [named[head.removeprefix("with ")] for head, *_ in table]
     rows = [row for row in document["rows"] if not row["searched_rate"]]
@@ -133,16 +133,21 @@ def test_what_is_said_of_trained_backbones_is_what_their_runs_say() -> None:
     adamw = {head: gain.mean for head, gain in above_cls("adamw + own rate", 256).items()}
     assert (min(adamw, key=adamw.__getitem__), max(adamw, key=adamw.__getitem__)) == ("ifa", "all layers")
     assert f"by {adamw['ifa']:.1f} points (`ifa`) to {adamw['all layers']:.1f} (`all_layers`)" in text
-    decayed = {head: accuracies(rows, head, slow, 256) for head in ("cls", "ifa", "all layers")}
+    decayed = {head: accuracies(rows, head, slow, 256) for head in heads}
+    assert {len(seeds) for seeds in decayed.values()} == {4}
     gained = {head: its - accuracies(rows, head, "adamw + own rate", 256) for head, its in decayed.items()}
     above, every = decayed["cls"] - decayed["ifa"], decayed["all layers"] - decayed["cls"]
     assert (gained["cls"].sign, gained["ifa"].sign, above.sign, every.sign) == (1, -1, 1, 0)
     said = [f"{seeds.mean:.1f} ± {seeds.error:.1f}" for seeds in (gained["cls"], above, every)]
     assert f"`cls` gains {said[0]} points and is {said[1]} above `ifa`, which loses {-gained['ifa'].mean:.1f}" in text
     assert f"cannot be told from `cls` then (+{said[2]})" in text
+    below = [decayed["cls"] - decayed[head] for head in ("attentive", "last four")]
+    assert [seeds.sign for seeds in below] == [1, 1]
+    said = [f"{seeds.mean:.1f} ± {seeds.error:.1f}" for seeds in below]
+    assert f"and {said[0]} and {said[1]} above `attentive` and `last_n`;" in text
     chosen = {row["head"]: row["rate"] for row in document["rates"] if row["remedy"] == slow}
     highest = max(map(float, document["parameters"]["adamw_rates"].split(",")))
-    assert [head for head, rate in chosen.items() if rate == highest] == ["cls", "ifa"]
+    assert {head for head, rate in chosen.items() if rate < highest} == {"all layers"} and len(chosen) == len(heads)
     embedding = result("gap/grocery-all")
     (row,) = embedding["test_top1_in_percent"]
     assert f"falls from {row['batch 16']} to {row['batch 256']} %, and to {row['frozen embedding']} % with" in text
@@ -162,10 +167,22 @@ def test_what_is_said_of_the_start_of_ifa_is_what_its_runs_say() -> None:
     assert f"{pairs[0]} at batch 16, {pairs[1]} at batch 256 and {pairs[2]} there with as many steps" in text
     assert f"where the paper's start has {paper[0]}, {paper[1]} and {paper[2]} %." in text
     assert f"`cls` has {levels('cls')[2]} % with as many steps." in text
-    counts = [
-        len(accuracies(rows, f"ifa from the {start}", *place)) for start in ("mean", "last block") for place in places
-    ]
-    assert counts == [2, 2, 2, 2, 2, 1]
+
+    def beside(other: str, place: tuple[str, int]) -> list[Seeds]:
+        starts = (accuracies(rows, f"ifa from the {start}", *place) for start in ("mean", "last block"))
+        return [seeds - accuracies(rows, other, *place) for seeds in starts]
+
+    def said(seeds: Seeds) -> str:
+        return f"{abs(seeds.mean):.1f} ± {seeds.error:.1f}"
+
+    assert {len(seeds) for place in places for seeds in beside("ifa", place)} == {4}
+    mean, last = beside("ifa", places[2])
+    assert (mean.sign, last.sign) == (1, 1)
+    assert f"the start's, {said(mean)} points by the mean and {said(last)} by the last block" in text
+    mean, last = beside("cls", places[2])
+    assert (mean.sign, last.sign) == (0, -1) and mean.mean < 0
+    assert f"cannot be told from `cls` then (-{said(mean)}), from the last block it is {said(last)} below." in text
+    assert [seeds.sign for seeds in beside("ifa", places[0])] == [0, 0]  # "do not tell the starts apart"
 
 
 def test_the_profile_of_photos_is_what_was_measured() -> None:
