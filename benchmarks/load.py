@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 
@@ -35,14 +36,17 @@ class OtherProcesses:
 
 
 def seconds_of_others() -> float:
-    """Of those that run now, with what those that they waited for have taken."""
+    """What the processor has worked in all since the machine's start, less this process and all that it has started.
+
+    By the machine's own count, as a process that has ended meanwhile is in no list of processes.
+    """
+    whole = psutil.cpu_times()
     own = psutil.Process()
-    mine = {own.pid, *(process.pid for process in own.children(recursive=True))}
-    total = 0.0
-    for process in psutil.process_iter(["cpu_times"]):
-        times = process.info["cpu_times"]
-        if process.pid not in mine and times is not None:
-            total += times.user + times.system
-            if process.pid != 1:  # it waits for what this process has started and left, too
-                total += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
-    return total
+    mine = 0.0
+    for process in [own, *own.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # it has ended: what it took is its parent's, which comes before it
+            times = process.cpu_times()
+            mine += times.user + times.system
+            mine += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
+    kinds = ("user", "nice", "system", "irq", "softirq")
+    return sum(getattr(whole, kind, 0.0) for kind in kinds) - mine
