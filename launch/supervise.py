@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import os
 import re
 import signal
 import socket
@@ -46,10 +47,9 @@ def main(arguments: list[str]) -> int:
     failures, step = 0, newest_step(run)
     while not stop.asked.is_set():
         say(f"start: {' '.join([*launcher, *words])}")
-        before = written_at(run / "lock")
+        before = lock_state(run)
         status = stop.run([*launcher, *words])
-        complete = is_complete(run, recipe.train.stop_after_steps, before)
-        if status == 0 and not stop.asked.is_set() and not complete:
+        if status == 0 and not stop.asked.is_set() and not is_complete(run, recipe.train.stop_after_steps, before):
             status = 1  # the deepspeed launcher ends with 0 where a signal killed what it started
         if status == 0 or stop.asked.is_set():
             say(f"ended with status {status} after step {max(newest_step(run), 0)}")
@@ -83,20 +83,25 @@ def newest_step(run: Path) -> int:
     return max((int(step) for step in steps if step.isdecimal()), default=-1)
 
 
-def is_complete(run: Path, stop_after_steps: int, before: int) -> bool:
+def is_complete(run: Path, stop_after_steps: int, before: tuple[int, int]) -> bool:
     """Whether the job came to the run's end, or to the step where the recipe stops it.
 
     What a run has left there that is trained further says nothing of the job that was to do so: its rank 0 has written
-    its name into the lock file, last changed at `before` until then, and emptied that as it ended.
+    its name into the lock file, which was as `before`, and emptied that as it ended.
     """
-    lock = run / "lock"
-    ended = written_at(lock) != before and lock.stat().st_size == 0
+    changed, size = lock_state(run)
+    ended = changed != before[0] and size == 0
     return ended and ((run / "summary.json").exists() or 0 < stop_after_steps <= newest_step(run))
 
 
-def written_at(file: Path) -> int:
-    """The nanosecond of its last change, 0 where there is no such file."""
-    return file.stat().st_mtime_ns if file.exists() else 0
+def lock_state(run: Path) -> tuple[int, int]:
+    """When the lock file was last changed, in nanoseconds, and its bytes; (0, 0) where there is none."""
+    try:
+        with open(run / "lock", "rb") as file:  # to open it asks a network file system how it is now
+            found = os.fstat(file.fileno())
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
 
 
 def say(text: str) -> None:

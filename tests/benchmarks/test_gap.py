@@ -177,7 +177,9 @@ def test_a_small_one_searches_trains_answers_and_continues(
     assert kept == {"cls-fixed-batch4-seed1", "cls-fixed-batch8-seed1", "cls-own_rate-batch8-seed1"}
     again = json.loads((results / "gap/x.json").read_bytes())["rows"]
     assert again[:5] == document["rows"] and len(again) == 8
-    assert [row["rate"] for row in document["rates"]] == [0.01, 0.01]
+    assert main([*words, "--seeds=1", "--remedies=linear"]) == 0  # another remedy, beside what was searched before
+    assert json.loads((results / "gap/x.json").read_bytes())["rates"] == document["rates"]
+    assert [(row["remedy"], row["rate"]) for row in document["rates"]] == [(FIXED, 0.01), ("own rate", 0.01)]
     assert main([*words, "--seeds=2", "--epochs=2"]) == 2
     assert "this result has runs with epochs 1, not 2" in capfd.readouterr().err
     assert main([*words, "--seeds=2", "--freeze=10"]) == 2

@@ -34,12 +34,11 @@ def test_what_is_said_of_memory_on_a_cpu_is_what_was_measured() -> None:
 @pytest.mark.launch
 def test_a_recipe_is_measured_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(result, "RESULTS", tmp_path)
-    small = "--model.backbone vit_tiny_patch16 --data.image_size 32 --train.batch_size 4"
+    # Not smaller: what a kernel of the first convolution's gradient takes, 5 MB, must not be what there is most of.
+    small = "--model.backbone vit_tiny_patch16 --data.image_size 128 --train.batch_size 16"
     monkeypatch.setattr(prediction, "SETTINGS", (small,))
     assert main(["memory", "--name", "small", "--here-alone"]) == 0
     (row,) = json.loads((tmp_path / "memory/small.json").read_bytes())["rows"]
-    # A kernel of a convolution's gradient takes a workspace here, which differs with the processor.
-    assert -0.5 < row["allocated_mb"] - row["predicted_mb"] < 6
-    assert row["of_allocated"] == pytest.approx(row["predicted_mb"] / row["allocated_mb"], abs=0.001)
-    assert row["resident_mb"] > 0
+    assert row["of_allocated"] == pytest.approx(1, abs=0.01)
+    assert row["resident_mb"] > 0.5 * row["predicted_mb"]
     assert row["resident_mb_given_back"] > row["predicted_mb"]
