@@ -191,7 +191,7 @@ def _read_jpeg(data: bytes) -> Header:
         plain &= luma in _USUAL_SAMPLING and chroma == [(1, 1), (1, 1)]
         plain &= adobe == 1 and [number for number, _ in components] != list(b"RGB")
     plain &= len(components) in (1, 3) and width * height > 0 and adobe >= 0
-    plain &= frame == _PROGRESSIVE or data[body : body + 1] == bytes([len(components)])  # all in one scan
+    plain &= frame == _PROGRESSIVE or int.from_bytes(data[body : body + 1], "big") == len(components)  # all in one scan
     end = _end_of_scans(data, at, frame == _PROGRESSIVE)
     return Header("jpeg", width, height, plain and end > 0, colour, len(data) - end)
 

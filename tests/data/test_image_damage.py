@@ -101,6 +101,12 @@ def test_no_bytes_make_looking_at_a_header_fail(data: bytes, start: bytes) -> No
     assert header is None or not header.plain or header.width * header.height > 0
 
 
+def test_a_jpeg_that_announces_hundreds_of_colours_is_only_not_plain() -> None:
+    frame = struct.pack(">2sHBHHB", b"\xff\xc0", 908, 8, 32, 40, 44) + b"\1\x11\0" * 300
+    header = read_header(jpeg_with().replace(b"\xff\xda", frame + b"\xff\xda", 1))
+    assert header is not None and not header.plain
+
+
 @given(st.data())
 def test_no_damage_makes_looking_at_a_header_fail(data: st.DataObject) -> None:
     kind, options = data.draw(st.sampled_from([("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})]))
