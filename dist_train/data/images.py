@@ -330,14 +330,16 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 def _load(data: bytes, max_pixels: int) -> Image.Image:
     """The first frame, decoded whole, in the file's own mode and orientation. Raises BadImage."""
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # from twice its own limit on Pillow refuses, whatever is asked for
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         check_pixels(*image.size, max_pixels)
         image.load()
     except BadImage:
         raise
-    except Image.DecompressionBombError as error:
-        raise BadImage("decompression bomb", str(error)) from None
+    except Image.DecompressionBombError:
+        raise BadImage("decompression bomb", f"announces more pixels than data.max_pixels {max_pixels}") from None
     except UnidentifiedImageError:
         raise BadImage("not an image", "none of the formats " + ", ".join(FORMATS)) from None
     except Exception as error:  # arbitrary bytes make decoders raise nearly anything

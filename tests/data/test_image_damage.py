@@ -107,6 +107,14 @@ def test_a_jpeg_that_announces_hundreds_of_colours_is_only_not_plain() -> None:
     assert header is not None and not header.plain
 
 
+def test_data_max_pixels_is_the_limit_of_every_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # of which Pillow refuses more than twice as many
+    gif = encode(smooth_image(3, 40, 32), "GIF")
+    with pytest.raises(BadImage, match=r"decompression bomb: .*data\.max_pixels 400"):
+        decode(gif, max_pixels=400)
+    assert decode(gif, max_pixels=1280).size in ((40, 32), (32, 40))
+
+
 @given(st.data())
 def test_no_damage_makes_looking_at_a_header_fail(data: st.DataObject) -> None:
     kind, options = data.draw(st.sampled_from([("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})]))
