@@ -41,11 +41,10 @@ def images_below(folder: Path) -> list[Path]:
         raise UseError(f"{error.filename}: cannot be listed ({error.strerror})") from None
 
     for place, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        here = os.path.realpath(place)
+        below = Path(place).relative_to(folder)
+        way = [os.path.realpath(folder / part) for part in (below, *below.parents)]
         folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and not _lies_in(here, os.path.realpath(os.path.join(place, name)))
+            name for name in folders if not name.startswith(".") and not _leads_back(os.path.join(place, name), way)
         )
         for name in sorted(files):
             if not name.startswith(".") and is_image_file(os.path.join(place, name)):
@@ -65,5 +64,7 @@ def tags_beside(image: Path) -> str | None:
     return None
 
 
-def _lies_in(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+def _leads_back(folder: str, way: list[str]) -> bool:
+    """Whether a folder holds one of those on the way to it."""
+    real = os.path.realpath(folder)
+    return any(here == real or here.startswith(real.rstrip(os.sep) + os.sep) for here in way)

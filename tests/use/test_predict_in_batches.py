@@ -191,7 +191,11 @@ def test_of_a_folder_all_images_are_taken_and_a_broken_one_is_told(tmp_path: Pat
     (tmp_path / "broken.jpg").write_bytes(b"x")
     (tmp_path / "notes.txt").write_text("tags")
     (tmp_path / "b" / "up").symlink_to(tmp_path)
-    names = ["a.png", "broken.jpg", "without ending", "b/10.jpg", "b/2.JPG"]
+    for name, other in (("c", "d"), ("d", "c")):  # each leads to the other
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "across").symlink_to(tmp_path / other)
+    (tmp_path / "c" / "1.jpg").write_bytes(jpeg_bytes(0))
+    names = ["a.png", "broken.jpg", "without ending", "b/10.jpg", "b/2.JPG", "c/1.jpg", "d/across/1.jpg"]
     assert [str(path.relative_to(tmp_path)) for path in images_below(tmp_path)] == names
     (tmp_path / "empty").mkdir()
     with pytest.raises(UseError, match="no images in this folder"):
