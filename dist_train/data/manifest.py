@@ -182,7 +182,9 @@ def read_manifest(root: str | Path) -> Manifest:
         if remote:
             raise UseError(f"{path}: not found, so there is no complete shard set at this URL") from None
         raise UseError(f"{root}: no {MANIFEST_NAME}, so this is no complete shard set; {_cure(Path(root))}") from None
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise WorkError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise WorkError(f"{path}: cannot be read as JSON ({error}); build the set again") from None
     version = document.get("version") if isinstance(document, dict) else None
     if version != MANIFEST_VERSION:

@@ -43,6 +43,9 @@ def test_an_incomplete_set_is_refused(shard_set: Callable[..., Path], tmp_path: 
     (root / "manifest.json").unlink()
     assert train(root, tmp_path / "run") == 2
     assert "no manifest.json, so this is no complete shard set" in capsys.readouterr().err
+    (root / "manifest.json").mkdir()
+    assert train(root, tmp_path / "run") == 1
+    assert error_line(capsys.readouterr().err).endswith("manifest.json: cannot be read (Is a directory)")
 
 
 def test_text_asked_of_shards_without_tags_is_refused(
