@@ -83,7 +83,7 @@ def index_tar(path: Path, damaged: bool = False) -> list[TarSample]:
     except WorkError:
         if not damaged:
             raise
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:  # ValueError: extended headers full of nonsense
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError) as error:  # wrong headers
         if not damaged:
             raise WorkError(f"{path}: not a readable tar ({error})") from None
     return samples

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -112,6 +113,18 @@ def test_what_follows_a_tar_and_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(whole + whole[:700])
     with pytest.raises(WorkError, match=r"cut short inside 0\.jpg"):
         index_tar(tmp_path / "0.tar")
+
+
+@pytest.mark.parametrize("kind", [b"L", b"x"])
+def test_a_header_that_announces_more_than_any_file_holds_is_a_damaged_tar(tmp_path: Path, kind: bytes) -> None:
+    header = bytearray(tarfile.TarInfo("long").tobuf())
+    header[124:136], header[156:157] = b"\x80" + b"\x7f" * 11, kind
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "0.tar").write_bytes(header + bytes(1024))
+    with pytest.raises(WorkError, match=r"0\.tar: not a readable tar"):
+        index_tar(tmp_path / "0.tar")
+    assert index_tar(tmp_path / "0.tar", damaged=True) == []
 
 
 @pytest.mark.parametrize(
