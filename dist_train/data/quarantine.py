@@ -30,6 +30,11 @@ class Quarantine:
     def __init__(self, file: Path | None, split: str, limit: int, rank: int) -> None:
         self.file, self.split, self.limit, self.rank = file, split, limit, rank
         self._bad: set[tuple[str, int]] = set(_read(file))
+        if len(self._bad) > limit:  # the run that ended with this error is continued
+            raise WorkError(
+                f"{file}: lists more samples than data.max_bad_samples ({limit}); check the set with `python -m shards "
+                "verify`, or raise it to go on without them"
+            )
 
     def __contains__(self, sample: int) -> bool:
         return (self.split, sample) in self._bad
@@ -86,12 +91,14 @@ def _record(file: Path, entry: dict[str, object]) -> set[tuple[str, int]]:
 
     Under a lock, as ranks may meet a sample at the same time; one write, so that a killed process leaves whole lines.
     """
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         recorded = set(_read(file))
         if (entry["split"], entry["sample"]) not in recorded:
-            os.write(descriptor, (json.dumps(entry) + "\n").encode())
+            size = os.fstat(descriptor).st_size
+            cut_short = size and os.pread(descriptor, 1, size - 1) != b"\n"
+            os.write(descriptor, (cut_short * "\n" + json.dumps(entry) + "\n").encode())
     finally:
         os.close(descriptor)
     return recorded

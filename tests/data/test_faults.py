@@ -12,6 +12,7 @@ import torch
 from dist_train.config import DataConfig
 from dist_train.data.loader import EvalLoader
 from dist_train.data.manifest import read_manifest
+from dist_train.data.quarantine import Quarantine
 from dist_train.data.tarindex import index_path, index_tar, read_index
 from dist_train.errors import WorkError
 from dist_train.place import Place
@@ -229,6 +230,21 @@ def test_the_limit_counts_what_all_ranks_recorded(root: Path) -> None:
     (root.parent / "set.quarantine.jsonl").unlink()
     with pytest.raises(WorkError, match=r"more than data\.max_bad_samples \(2\)"):
         run_epoch(root, world_size=2, max_bad_samples=2)
+
+
+def test_a_run_that_met_too_many_does_not_go_on_when_it_is_resumed(root: Path) -> None:
+    damage_three(root)
+    for _ in range(2):
+        with pytest.raises(WorkError, match=r"more .*data\.max_bad_samples \(2\)"):
+            run_epoch(root, max_bad_samples=2)
+    assert len(run_epoch(root, max_bad_samples=3).records) == 3
+
+
+def test_a_record_follows_a_line_that_was_cut_short(tmp_path: Path) -> None:
+    file = tmp_path / "quarantine.jsonl"
+    file.write_text('{"split": "tr')
+    Quarantine(file, "train", limit=5, rank=0).add(7, "train-000000.tar:000007", 0, "damaged")
+    assert 7 in Quarantine(file, "train", limit=5, rank=0)
 
 
 def test_evaluation_says_what_it_counted_and_what_it_left_out(tmp_path: Path) -> None:
