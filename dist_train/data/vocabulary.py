@@ -38,7 +38,8 @@ def read_vocabulary(name_or_file: str) -> dict[str, int] | None:
             raise UseError(f"{path}: not a WordPiece vocabulary, it lacks {', '.join(missing)}")
         return {token: i for i, token in enumerate(tokens)}
     if name_or_file.endswith(".txt") or (os.sep in name_or_file and path.parent.exists()):
-        raise UseError(f"data.tokenizer {name_or_file}: no such file")
+        problem = "a folder; name the vocab.txt in it" if path.is_dir() else "no such file"
+        raise UseError(f"data.tokenizer {name_or_file}: {problem}")
     return None
 
 

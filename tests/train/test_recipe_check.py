@@ -46,6 +46,10 @@ REFUSED = {
         "--data.shards={folder}/tagged --model.text_tokens=8 --data.tokenizer={folder}/none.txt",
         "none.txt: no such file",
     ),
+    "tokenizer's folder": (
+        "--data.shards={folder}/tagged --model.text_tokens=8 --data.tokenizer={folder}/tagged",
+        "{folder}/tagged: a folder; name the vocab.txt in it",
+    ),
     "no room for tags": (
         "--data.shards={folder}/tagged --model.text_tokens=2",
         "model.text_tokens is 2, and a WordPiece",
