@@ -6,7 +6,6 @@ training loader is endless: the run is the concatenation of its epochs.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from collections import deque
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from nvidia.dali.tensors import TensorCPU
+from PIL import Image
 from torch import Tensor
 
 from dist_train.config import DataConfig
@@ -24,6 +24,7 @@ from dist_train.data.augment import draw_augmentation, has_operations, needs_siz
 from dist_train.data.background import Batch, made_ahead
 from dist_train.data.device import decoding_gpu
 from dist_train.data.fetch import FetchedBatch, ShardFetcher
+from dist_train.data.images import to_ppm
 from dist_train.data.manifest import Manifest, check_has_tags
 from dist_train.data.pipeline import ImagePipeline, UndecodableError, load_compiled_passes
 from dist_train.data.plan import EpochPlan, Need, Positions, evaluation_batches, micro_batch_of, needs_of
@@ -54,9 +55,9 @@ class _Loader:
         place: Place,
         *,
         batch_size: int,
-        tokenizer: TagTokenizer | None,
-        quarantine: Path | None,
-        tag_targets: TagTargets | None,
+        tokenizer: TagTokenizer | None = None,
+        quarantine: Path | None = None,
+        tag_targets: TagTargets | None = None,
     ) -> None:
         check_section("data", config)
         if tokenizer is not None or tag_targets is not None:
@@ -70,9 +71,7 @@ class _Loader:
         self._noted_odd = False
         self._kept: ImagePipeline | None = None  # for the next iteration: on a GPU, DALI takes 1.6 s to build one
         if self.device_id is None:
-            load_compiled_passes(
-                self.train and has_operations(config)
-            )  # here, so that the first batch does not wait for it
+            load_compiled_passes(self.train and has_operations(config))  # not when the first batch waits for it
         self.fetcher = ShardFetcher(
             config.shards,
             manifest.split(split),
@@ -248,11 +247,8 @@ class _Loader:
     @cached_property
     def _stand_in(self) -> TensorCPU:
         """A grey image in the place of one that cannot be used; it has weight 0."""
-        from PIL import Image
-
-        file = io.BytesIO()
-        Image.new("RGB", (self._stand_in_side,) * 2, (128, 128, 128)).save(file, "JPEG")
-        return TensorCPU(np.frombuffer(file.getvalue(), np.uint8))
+        grey = Image.new("RGB", (self._stand_in_side,) * 2, (128, 128, 128))
+        return TensorCPU(np.frombuffer(to_ppm(grey), np.uint8))
 
 
 class TrainLoader(_Loader):
@@ -326,29 +322,11 @@ class EvalLoader(_Loader):
     Every rank has the same number of batches; a last one may be short or empty.
     """
 
-    def __init__(
-        self,
-        config: DataConfig,
-        manifest: Manifest,
-        split: str,
-        place: Place,
-        *,
-        batch_size: int,
-        tokenizer: TagTokenizer | None = None,
-        quarantine: Path | None = None,
-        tag_targets: TagTargets | None = None,
-    ) -> None:
-        super().__init__(
-            config,
-            manifest,
-            split,
-            place,
-            batch_size=batch_size,
-            tokenizer=tokenizer,
-            quarantine=quarantine,
-            tag_targets=tag_targets,
-        )
-        self.batches = evaluation_batches(self.fetcher.split.shard_samples, batch_size, place.rank, place.world_size)
+    @cached_property
+    def batches(self) -> list[Positions]:
+        """Which samples each batch has."""
+        counts = self.fetcher.split.shard_samples
+        return evaluation_batches(counts, self.batch_size, self.place.rank, self.place.world_size)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -19,7 +19,7 @@ import re
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, overload
+from typing import BinaryIO, NamedTuple
 
 from dist_train.errors import WorkError
 from dist_train.files import write_atomically
@@ -167,13 +167,7 @@ class IndexedSamples(Sequence[TarSample]):
     def __len__(self) -> int:
         return len(self._lines)
 
-    @overload
-    def __getitem__(self, place: int) -> TarSample: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[TarSample]: ...
-    def __getitem__(self, place: int | slice) -> TarSample | list[TarSample]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
+    def __getitem__(self, place: int) -> TarSample:  # type: ignore[override]  # no slices
         fields = self._lines[place].split(" ")
         each = 4 if self._with_names else 3
         members = {
