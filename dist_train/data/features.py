@@ -76,7 +76,7 @@ class FeatureStore:
         document = json.dumps(self.description, indent=1) + "\n"
         if not (self.folder / "store.json").exists():
             write_atomically(self.folder / "store.json", document.encode())
-        for path, row_bytes in ((self._features(split), self.row_bytes), (self._labels(split), _LABEL_BYTES)):
+        for path, row_bytes in self._files(split):
             with open(path, "ab") as file:
                 file.truncate(samples * row_bytes)
 
@@ -91,10 +91,7 @@ class FeatureStore:
         """Put a whole chunk in its place: features (n, *shape) and labels (n,), in the order of the samples."""
         rows = features.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
         classes = labels.to("cpu", torch.int64).numpy().tobytes()
-        for path, content, row_bytes in (
-            (self._features(split), rows, self.row_bytes),
-            (self._labels(split), classes, _LABEL_BYTES),
-        ):
+        for (path, row_bytes), content in zip(self._files(split), (rows, classes), strict=True):
             with open(path, "r+b") as file:
                 file.seek(chunk * CHUNK * row_bytes)
                 file.write(content)
@@ -110,28 +107,25 @@ class FeatureStore:
 
     def read(self, split: str, samples: int) -> tuple[Tensor, Tensor]:
         """The features (samples, *shape), mapped and not read, and the labels (samples,)."""
+        (features, _), (labels, _) = self._files(split)
         try:
-            numbers = torch.from_file(
-                str(self._features(split)), False, samples * int(np.prod(self.shape)), dtype=self.dtype
-            )
-            labels = np.fromfile(self._labels(split), np.int64)
+            numbers = torch.from_file(str(features), False, samples * int(np.prod(self.shape)), dtype=self.dtype)
+            classes = np.fromfile(labels, np.int64)
         except (OSError, RuntimeError) as error:
             raise WorkError(
-                f"{self._features(split)}: cannot be read on this host ({str(error).splitlines()[0]}); "
+                f"{features}: cannot be read on this host ({str(error).splitlines()[0]}); "
                 "data.feature_cache must be a folder that all hosts share"
             ) from None
-        return numbers.view(samples, *self.shape), torch.from_numpy(labels)
+        return numbers.view(samples, *self.shape), torch.from_numpy(classes)
 
     def bad_samples(self, split: str) -> list[tuple[int, str, str]]:
         """(index, name, reason) of the split's samples that cannot be used."""
         entries = read_entries(self.folder / QUARANTINE_NAME)
         return [(entry["sample"], entry["name"], entry["reason"]) for entry in entries if entry["split"] == split]
 
-    def _features(self, split: str) -> Path:
-        return self.folder / f"{split}.features"
-
-    def _labels(self, split: str) -> Path:
-        return self.folder / f"{split}.labels"
+    def _files(self, split: str) -> tuple[tuple[Path, int], tuple[Path, int]]:
+        """The file of the features and that of the labels, each with the bytes of a sample."""
+        return (self.folder / f"{split}.features", self.row_bytes), (self.folder / f"{split}.labels", _LABEL_BYTES)
 
     def _record(self, split: str) -> Path:
         return self.folder / f"{split}.jsonl"
@@ -149,7 +143,7 @@ class FeatureStore:
 
     def _checksum(self, split: str, samples: int, chunk: int) -> int:
         checksum, rows = 0, min(CHUNK, samples - chunk * CHUNK)
-        for path, row_bytes in ((self._features(split), self.row_bytes), (self._labels(split), _LABEL_BYTES)):
+        for path, row_bytes in self._files(split):
             with open(path, "rb") as file:
                 file.seek(chunk * CHUNK * row_bytes)
                 checksum = zlib.crc32(file.read(rows * row_bytes), checksum)

@@ -139,17 +139,12 @@ class Manifest:
 
 def check_has_tags(config: DataConfig, manifest: Manifest) -> None:
     """Raise UseError if the shard set has no tags."""
-    if manifest.text:
-        return
-    if config.labels == "tags":
+    if not manifest.text:
+        key, other = ("data.labels", "class") if config.labels == "tags" else ("model.text_tokens", "0")
         raise UseError(
-            f"data.labels asks for tags, but the shard set {config.shards} has none; "
-            "build it with tags or set data.labels to class"
+            f"{key} asks for tags, but the shard set {config.shards} has none; "
+            f"build it with tags or set {key} to {other}"
         )
-    raise UseError(
-        f"model.text_tokens asks for tags, but the shard set {config.shards} has none; "
-        "build it with tags or set model.text_tokens to 0"
-    )
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
