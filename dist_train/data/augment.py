@@ -21,7 +21,8 @@ the CPU, in DALI's operators and `operations_torch.py` for the GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,42 +94,32 @@ def draw_augmentation(
     def factor(what: int, strength: float) -> NDArray[np.float64]:
         return 1 + strength * (2 * drawn[what] - 1)
 
-    count = len(samples)
-    blur, box = np.zeros(count), np.zeros((count, 0), np.int32)
-    erased = np.zeros((count, 4), np.int32)
-    operations, magnitudes = np.zeros((count, 0), np.int64), np.zeros((count, 0))
-    saturation, hue = factor(_SATURATION, config.saturation), config.hue * (2 * drawn[_HUE] - 1)
+    some: dict[str, NDArray[Any]] = {
+        "crop": (drawn[[_CROP_Y, _CROP_X]] * (config.crop_margin + 1)).astype(np.int32).T,
+        "flip": (drawn[_FLIP] < 0.5) & config.flip,
+        "brightness": factor(_BRIGHTNESS, config.brightness),
+        "contrast": factor(_CONTRAST, config.contrast),
+        "saturation": factor(_SATURATION, config.saturation),
+        "hue": config.hue * (2 * drawn[_HUE] - 1),
+    }
     if config.crop == "random_resized":
         if sizes is None:
             raise ValueError("data.crop random_resized needs the images' sizes")
         numbers_of_crop = uniform(seed, Draw.BOXES, epochs, samples, _CROPPED)
-        box = crops.resized_crops(numbers_of_crop, sizes, config.crop_scale, config.crop_ratio)
+        some["box"] = crops.resized_crops(numbers_of_crop, sizes, config.crop_scale, config.crop_ratio)
     if several := auto_augment.operations_per_image(config):
         indexes = np.arange(several * auto_augment.NUMBERS)[:, None]
         numbers_of_operations = uniform(seed, Draw.AUTO_AUGMENT, epochs, samples, indexes)
-        operations, magnitudes = auto_augment.choose_operations(config, numbers_of_operations)
+        some["operations"], some["magnitudes"] = auto_augment.choose_operations(config, numbers_of_operations)
     if config.grey:
-        grey = drawn[_GREY] < config.grey
-        saturation, hue = np.where(grey, 0.0, saturation), np.where(grey, 0.0, hue)
+        some |= {key: np.where(drawn[_GREY] < config.grey, 0.0, some[key]) for key in ("saturation", "hue")}
     if config.blur:
         least, most = config.blur_sigma
-        blur = np.where(drawn[_BLUR] < config.blur, least + (most - least) * drawn[_SIGMA], 0.0)
+        some["blur"] = np.where(drawn[_BLUR] < config.blur, least + (most - least) * drawn[_SIGMA], 0.0)
     if config.erasing:
-        numbers_of_box = uniform(seed, Draw.BOXES, epochs, samples, _ERASED)
-        erased = crops.erased_boxes(numbers_of_box, config.image_size) * (drawn[_ERASING] < config.erasing)[:, None]
-    return Augmentation(
-        crop=(drawn[[_CROP_Y, _CROP_X]] * (config.crop_margin + 1)).astype(np.int32).T,
-        flip=(drawn[_FLIP] < 0.5) & config.flip,
-        brightness=factor(_BRIGHTNESS, config.brightness),
-        contrast=factor(_CONTRAST, config.contrast),
-        saturation=saturation,
-        hue=hue,
-        box=box,
-        operations=operations,
-        magnitudes=magnitudes,
-        blur=blur,
-        erased=erased.astype(np.int32),
-    )
+        boxes = crops.erased_boxes(uniform(seed, Draw.BOXES, epochs, samples, _ERASED), config.image_size)
+        some["erased"] = boxes * (drawn[_ERASING] < config.erasing)[:, None]
+    return replace(no_augmentation(len(samples)), **some)
 
 
 def no_augmentation(samples: int) -> Augmentation:

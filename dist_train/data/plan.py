@@ -131,8 +131,6 @@ class EpochPlan:
         self.samples = int(self.counts.sum())
         if self.samples == 0:
             raise UseError("the split to train on holds no samples")
-        if shuffle_window < 1:
-            raise UseError(f"data.shuffle_window must be at least 1, not {shuffle_window}")
         self.batch_size = batch_size
         self.seed = seed
         self.streams = choose_streams(batch_size, streams)
