@@ -19,7 +19,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -105,10 +105,8 @@ class ShardCache:
 
     def let_go(self, shard: ShardInfo) -> None:
         """Say that a shard is not needed soon: it is the first to be removed."""
-        try:
+        with suppress(OSError):  # another process has removed it already
             os.utime(self.path(shard), (0, 0))
-        except OSError:
-            pass  # another process has removed it already
 
     def path(self, shard: ShardInfo) -> Path:
         """Where the shard lies, if it does."""
@@ -180,11 +178,9 @@ class ShardCache:
             index = None  # the tar was damaged before it came into the set; its readers will say so
         with self._locked():
             if index is not None:
-                try:
+                with suppress(NoRoom):  # each reader then makes its own
                     self._make_room(len(index))
                     write_atomically(index_path(self.path(shard)), index)
-                except NoRoom:
-                    pass  # each reader then makes its own
             os.rename(part, self.path(shard))
             fcntl.flock(file, fcntl.LOCK_SH)
         file.seek(0)

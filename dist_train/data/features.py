@@ -60,16 +60,13 @@ class FeatureStore:
     def locked(self) -> Iterator[None]:
         """While this lasts no other run writes to the folder; waits for one that does, and says so."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
+        with open(self.folder / "lock", "wb") as lock:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 log.info("%s: another run computes these features; waiting for it", self.folder)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-        finally:
-            os.close(descriptor)
 
     def begin(self, split: str, samples: int) -> None:
         """Make the files of a split, full of holes, unless they are there; one process calls this."""
@@ -98,12 +95,9 @@ class FeatureStore:
                 file.flush()
                 os.fsync(file.fileno())
         line = json.dumps({"chunk": chunk, "crc32": zlib.crc32(classes, zlib.crc32(rows))}) + "\n"
-        descriptor = os.open(self._record(split), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, line.encode())  # one write, so that other ranks' lines stay whole
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with open(self._record(split), "ab", buffering=0) as record:
+            record.write(line.encode())  # one write, so that other ranks' lines stay whole
+            os.fsync(record.fileno())
 
     def read(self, split: str, samples: int) -> tuple[Tensor, Tensor]:
         """The features (samples, *shape), mapped and not read, and the labels (samples,)."""

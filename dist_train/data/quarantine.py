@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,14 +90,10 @@ def _record(file: Path, entry: dict[str, object]) -> set[tuple[str, int]]:
 
     Under a lock, as ranks may meet a sample at the same time; one write, so that a killed process leaves whole lines.
     """
-    descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with open(file, "ab", buffering=0) as record:
+        fcntl.flock(record, fcntl.LOCK_EX)
         recorded = set(_read(file))
         if (entry["split"], entry["sample"]) not in recorded:
-            size = os.fstat(descriptor).st_size
-            cut_short = size and os.pread(descriptor, 1, size - 1) != b"\n"
-            os.write(descriptor, (cut_short * "\n" + json.dumps(entry) + "\n").encode())
-    finally:
-        os.close(descriptor)
+            begin = "" if file.read_bytes()[-1:] in (b"", b"\n") else "\n"  # the last line was cut short
+            record.write((begin + json.dumps(entry) + "\n").encode())
     return recorded
