@@ -30,12 +30,12 @@ def apply_operations(
     flipped = _to_device(flip, pixels)[:, None, None, None]
     pixels = torch.where(flipped, pixels.flip(2), pixels)
     for k in range(operations.shape[1]):
-        kinds, before = operations[:, k], pixels
+        kinds, before = np.where(np.isin(operations[:, k], _MOVES), Operation.SHEAR_X, operations[:, k]), pixels
         pixels = before.clone()
-        for kind in np.unique(np.where(np.isin(kinds, _MOVES), Operation.SHEAR_X, kinds)).tolist():
+        for kind in np.unique(kinds).tolist():
             if kind == Operation.IDENTITY:
                 continue
-            chosen = np.flatnonzero(np.isin(kinds, _MOVES) if kind == Operation.SHEAR_X else kinds == kind)
+            chosen = np.flatnonzero(kinds == kind)
             if kind == Operation.SHEAR_X:
                 chosen = chosen[magnitudes[chosen, k] != 0]
             if len(chosen):

@@ -107,16 +107,14 @@ class ImageReader:
 
         refused: what DALI has said of this image already, if it was asked for it alone.
         """
-        while True:
+        if refused is None:
             try:
-                if refused is None:
-                    return self._decode([one])
+                return self._decode([one])
             except UndecodableError as error:
                 refused = error
-            assert refused is not None
-            if one.original is None:
-                raise BadImage("cannot decode", refused.reason()) from None
-            one, refused = self._converted(one.original), None
+        if one.original is None:
+            raise BadImage("cannot decode", refused.reason()) from None
+        return self._decode_alone(self._converted(one.original), None)
 
     def _decode(self, images: list[_Encoded]) -> Tensor:
         """Raises UndecodableError, which leaves a pipeline unusable."""
