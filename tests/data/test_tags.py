@@ -47,6 +47,7 @@ LINES = [
         ("red hair\rsmile", "red_hair smile"),
         ("red hair,", "red_hair"),
         ("\ufeffred_hair\tsmile\u3000hat", "red_hair smile hat"),
+        (" \ufeffred hair\n\ufeff80's_style", "red_hair 80's_style"),  # files with a mark each, joined
         (r"hat \(red\), \\(o\\)", "hat_(red) (o)"),
         (" ", ""),
     ],
