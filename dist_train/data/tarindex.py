@@ -27,9 +27,10 @@ from dist_train.files import write_atomically
 # In the order of preference. What a file is its content decides; without one of these it counts as no image.
 IMAGE_EXTENSIONS = tuple("jpg jpeg png webp jpe jfif mpo apng gif bmp dib tif tiff ppm pgm pbm pnm jp2 avif".split())
 _BLOCK = 512  # a tar is made of blocks of this many bytes
+_PLACE = r"[^ ]* -?\d{1,20} -?\d{1,20}"
 _LINES = {
     version: re.compile(f"{member}(?: {member})*")
-    for version, member in {"v1.2": r"[^ ]* -?\d+ -?\d+ [^ ]*", "v1.1": r"[^ ]* -?\d+ -?\d+"}.items()
+    for version, member in {"v1.2": f"{_PLACE} [^ ]*", "v1.1": _PLACE}.items()
 }
 
 

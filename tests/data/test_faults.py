@@ -129,6 +129,12 @@ def without_one_class(index: Path) -> None:
     index.write_text("\n".join(lines) + "\n")
 
 
+def beyond_all_numbers(index: Path) -> None:
+    lines = index.read_text().splitlines()
+    lines[1] = " ".join(["jpg", "9" * 5000, *lines[1].split()[2:]])  # more digits than Python makes a number of
+    index.write_text("\n".join(lines) + "\n")
+
+
 def far_outside(index: Path) -> None:
     lines = index.read_text().splitlines()
     for i, offset in ((1, "-5"), (2, "99999999999999999999"), (3, "0")):
@@ -145,6 +151,7 @@ def far_outside(index: Path) -> None:
         classes_one_sample_late,
         without_one_class,
         far_outside,
+        beyond_all_numbers,
         lambda index: index.unlink(),
         lambda index: index.write_bytes(b""),
         lambda index: index.write_bytes(b"\x00\xff garbage\n"),
@@ -156,6 +163,7 @@ def far_outside(index: Path) -> None:
         "other classes",
         "no class",
         "far outside",
+        "beyond all numbers",
         "missing",
         "empty",
         "garbage",
