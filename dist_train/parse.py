@@ -221,6 +221,8 @@ def expanded(what: str, text: str) -> str:
 
 def _unknown_option(name: str) -> UseError:
     """Of the command's few own options a slip is likelier than of a key that stands without its section."""
+    if name in _ALONE:
+        return UseError(f"the command line: {name} takes no value; write {name} alone, or leave it out")
     own = difflib.get_close_matches(name.lower().replace("_", "-"), (*_ALONE, *_WITH_VALUE), n=1, cutoff=0.85)
     advice = f"did you mean {own[0]}?" if own else advice_for_key(name[2:], KNOWN_KEYS)
     return UseError(f"the command line: unknown option '{name}'{f'; {advice}' if advice else ''}")
