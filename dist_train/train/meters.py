@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_STRAGGLES = 1.2  # times the median of the ranks
+_STRAGGLES = 1.2  # times the median of the other ranks
 
 # Dense peak of bf16/fp16 tensor cores, FLOP/s, from the vendor's data sheets; the first name found counts.
 _PEAK_16_BIT = {
@@ -166,9 +166,11 @@ def memory_figures(device: torch.device) -> dict[str, float]:
 
 
 def find_stragglers(own_ms: list[float]) -> dict[int, float]:
-    """Ranks whose own time of a step is more than 20 % above the median of all: rank -> ratio to the median."""
-    usual = statistics.median(own_ms)
-    return {rank: time / usual for rank, time in enumerate(own_ms) if time > _STRAGGLES * usual}
+    """Ranks whose own time of a step is more than 20 % above the median of the others: rank -> ratio to that. (The
+    median of all is half the straggler's own where there are two.)"""
+    others = (statistics.median(own_ms[:rank] + own_ms[rank + 1 :] or own_ms) for rank in range(len(own_ms)))
+    pairs = enumerate(zip(own_ms, others, strict=True))
+    return {rank: own / usual for rank, (own, usual) in pairs if own > _STRAGGLES * usual > 0}
 
 
 @dataclass(frozen=True)
