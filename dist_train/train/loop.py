@@ -105,7 +105,7 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
     # ------------------------------------------------------------------ data
     if place.rank == 0 and (untrained := manifest.untrained_classes()):
         log.warning("%s: %s", recipe.data.shards, untrained)
-    tokenizer = begin_tokenizer(recipe, manifest, place, resumed=checkpoint is not None)
+    tokenizer = begin_tokenizer(recipe, manifest, place, checkpoint)
     outputs = begin_outputs(recipe, manifest, place, checkpoint)
     recipe = with_micro_batch(recipe, place, len(outputs), tokenizer.vocab_size if tokenizer else 0, checkpoint)
     train_loader(recipe, manifest, place, tokenizer)  # says whether the cache has room before the model is built
