@@ -316,7 +316,7 @@ class StepTrace:
             self._profiler.step()
 
     def close(self) -> None:
-        """End the trace; a run that ends before its last step to trace has none."""
+        """End the trace: of a run that ends before its last step to trace it has those that there were."""
         if self._profiler is not None:
             self._profiler.stop()
 
