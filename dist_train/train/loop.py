@@ -30,6 +30,7 @@ from dist_train.train.checkpoint import (
     CheckpointWriter,
     RunState,
     checkpoint_to_resume,
+    leave_later_past,
     load_optimizer,
     load_weights,
     recipe_changes,
@@ -149,6 +150,8 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
             average.load(read_averaged_weights(checkpoint))
 
     # ------------------------------------------------------------------ steps and result
+    if checkpoint is not None and resume != "auto" and place.rank == 0:
+        leave_later_past(run, state.step)
     with RunRecord(run, recipe, place.rank, state.step, former_recipe if changes else None) as record:
         if checkpoint is not None:
             log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)
