@@ -10,7 +10,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -65,23 +65,32 @@ def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
 def parse_training(arguments: list[str]) -> Training:
     """The same, and what belongs to the training alone: `[--dry-run [--price-per-hour PRICE]]`."""
     parser = recipe_parser()
-    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    resume, dry_run, price = "none", False, None
+    parts = []
     for name, value in _options(arguments):
         if name == "--config":
             path = find_recipe(value)
-            given = _typed(parser.parse_object, _expanded_document(_read_recipe_file(path), str(path)), str(path))
+            parts.append(_typed(parser.parse_object, _expanded_document(_read_recipe_file(path), str(path)), str(path)))
         else:
-            given = _typed(parser.parse_args, [name if name in _ALONE else f"{name}={value}"], "the command line")
-        resume, dry_run = given.get("resume", resume), given.get("dry_run", dry_run)
-        price = given.get("price_per_hour", price)
+            words = [name if name in _ALONE else f"{name}={value}"]
+            parts.append(_typed(parser.parse_args, words, "the command line"))
+    own = {key: part[key] for part in parts for key in ("resume", "dry_run", "price_per_hour") if key in part}
+    asked = Training(_merged(parts), **own)
+    price = asked.price_per_hour
+    if price is not None and not (asked.dry_run and 0 <= price < math.inf):
+        raise UseError(f"the command line: --price-per-hour {price} must be 0 or more, and belongs to --dry-run")
+    return asked
+
+
+def _merged(parts: Iterable[dict[str, Any]]) -> Recipe:
+    """The recipe of what is given in several places, of which the later ones win. Raises UseError for numbers that
+    cannot be."""
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for part in parts:
         for section in values:
-            values[section] |= given.get(section, {})
+            values[section] |= part.get(section, {})
     recipe = recipe_from_dict(values)
     check_ranges(recipe)
-    if price is not None and not (dry_run and 0 <= price < math.inf):
-        raise UseError(f"the command line: --price-per-hour {price} must be 0 or more, and belongs to --dry-run")
-    return Training(recipe, resume, dry_run, price)
+    return recipe
 
 
 def find_recipe(name: str) -> Path:
@@ -108,7 +117,6 @@ def recipe_from_python(
     section ({"train": {"epochs": 1}}) or by dotted keys ({"train.epochs": 1}).
     """
     parser = recipe_parser()
-    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     if isinstance(recipe, Recipe):
         where, document = "the recipe", recipe_to_dict(recipe)
     elif isinstance(recipe, str | os.PathLike):
@@ -116,13 +124,10 @@ def recipe_from_python(
         document = _read_recipe_file(Path(where))
     else:
         where, document = "the recipe", _document_of("the recipe", recipe or {})
-    for source, entries in ((where, document), ("the call", _document_of("the call", overrides))):
-        given = _typed(parser.parse_object, _expanded_document(entries, source), source)
-        for section in values:
-            values[section] |= given.get(section, {})
-    result = recipe_from_dict(values)
-    check_ranges(result)
-    return result
+    given = (where, document), ("the call", _document_of("the call", overrides))
+    return _merged(
+        _typed(parser.parse_object, _expanded_document(entries, source), source) for source, entries in given
+    )
 
 
 def recipe_from_run(run: Path) -> Recipe:
