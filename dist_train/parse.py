@@ -96,7 +96,7 @@ def _merged(parts: Iterable[dict[str, Any]]) -> Recipe:
 def find_recipe(name: str) -> Path:
     """The recipe file of that path; where there is none, that of this name among those that come along."""
     path = Path(name)
-    if path.exists() or path.is_absolute():
+    if (path.exists() and not path.is_dir()) or path.is_absolute():  # a pipe, too
         return path
     own = [RECIPES / name, RECIPES / f"{name}.yaml"]
     return next((file for file in own if file.is_file()), path)
@@ -113,15 +113,15 @@ def recipe_from_python(
 ) -> Recipe:
     """A recipe as Python gives it, with the same checks and messages as `parse_recipe`.
 
-    recipe: a file, a recipe, a mapping, or None for the defaults. A mapping, and the overrides, have values by
-    section ({"train": {"epochs": 1}}) or by dotted keys ({"train.epochs": 1}).
+    recipe: a file or a name as for --config, a recipe, a mapping, or None for the defaults. A mapping, and the
+    overrides, have values by section ({"train": {"epochs": 1}}) or by dotted keys ({"train.epochs": 1}).
     """
     parser = recipe_parser()
     if isinstance(recipe, Recipe):
         where, document = "the recipe", recipe_to_dict(recipe)
     elif isinstance(recipe, str | os.PathLike):
-        where = expanded("the recipe", os.fspath(recipe))
-        document = _read_recipe_file(Path(where))
+        path = find_recipe(expanded("the recipe", os.fspath(recipe)))
+        where, document = str(path), _read_recipe_file(path)
     else:
         where, document = "the recipe", _document_of("the recipe", recipe or {})
     given = (where, document), ("the call", _document_of("the call", overrides))
@@ -337,7 +337,7 @@ def _line(error: Exception) -> str:
     text = re.sub(r"\ba tuple with (\d) elements", r"a list of \1 numbers", text)
     text = re.sub(r"<class 'tuple'>|\btuple\b", "list in brackets, as [0.1,0.2]", text)
     several = re.match(
-        r"([\w.]+): Does not validate against any .* Errors: - (.*?) Given value type: .*?value: (.*)", text
+        r"([\w.]+): Does not validate against any .* Errors: - (.*?) Given value type: .*?value: ?(.*)", text
     )
     if several is None:
         return text
