@@ -12,25 +12,16 @@ from typing import Annotated, Any, Literal
 
 from dist_train.ranges import AT_LEAST_1, FINITE, NOT_NEGATIVE, POSITIVE, SHARE, STRENGTH, Range
 
-Labels = Literal["class", "tags"]
-TagOrder = Literal["given", "shuffle", "frequency"]
 DataDevice = Literal["auto", "cpu", "gpu"]
-Crop = Literal["squash", "random_resized"]
-EvalCrop = Literal["squash", "center"]
 AutoAugment = Literal["none", "randaugment", "trivialaugment"]
 Head = Literal["cls", "mean", "ifa", "last_n", "all_layers", "attentive"]
 HeadInit = Literal["reference", "zero", "default", "mean", "last"]
-LoraTargets = Literal["all", "attention"]
-PosResize = Literal["timm", "reference"]
 Compile = Literal["auto", "none", "kernels", "graphs"]
 OptimName = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "constant_epoch", "cosine"]
 LrScaling = Literal["none", "linear", "sqrt"]
-ClassWeights = Literal["none", "inverse", "effective"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "bf16_autocast", "fp16"]
-Monitor = Literal["auto", "top1", "top5", "class_mean", "loss"]
 ZeroStage = Literal[0, 1, 2, 3]
-Offload = Literal["none", "optimizer", "parameters"]
 
 
 @dataclass
@@ -59,14 +50,14 @@ class DataConfig:
     crop_margin: Annotated[int, Range(0, 2**15)] = 32
     """With crop squash: training images are squashed to squares of image_size + crop_margin and randomly cropped to
     image_size."""
-    crop: Crop = "squash"
+    crop: Literal["squash", "random_resized"] = "squash"
     """What training sees of an image. squash: as crop_margin says. random_resized: a box of random area and aspect,
     resized to image_size (torchvision's RandomResizedCrop)."""
     crop_scale: Annotated[tuple[float, float], Range(0, 1, above=True)] = (0.08, 1.0)
     """With crop random_resized: least and largest share of the image's area."""
     crop_ratio: Annotated[tuple[float, float], POSITIVE] = (0.75, 4 / 3)
     """With crop random_resized: least and largest width of the box by its height."""
-    eval_crop: EvalCrop = "squash"
+    eval_crop: Literal["squash", "center"] = "squash"
     """What evaluation and prediction see. squash: the whole image, squashed to image_size. center: the middle of the
     image resized with its aspect kept (torchvision's Resize and CenterCrop)."""
     eval_crop_pct: Annotated[float, Range(0, 1, above=True)] = 0.875
@@ -111,7 +102,7 @@ class DataConfig:
     tokenizer: str = "bert-base-uncased"
     """WordPiece tokenizer for tags: a name on the hub, or a vocab.txt file; or `tags`: one token for each of the
     tag_vocabulary most frequent tags of the train split. Read only if model.text_tokens > 0."""
-    tag_order: TagOrder = "given"
+    tag_order: Literal["given", "shuffle", "frequency"] = "given"
     """Order of a sample's tags before they are cut at model.text_tokens: as given; in training shuffled again for each
     sample and epoch, as given in evaluation; or the most frequent of the train split first."""
     tag_vocabulary: Annotated[int, AT_LEAST_1] = 4096
@@ -119,7 +110,7 @@ class DataConfig:
     folder's tags.txt."""
     tag_min_count: Annotated[int, AT_LEAST_1] = 1
     """Tags on fewer samples of the train split than this are not among them."""
-    labels: Labels = "class"
+    labels: Literal["class", "tags"] = "class"
     """What the model predicts. class: the one class of an image. tags: which of the tag_vocabulary most frequent tags
     of the train split an image has, each on its own (multi-label); an image with none of them counts as one without."""
     streams: Annotated[int, NOT_NEGATIVE] = 0
@@ -168,7 +159,7 @@ class ModelConfig:
     a file (.safetensors, .pth/.bin, .npz), a folder in the format of timm's hub, or the folder of a run (its best
     checkpoint on val, else its last) or of a checkpoint; with `:ema` behind the folder its averaged weights. The
     classifier comes along if the classes are the same."""
-    pos_resize: PosResize = "timm"
+    pos_resize: Literal["timm", "reference"] = "timm"
     """Resampling of pretrained position embeddings: timm's (bicubic, antialiased) or the reference's (bilinear,
     aligned corners). A backbone under timm's own name always has timm's."""
     dropout: Annotated[float, SHARE] = 0.0
@@ -186,7 +177,7 @@ class ModelConfig:
     model.weights merge them into the weights."""
     lora_alpha: Annotated[int, NOT_NEGATIVE] = 0
     """What the adapters add is multiplied by lora_alpha / lora. 0: twice the rank."""
-    lora_targets: LoraTargets = "all"
+    lora_targets: Literal["all", "attention"] = "all"
     """Layers with adapters: all the linear layers of the blocks, or those of their attention alone."""
     checkpoint_blocks: bool = False
     """Compute blocks again in the backward pass instead of keeping their activations; same results. Not with batch
@@ -235,7 +226,7 @@ class OptimConfig:
     """Batch size at which lr_scaling changes nothing."""
     label_smoothing: Annotated[float, SHARE] = 0.0
     """Share of the target spread evenly over all classes, or over all tags (timm's rule for its BCE)."""
-    class_weights: ClassWeights = "none"
+    class_weights: Literal["none", "inverse", "effective"] = "none"
     """Weigh the loss of a sample by its class: by 1 / n, n the class's images over all splits (the manifest counts no
     others), or by 1 / effective number (1 - beta^n) / (1 - beta) (Cui et al. 2019). The mean over the images is 1."""
     class_weights_beta: Annotated[float, SHARE] = 0.999
@@ -274,7 +265,7 @@ class TrainConfig:
     threshold: Annotated[float, Range(0, 1)] = 0.5
     """With data.labels tags: probability from which on a tag counts as predicted in an evaluation. Precision, recall
     and F1 are told for it, and for the thresholds, one a tag, that give the highest F1 on val."""
-    monitor: Monitor = "auto"
+    monitor: Literal["auto", "top1", "top5", "class_mean", "loss"] = "auto"
     """What decides which evaluation on val is the best: top1, top5, class_mean (of the classes' own top-1) or loss.
     auto: top1, and of a model that predicts tags the mAP."""
     patience: Annotated[int, NOT_NEGATIVE] = 0
@@ -318,7 +309,7 @@ class DeepSpeedConfig:
     what is said here."""
     zero_stage: Annotated[ZeroStage, Range(0, 3)] = 0
     """ZeRO: 0 replicates everything, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
-    offload: Offload = "none"
+    offload: Literal["none", "optimizer", "parameters"] = "none"
     """Keep in main memory, and step there: optimizer states (ZeRO 1 to 3); parameters and optimizer states (ZeRO 3)."""
     config: str | None = None
     """A DeepSpeed JSON file whose keys are added; keys that the recipe decides (batch, precision, ...) may differ

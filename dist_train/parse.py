@@ -10,7 +10,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -65,29 +65,38 @@ def parse_recipe(arguments: list[str]) -> tuple[Recipe, str]:
 def parse_training(arguments: list[str]) -> Training:
     """The same, and what belongs to the training alone: `[--dry-run [--price-per-hour PRICE]]`."""
     parser = recipe_parser()
-    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    resume, dry_run, price = "none", False, None
+    parts = []
     for name, value in _options(arguments):
         if name == "--config":
             path = find_recipe(value)
-            given = _typed(parser.parse_object, _expanded_document(_read_recipe_file(path), str(path)), str(path))
+            parts.append(_typed(parser.parse_object, _expanded_document(_read_recipe_file(path), str(path)), str(path)))
         else:
-            given = _typed(parser.parse_args, [name if name in _ALONE else f"{name}={value}"], "the command line")
-        resume, dry_run = given.get("resume", resume), given.get("dry_run", dry_run)
-        price = given.get("price_per_hour", price)
+            words = [name if name in _ALONE else f"{name}={value}"]
+            parts.append(_typed(parser.parse_args, words, "the command line"))
+    own = {key: part[key] for part in parts for key in ("resume", "dry_run", "price_per_hour") if key in part}
+    asked = Training(_merged(parts), **own)
+    price = asked.price_per_hour
+    if price is not None and not (asked.dry_run and 0 <= price < math.inf):
+        raise UseError(f"the command line: --price-per-hour {price} must be 0 or more, and belongs to --dry-run")
+    return asked
+
+
+def _merged(parts: Iterable[dict[str, Any]]) -> Recipe:
+    """The recipe of what is given in several places, of which the later ones win. Raises UseError for numbers that
+    cannot be."""
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for part in parts:
         for section in values:
-            values[section] |= given.get(section, {})
+            values[section] |= part.get(section, {})
     recipe = recipe_from_dict(values)
     check_ranges(recipe)
-    if price is not None and not (dry_run and 0 <= price < math.inf):
-        raise UseError(f"the command line: --price-per-hour {price} must be 0 or more, and belongs to --dry-run")
-    return Training(recipe, resume, dry_run, price)
+    return recipe
 
 
 def find_recipe(name: str) -> Path:
     """The recipe file of that path; where there is none, that of this name among those that come along."""
     path = Path(name)
-    if path.exists() or path.is_absolute():
+    if (path.exists() and not path.is_dir()) or path.is_absolute():  # a pipe, too
         return path
     own = [RECIPES / name, RECIPES / f"{name}.yaml"]
     return next((file for file in own if file.is_file()), path)
@@ -104,25 +113,21 @@ def recipe_from_python(
 ) -> Recipe:
     """A recipe as Python gives it, with the same checks and messages as `parse_recipe`.
 
-    recipe: a file, a recipe, a mapping, or None for the defaults. A mapping, and the overrides, have values by
-    section ({"train": {"epochs": 1}}) or by dotted keys ({"train.epochs": 1}).
+    recipe: a file or a name as for --config, a recipe, a mapping, or None for the defaults. A mapping, and the
+    overrides, have values by section ({"train": {"epochs": 1}}) or by dotted keys ({"train.epochs": 1}).
     """
     parser = recipe_parser()
-    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     if isinstance(recipe, Recipe):
         where, document = "the recipe", recipe_to_dict(recipe)
     elif isinstance(recipe, str | os.PathLike):
-        where = expanded("the recipe", os.fspath(recipe))
-        document = _read_recipe_file(Path(where))
+        path = find_recipe(expanded("the recipe", os.fspath(recipe)))
+        where, document = str(path), _read_recipe_file(path)
     else:
         where, document = "the recipe", _document_of("the recipe", recipe or {})
-    for source, entries in ((where, document), ("the call", _document_of("the call", overrides))):
-        given = _typed(parser.parse_object, _expanded_document(entries, source), source)
-        for section in values:
-            values[section] |= given.get(section, {})
-    result = recipe_from_dict(values)
-    check_ranges(result)
-    return result
+    given = (where, document), ("the call", _document_of("the call", overrides))
+    return _merged(
+        _typed(parser.parse_object, _expanded_document(entries, source), source) for source, entries in given
+    )
 
 
 def recipe_from_run(run: Path) -> Recipe:
@@ -221,6 +226,8 @@ def expanded(what: str, text: str) -> str:
 
 def _unknown_option(name: str) -> UseError:
     """Of the command's few own options a slip is likelier than of a key that stands without its section."""
+    if name in _ALONE:
+        return UseError(f"the command line: {name} takes no value; write {name} alone, or leave it out")
     own = difflib.get_close_matches(name.lower().replace("_", "-"), (*_ALONE, *_WITH_VALUE), n=1, cutoff=0.85)
     advice = f"did you mean {own[0]}?" if own else advice_for_key(name[2:], KNOWN_KEYS)
     return UseError(f"the command line: unknown option '{name}'{f'; {advice}' if advice else ''}")
@@ -330,7 +337,7 @@ def _line(error: Exception) -> str:
     text = re.sub(r"\ba tuple with (\d) elements", r"a list of \1 numbers", text)
     text = re.sub(r"<class 'tuple'>|\btuple\b", "list in brackets, as [0.1,0.2]", text)
     several = re.match(
-        r"([\w.]+): Does not validate against any .* Errors: - (.*?) Given value type: .*?value: (.*)", text
+        r"([\w.]+): Does not validate against any .* Errors: - (.*?) Given value type: .*?value: ?(.*)", text
     )
     if several is None:
         return text

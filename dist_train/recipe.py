@@ -107,7 +107,7 @@ def problems(
     device = device or find_device()
     yield from _refusals(
         [
-            lambda: _check_data_device(recipe, device),
+            lambda: decoding_gpu(recipe.data, 0 if device == "cuda" else None),
             lambda: check_combination(recipe, device, world_size),
             lambda: None if unreadable else _check_deepspeed_settings(recipe, device, world_size),
             lambda: None if resumed else _check_hub_weights(recipe),
@@ -344,10 +344,6 @@ def _check_samples(recipe: Recipe, manifest: Manifest) -> None:
         check_has_tags(recipe.data, manifest)
 
 
-def _check_data_device(recipe: Recipe, device: str) -> None:
-    decoding_gpu(recipe.data, 0 if device == "cuda" else None)
-
-
 def _check_deepspeed_settings(recipe: Recipe, device: str, world_size: int) -> None:
     if recipe.deepspeed.config is None:
         return
@@ -362,8 +358,6 @@ def _check_deepspeed_settings(recipe: Recipe, device: str, world_size: int) -> N
 
 def _check_hub_weights(recipe: Recipe) -> None:
     if recipe.model.weights.partition(":")[0] == "hub":
-        from dist_train.models.pretrained import (
-            hub_name,
-        )  # imports timm, which alone knows; training will need it anyhow
+        from dist_train.models.pretrained import hub_name  # imports timm, which alone knows and which training needs
 
         hub_name(recipe.model.backbone, recipe.model.weights.removeprefix("hub").removeprefix(":"))

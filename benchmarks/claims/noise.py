@@ -92,7 +92,7 @@ def measure(point: dict[str, Any]) -> Row:
     place = init_process_group()
     recipe = without_auto(recipe_from_dict(point["recipe"]), torch.device("cpu"), 1)
     manifest = read_manifest(recipe.data.shards)
-    tokenizer = begin_tokenizer(recipe, manifest, place, resumed=False)
+    tokenizer = begin_tokenizer(recipe, manifest, place, None)
     micro, batch = point["recipe"]["train"]["micro_batch_size"], recipe.train.batch_size
     population = list(islice(train_loader(recipe, manifest, place, tokenizer), point["samples"] // micro))
     model, _ = initial_model(recipe, manifest.class_names, tokenizer.vocab_size if tokenizer else 0)

@@ -239,16 +239,11 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")  # the interpreter waits for it at its end
         self._writing: Future[None] | None = None
 
-    def save(
-        self,
-        engine: Engine,
-        state: RunState,
-        extra: dict[str, Tensor] | None = None,
-    ) -> None:
+    def save(self, engine: Engine, state: RunState, extra: dict[str, Tensor] | None = None) -> None:
         """Take the state and begin to write the checkpoint; all ranks call this together.
 
         extra: further tensors by name, of rank 0, that `read_extra` gives back. Of the older checkpoints the newest
-        train.keep_checkpoints - 1 and the best stay; newer ones, of a past that was left by resuming before them, go.
+        train.keep_checkpoints - 1 and the best stay; newer ones, of a past that was left, go.
         Raises WorkError on rank 0 where the former checkpoint failed or the file system has no room for this one.
         """
         self.finish()
@@ -330,6 +325,16 @@ class CheckpointWriter:
                 f"{final}: the checkpoint could not be written ({error}); older ones are untouched: "
                 f"see to {final.parent}, then --resume auto"
             ) from None
+
+
+def leave_later_past(run: Path, step: int) -> None:
+    """Remove the checkpoints behind `step` of a run that goes on from there: were it killed before its next one,
+    --resume auto would take theirs for its own."""
+    later = [folder for folder in list_checkpoints(run) if folder > checkpoint_folder(run, step)]
+    if later:
+        write_atomically(run / "checkpoints" / "latest", f"{checkpoint_folder(run, step).name}\n".encode())
+    for folder in later:
+        shutil.rmtree(folder)
 
 
 def _state_file(document: dict[str, Any]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -146,10 +145,13 @@ def _predicted_mb(it: Rehearsal) -> float:
 def count_evaluations(recipe: Recipe, manifest: Manifest, total_steps: int) -> dict[str, int]:
     """How often a run evaluates each split until it comes to its end, or to train.stop_after_steps."""
     config = recipe.train
-    times = {"val": math.ceil(config.epochs / config.eval_every), "test": 1}
+
+    def at_ends_of_epochs(steps: int) -> int:  # a batch larger than the split passes several at once
+        return min(steps, steps * config.batch_size // manifest.split("train").samples // config.eval_every)
+
+    times = {"val": at_ends_of_epochs(total_steps - 1) + 1, "test": 1}
     if 0 < config.stop_after_steps < total_steps:
-        epochs = config.stop_after_steps * config.batch_size // manifest.split("train").samples
-        times = {"val": epochs // config.eval_every}
+        times = {"val": at_ends_of_epochs(config.stop_after_steps)}
     weights = 2 if config.ema else 1  # the averaged ones too
     return {split: weights * count for split, count in times.items() if count and split in manifest.splits}
 

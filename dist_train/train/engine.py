@@ -87,8 +87,16 @@ def _meet(backend: str, timeout_s: float, device: torch.device) -> None:
 
 
 def _describe_ranks() -> None:
-    """Put what torch.distributed wants to know into the environment, unless a launcher has."""
+    """Put what torch.distributed wants to know into the environment, unless a launcher has. Raises UseError where that
+    is not all there."""
     if "RANK" in os.environ:
+        wanted = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in wanted if not os.environ.get(name)]
+        if missing and not torch.distributed.is_initialized():
+            raise UseError(
+                f"RANK is set, as launchers do, but not {', '.join(missing)}; unset RANK to train in one process, "
+                "or start the ranks with deepspeed, torchrun or srun"
+            )
         return
     # srun sets it, sbatch alone does not; a shell in a job (srun --pty) is a single task, and its commands run alone.
     if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:

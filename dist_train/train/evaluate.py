@@ -124,12 +124,17 @@ def evaluate(
             torch.distributed.all_reduce(tensor)
     counts, loss_sum, bad = sums
     correct, top5_correct, seen = counts.cpu()
-    result = Evaluation(correct, top5_correct, seen, float(loss_sum) / max(1, int(seen.sum())), int(bad))
-    if result.samples + result.bad_samples != expected_samples:
+    samples = int(seen.sum())
+    check_counts(samples, int(bad), expected_samples)
+    return Evaluation(correct, top5_correct, seen, float(loss_sum) / samples, int(bad))
+
+
+def check_counts(samples: int, bad: int, expected: int) -> None:
+    """Raise WorkError where the samples that an evaluation has counted, and left out as bad, are not those of the
+    manifest, or where it has counted none."""
+    if samples + bad != expected:
         raise WorkError(
-            f"evaluation counted {result.samples} samples and left out {result.bad_samples} bad ones, "
-            f"the manifest has {expected_samples}"
+            f"evaluation counted {samples} samples and left out {bad} bad ones, the manifest has {expected}"
         )
-    if not result.samples:
+    if not samples:
         raise WorkError("no sample of the split to evaluate on can be used; check it with `python -m shards verify`")
-    return result

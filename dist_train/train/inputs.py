@@ -15,7 +15,7 @@ from dist_train.data.plan import micro_batch_of
 from dist_train.data.quarantine import QUARANTINE_NAME
 from dist_train.data.targets import TagTargets
 from dist_train.data.tokenizer import TagTokenizer
-from dist_train.data.vocabulary import WHOLE_TAGS, find_frequent_tags, read_frequent_tags, write_tags
+from dist_train.data.vocabulary import TAGS_NAME, WHOLE_TAGS, find_frequent_tags, read_frequent_tags, write_tags
 from dist_train.errors import UseError
 from dist_train.models.saved import read_class_names
 from dist_train.place import Place
@@ -50,14 +50,20 @@ def build_tokenizer(recipe: Recipe, run: Path) -> TagTokenizer | None:
     return TagTokenizer(recipe.data.tokenizer, recipe.model.text_tokens, tags, by_frequency)
 
 
-def begin_tokenizer(recipe: Recipe, manifest: Manifest, place: Place, resumed: bool) -> TagTokenizer | None:
-    """The same for training; all ranks call this together. Rank 0 of a new run first counts the tags, where their
-    frequency matters, and writes them into the run folder."""
-    if needs_frequent_tags(recipe) and not resumed:
-        if place.rank == 0:
-            write_tags(Path(recipe.train.run), find_frequent_tags(recipe.data, manifest))
-        torch.distributed.barrier()
-    return build_tokenizer(recipe, Path(recipe.train.run))
+def begin_tokenizer(recipe: Recipe, manifest: Manifest, place: Place, checkpoint: Path | None) -> TagTokenizer | None:
+    """The same for training; all ranks call this together. Where the tags' frequency matters, rank 0 of a new run first
+    counts them and writes them into the run folder; one that goes on from another run's checkpoint has that run's."""
+    run = Path(recipe.train.run)
+
+    def list_tags() -> None:
+        if checkpoint is None:
+            write_tags(run, find_frequent_tags(recipe.data, manifest))
+        elif not (run / TAGS_NAME).exists():
+            write_tags(run, read_frequent_tags(checkpoint.absolute().parents[1]))
+
+    if needs_frequent_tags(recipe):
+        from_rank_zero(list_tags, place)
+    return build_tokenizer(recipe, run)
 
 
 def begin_outputs(recipe: Recipe, manifest: Manifest, place: Place, checkpoint: Path | None) -> list[str]:

@@ -30,6 +30,7 @@ from dist_train.train.checkpoint import (
     CheckpointWriter,
     RunState,
     checkpoint_to_resume,
+    leave_later_past,
     load_optimizer,
     load_weights,
     recipe_changes,
@@ -105,7 +106,7 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
     # ------------------------------------------------------------------ data
     if place.rank == 0 and (untrained := manifest.untrained_classes()):
         log.warning("%s: %s", recipe.data.shards, untrained)
-    tokenizer = begin_tokenizer(recipe, manifest, place, resumed=checkpoint is not None)
+    tokenizer = begin_tokenizer(recipe, manifest, place, checkpoint)
     outputs = begin_outputs(recipe, manifest, place, checkpoint)
     recipe = with_micro_batch(recipe, place, len(outputs), tokenizer.vocab_size if tokenizer else 0, checkpoint)
     train_loader(recipe, manifest, place, tokenizer)  # says whether the cache has room before the model is built
@@ -149,6 +150,8 @@ def _train(recipe: Recipe, resume: str, place: Place, manifest: Manifest, stop: 
             average.load(read_averaged_weights(checkpoint))
 
     # ------------------------------------------------------------------ steps and result
+    if checkpoint is not None and resume != "auto" and place.rank == 0:
+        leave_later_past(run, state.step)
     with RunRecord(run, recipe, place.rank, state.step, former_recipe if changes else None) as record:
         if checkpoint is not None:
             log.info("resumed from %s: step %d of %d", checkpoint, state.step, total_steps)

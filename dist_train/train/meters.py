@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import resource
 import statistics
 import time
@@ -27,11 +28,14 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_STRAGGLES = 1.2  # times the median of the ranks
+_STRAGGLES = 1.2  # times the median of the other ranks
 
 # Dense peak of bf16/fp16 tensor cores, FLOP/s, from the vendor's data sheets; the first name found counts.
 _PEAK_16_BIT = {
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -67,12 +71,18 @@ def training_flops_per_sample(model: nn.Module, *inputs: Tensor) -> int:
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s to measure MFU against: the data sheet's where it is known, else a matrix product measured now."""
+    known = None
     if device.type == "cuda" and dtype != torch.float32:
-        name = torch.cuda.get_device_name(device)
-        for model, peak in _PEAK_16_BIT.items():
-            if model in name:
-                return peak
-    return matmul_rate(device, dtype)
+        known = data_sheet_peak(torch.cuda.get_device_name(device))
+    return known or matmul_rate(device, dtype)
+
+
+def data_sheet_peak(name: str) -> float | None:
+    """Of the GPU that calls itself so; None where it is not known, as of others with a like name (an A10G is no A10),
+    and of a slice of one (MIG)."""
+    if "MIG" in name:
+        return None
+    return next((peak for model, peak in _PEAK_16_BIT.items() if re.search(rf"\b{model}\b", name)), None)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
@@ -156,9 +166,11 @@ def memory_figures(device: torch.device) -> dict[str, float]:
 
 
 def find_stragglers(own_ms: list[float]) -> dict[int, float]:
-    """Ranks whose own time of a step is more than 20 % above the median of all: rank -> ratio to the median."""
-    usual = statistics.median(own_ms)
-    return {rank: time / usual for rank, time in enumerate(own_ms) if time > _STRAGGLES * usual}
+    """Ranks whose own time of a step is more than 20 % above the median of the others: rank -> ratio to that. (The
+    median of all is half the straggler's own where there are two.)"""
+    others = (statistics.median(own_ms[:rank] + own_ms[rank + 1 :] or own_ms) for rank in range(len(own_ms)))
+    pairs = enumerate(zip(own_ms, others, strict=True))
+    return {rank: own / usual for rank, (own, usual) in pairs if own > _STRAGGLES * usual > 0}
 
 
 @dataclass(frozen=True)
@@ -304,7 +316,7 @@ class StepTrace:
             self._profiler.step()
 
     def close(self) -> None:
-        """End the trace; a run that ends before its last step to trace has none."""
+        """End the trace: of a run that ends before its last step to trace it has those that there were."""
         if self._profiler is not None:
             self._profiler.stop()
 

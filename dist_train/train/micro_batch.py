@@ -54,7 +54,7 @@ def with_micro_batch(
         return recipe
     sizes = micro_batches(recipe.train.batch_size, place.world_size, recipe.data.mixup + recipe.data.cutmix > 0)
     device = torch_device(place)
-    limit = min(gather(memory_limit(recipe, place), place))
+    limit = max(0.0, min(gather(memory_limit(recipe, place), place)))
 
     def predicted(size: int) -> bool:
         step = predict_step(of_micro_batch(recipe, size), outputs, vocabulary, place.world_size, device.type == "cuda")

@@ -19,7 +19,7 @@ from torch import Tensor
 from dist_train.data.loader import EvalLoader
 from dist_train.errors import WorkError
 from dist_train.place import Place
-from dist_train.train.evaluate import Forward, padded
+from dist_train.train.evaluate import Forward, check_counts, padded
 from dist_train.train.losses import tag_losses
 from dist_train.train.tagmetrics import Floats, Hits, count_hits, mean_over, probabilities, ranked
 
@@ -90,12 +90,7 @@ def evaluate_tags(
     if place.world_size > 1:
         torch.distributed.all_reduce(sums)
     loss_sum, samples, bad = float(sums[0]), int(sums[1]), int(sums[2])
-    if samples + bad != expected_samples:
-        raise WorkError(
-            f"evaluation counted {samples} samples and left out {bad} bad ones, the manifest has {expected_samples}"
-        )
-    if not samples:
-        raise WorkError("no sample of the split to evaluate on can be used; check it with `python -m shards verify`")
+    check_counts(samples, bad, expected_samples)
 
     # Of each tag, by the one rank that has it; zero on the others.
     precision, thresholds, *counts = (np.zeros(tags) for _ in range(7))

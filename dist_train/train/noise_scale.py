@@ -88,14 +88,6 @@ def ratio_of_means(traces: list[float], squares: list[float]) -> Estimate:
 
 
 @dataclass
-class _Norm:
-    """What single samples have added to the gradients of one layer norm in this micro-batch: (B, D), float32."""
-
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-
-@dataclass
 class NoiseMeter:
     """Estimates the noise scale from every `every`-th step of a run, at the first.
 
@@ -114,7 +106,8 @@ class NoiseMeter:
     _elements: int = field(default=0, init=False)  # of those
     _squares: list[Tensor] = field(default_factory=list, init=False)  # of parameters, in this step
     _large: Tensor | None = field(default=None, init=False)
-    _norms: dict[nn.LayerNorm, _Norm] = field(default_factory=dict, init=False)
+    # What single samples have added to the gradient of a norm's parameter in this micro-batch: (B, D), float32.
+    _added: dict[nn.Parameter, Tensor] = field(default_factory=dict, init=False)
     _of_samples: list[Tensor] = field(default_factory=list, init=False)  # squared norms, (B,) of each micro-batch
     _sums: Tensor | None = field(default=None, init=False)  # the gradients of all norms, summed over samples
     _steps: list[Tensor] = field(default_factory=list, init=False)  # since the last figures: small, large, of norms too
@@ -139,7 +132,7 @@ class NoiseMeter:
     def watching(self) -> Iterator[None]:
         """What happens inside are the passes of one optimizer step, with PyTorch's operators one by one."""
         # A step that was skipped may have left some.
-        self._squares, self._of_samples, self._norms = [], [], {}
+        self._squares, self._of_samples, self._added = [], [], {}
         self._waiting, self._elements = [], 0
         self._large = self._sums = None
         with ExitStack() as hooks, torch.compiler.set_stance("force_eager"):
@@ -154,11 +147,8 @@ class NoiseMeter:
     def micro_batch_done(self) -> None:
         """The backward pass of a micro-batch has ended."""
         self._take_norms()
-        if not self._norms:
-            return
-        read = [self._norms[norm] for norm in self._read_norms if norm in self._norms]
-        self._norms = {}
-        gradients = [gradient for norm in read for gradient in (norm.weight, norm.bias) if gradient is not None]
+        of_norms = (parameter for norm in self._read_norms for parameter in (norm.weight, norm.bias))
+        gradients = [self._added.pop(parameter) for parameter in of_norms if parameter in self._added]
         if gradients:
             of_all = torch.cat(gradients, dim=1)
             self._of_samples.append(of_all.square().sum(dim=1))
@@ -235,15 +225,16 @@ class NoiseMeter:
         """tokens, gradient: (B, ..., D), of the input and the output of a layer norm."""
         gradient = gradient.detach().float()
         between = tuple(range(1, gradient.ndim - 1))
-        found = self._norms.setdefault(norm, _Norm())
+
+        def add(parameter: nn.Parameter, own: Tensor) -> None:
+            own = own.sum(dim=between) if between else own
+            self._added[parameter] = self._added[parameter] + own if parameter in self._added else own
+
         if norm.weight.requires_grad:
             normalised = functional.layer_norm(tokens.float(), norm.normalized_shape, eps=norm.eps)
-            own = normalised.mul_(gradient)
-            own = own.sum(dim=between) if between else own
-            found.weight = own if found.weight is None else found.weight + own
+            add(norm.weight, normalised.mul_(gradient))
         if norm.bias is not None and norm.bias.requires_grad:
-            own = gradient.sum(dim=between) if between else gradient
-            found.bias = own if found.bias is None else found.bias + own
+            add(norm.bias, gradient)
 
 
 def _is_read(module: nn.Module) -> bool:

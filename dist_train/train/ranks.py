@@ -63,7 +63,7 @@ def warn_of_stragglers(meter: StepMeter, place: Place) -> None:
         if place.rank == 0:
             log.warning(
                 "straggler: rank %d on %s takes %.0f ms a step before it meets the others (%.0f ms of it for data), "
-                "%.2f times the median",
+                "%.2f times the median of the others",
                 rank,
                 host,
                 own,

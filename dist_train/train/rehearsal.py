@@ -81,7 +81,7 @@ def rehearsal(recipe: Recipe) -> Iterator[Rehearsal]:
 
 
 def _built(recipe: Recipe, place: Place, manifest: Manifest) -> Rehearsal:
-    tokenizer = begin_tokenizer(recipe, manifest, place, resumed=False)
+    tokenizer = begin_tokenizer(recipe, manifest, place, None)
     outputs = begin_outputs(recipe, manifest, place, None)
     vocabulary = tokenizer.vocab_size if tokenizer else 0
     recipe = with_micro_batch(recipe, place, len(outputs), vocabulary)

@@ -19,7 +19,7 @@ from dist_train.cli import main, parse_recipe
 from dist_train.data.images import FORMATS
 from dist_train.models.build import build_model
 from tests import harness
-from tests.harness import CLASSES, IFA, evaluations, jpeg_bytes, newest_weights
+from tests.harness import CLASSES, IFA, evaluations, jpeg_bytes, newest_weights, same
 from tests.train.conftest import SPLITS
 
 TEST = sum(SPLITS["test"])
@@ -130,6 +130,9 @@ def test_a_vilt_of_whole_tags_keeps_its_vocabulary_in_the_run_folder(shards: Pat
         assert main(["predict", str(run), str(tmp_path / "good.jpg"), *tags]) == 0
         error = capsys.readouterr().err
         assert error.count("warning: ") == bool(warning) and warning in error
+    other = tmp_path / "other"  # goes on from the first one's checkpoint, and so by its tags
+    assert train(shards, other, resume=str(run / "checkpoints" / "step-00000004"), **options) == 0
+    assert (other / "tags.txt").read_text() == edited and same(newest_weights(other), newest_weights(run))
     (run / "tags.txt").unlink()
     assert main(["evaluate", str(run), "--split", "test"]) == 1
     assert "tags.txt: cannot be read" in capsys.readouterr().err

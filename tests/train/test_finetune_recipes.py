@@ -19,7 +19,7 @@ from dist_train.cli import main
 from dist_train.data.manifest import ClassInfo, Manifest, ShardInfo, SplitInfo
 from dist_train.errors import UseError
 from dist_train.models.build import build_model
-from dist_train.parse import RECIPES, find_recipe, own_recipes, parse_recipe
+from dist_train.parse import RECIPES, find_recipe, own_recipes, parse_recipe, recipe_from_python
 from dist_train.recipe import problems
 from tests.harness import REPOSITORY
 
@@ -77,6 +77,8 @@ def test_a_recipe_is_found_by_its_name_and_a_file_of_that_path_comes_first(
     monkeypatch.chdir(tmp_path)
     assert parse_recipe(["--config", "demo.yaml"])[0] == parse_recipe(["--config", "demo"])[0]
     assert parse_recipe(["--config=demo.yaml"])[0].train.run == "runs/demo"
+    (tmp_path / "demo").mkdir()  # no recipe
+    assert parse_recipe(["--config=demo"])[0] == recipe_from_python("demo", {})
     (tmp_path / "demo.yaml").write_text("train: {run: runs/mine}")
     assert parse_recipe(["--config=demo.yaml"])[0].train.run == "runs/mine"
     with pytest.raises(UseError, match="`dist-train recipes` lists those that come along"):

@@ -7,7 +7,7 @@ from dist_train.config import ModelConfig
 from dist_train.models.build import build_model
 from dist_train.parse import parse_recipe
 from dist_train.place import Place
-from dist_train.train.meters import training_flops_per_sample
+from dist_train.train.meters import data_sheet_peak, training_flops_per_sample
 from dist_train.train.setup import build_step
 
 SIDE, CLASSES, DIM, DEPTH, TOKENS = 64, 11, 192, 12, 1 + 16
@@ -69,3 +69,23 @@ def test_what_is_computed_again_is_not_counted(backbone: str) -> None:
         counted.append(build_step(model, recipe, Place(), [1] * CLASSES).meter.flops_per_sample)
         assert any(getattr(module, "grad_checkpointing", False) for module in model.modules()) is (again == "true")
     assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("Tesla T4", 65e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        *((other, None) for other in ("NVIDIA A10G", "NVIDIA L40", "NVIDIA RTX A1000", "NVIDIA T400 4GB")),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+    ],
+)
+def test_a_data_sheet_counts_for_the_gpu_that_it_is_of(name: str, peak: float | None) -> None:
+    assert data_sheet_peak(name) == peak

@@ -174,6 +174,21 @@ def test_a_run_beyond_the_end_that_is_asked_for_is_refused(shards: Path, tmp_pat
     assert "is at step 6 already, and train.epochs 1 ends at step 4; set a higher" in capsys.readouterr().err
 
 
+def test_a_run_that_goes_on_from_before_its_end_and_is_killed_does_not_return_to_that_end(
+    copy: Path, finished: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(loop._Run, "log_steps", die)
+    with pytest.raises(Killed):
+        train(shards, copy, "4", optim__lr=0.1)
+    assert (copy / "checkpoints" / "latest").read_text() == "step-00000004\n"
+    monkeypatch.undo()
+    assert train(shards, copy, "auto", optim__lr=0.1) == 0
+    assert stands_once(copy, 8) and not same(newest_weights(copy), newest_weights(finished))
+
+
 # ---------------------------------------------------------------------- another recipe
 def test_what_a_resumed_run_does_otherwise_is_one_line_and_the_recipe_before_is_kept(
     shards: Path, tmp_path: Path, capsys: Any

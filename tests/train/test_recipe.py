@@ -51,6 +51,8 @@ def test_the_command_line_wins_over_the_file_and_later_files_over_earlier(tmp_pa
         (["--frobnicate"], "unknown option '--frobnicate'"),
         (["--confg", "mine.yaml"], "unknown option '--confg'; did you mean --config?"),
         (["--dry_run"], "unknown option '--dry_run'; did you mean --dry-run?"),
+        (["--data.mean="], "data.mean: Expected list in brackets, as [0.1,0.2] or one of 'auto'. Got value: "),
+        (["--dry-run=true"], "--dry-run takes no value"),
         (["mine.yaml"], "a recipe is given as --config mine.yaml"),
         (["--optim", "{lr: 1}"], "--optim is a section"),
         (["--optim.lr"], "--optim.lr needs a value"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -76,6 +77,18 @@ def test_a_dry_run_counts_the_evaluations_until_the_run_ends_or_is_to_stop(
 ) -> None:
     words = arguments(shards, tmp_path, **{"train__epochs": 5, "train__eval_every": 2}, **changes)
     assert count_evaluations(parse_recipe(words)[0], read_manifest(shards), 20) == times
+
+
+@pytest.mark.parametrize(("batch_size", "every"), [(96, 1), (96, 2), (96, 3), (72, 2), (192, 5)])
+def test_a_batch_larger_than_the_split_is_evaluated_after_once(
+    shards: Path, tmp_path: Path, batch_size: int, every: int
+) -> None:
+    recipe, _ = parse_recipe(arguments(shards, tmp_path, train__batch_size=batch_size, train__eval_every=every))
+    recipe.train.epochs = 10
+    steps = -(-480 // batch_size)
+    epochs = [step * batch_size // 48 // every for step in range(steps + 1)]
+    due = [after > before or step == steps - 1 for step, (before, after) in enumerate(itertools.pairwise(epochs))]
+    assert count_evaluations(recipe, read_manifest(shards), steps) == {"val": sum(due), "test": 1}
 
 
 def test_a_dry_run_is_refused_what_a_run_would_be(

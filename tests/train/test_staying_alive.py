@@ -240,6 +240,18 @@ def test_a_command_in_a_shell_of_a_job_runs_alone(monkeypatch: pytest.MonkeyPatc
     assert [os.environ[name] for name in names[:5]] == ["0", "0", "1", "1", "127.0.0.1"]
 
 
+def test_a_rank_without_the_rest_of_its_place_is_told_what_to_do(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # which another test may have left
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert harness.train(shards, tmp_path / "run") == 2
+    assert "but not LOCAL_RANK, WORLD_SIZE, MASTER_PORT; unset RANK" in harness.error_line(capsys.readouterr().err)
+
+
 # ---------------------------------------------------------------------- the supervisor
 def supervise(*options: str) -> list[str]:
     return [sys.executable, str(REPOSITORY / "launch" / "supervise.py"), *options]
