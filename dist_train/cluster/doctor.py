@@ -87,7 +87,11 @@ def examine(recipe: Recipe, resume: str, hostfile: Path | None) -> int:
         text = f"{recipe.data.shards} holds images: training first builds a shard set of them, or uses the one that it "
         findings.append(Finding("ok", "data.shards", f"{text}has built, in {sets_folder(recipe.data)}"))
     if not refused:
-        findings += [batch_finding(recipe, ranks), *memory_findings(recipe, ranks, answers, slots)]
+        findings.append(batch_finding(recipe, ranks))
+        try:
+            findings += memory_findings(recipe, ranks, answers, slots)
+        except UseError as refusal:  # of a model that turns out to be none when it is built, such as model.lora's
+            findings.append(Finding("fail", "recipe", str(refusal)))
     say(*findings)
     return int(any(finding.level == "fail" for finding in findings))
 
@@ -233,13 +237,13 @@ def state_bytes(recipe: Recipe, parameters: int, trained: int, ranks: int, on_gp
     keeps in main memory.
 
     As counted in ZeRO (Rajbhandari et al. 2020, section 3.1): stage 1 shards the optimizer's states, 2 also the
-    gradients, 3 also the weights.
+    gradients, 3 also the weights. Its optimizer steps float32 copies of the weights, whatever type these have.
     """
     stage, precision = recipe.deepspeed.zero_stage, precision_of(recipe.deepspeed)
     half = precision == "fp16" or (precision == "bf16" and stage > 0)
     weights, gradients = (2, 2) if half else (4, 4)
     states = 8 if recipe.optim.name == "adamw" else 4 if recipe.optim.momentum else 0
-    masters, averages = 4 if half else 0, 4 if recipe.train.ema else 0
+    masters, averages = 4 if half or stage > 0 else 0, 4 if recipe.train.ema else 0
     here = states + masters
     if on_gpu and recipe.deepspeed.offload != "none":
         here = 0
