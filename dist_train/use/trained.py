@@ -59,6 +59,8 @@ def load_trained(run: Path, recipe: Recipe, which: str = "auto", averaged: bool 
     except RuntimeError as error:
         raise WorkError(f"{checkpoint}: its weights are not of the recipe's model ({_one_line(error)})") from None
     place = Place(device_id=0 if torch.cuda.is_available() else None)
+    if recipe.data.device == "gpu" and place.device_id is None:  # that was of the machine that trained
+        recipe = replace(recipe, data=replace(recipe.data, device="auto"))
     device = torch_device(place)
     model.to(device).eval()
     float32 = replace(recipe, deepspeed=DeepSpeedConfig(precision="float32"))
