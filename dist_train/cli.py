@@ -346,7 +346,7 @@ def _check_export(options: argparse.Namespace) -> None:
         check_target(file)
     if options.public and options.hub is None:
         raise UseError("--public: is said of --hub USER/NAME")
-    if options.licence and options.hub is None and (file is None or file.suffix):
+    if options.licence and options.hub is None and (file is None or (file.suffix and not file.is_dir())):
         raise UseError("--licence: is written into a folder's model card; name a FOLDER or --hub USER/NAME")
 
 

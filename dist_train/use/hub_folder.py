@@ -215,11 +215,12 @@ print([(names[i], float(p)) for p, i in zip(best.values, best.indices)])
 
 
 def _results(trained: TrainedModel, step: int) -> str:
-    """A table of the evaluations of just these weights in the run's record."""
+    """A table of the evaluations of just these weights in the record of the run that they are of: a checkpoint that
+    was given by its folder may be another's."""
     of_tags = trained.recipe.data.labels == "tags"
     first, second = ("map", "f1_micro") if of_tags else ("top1", "top5")
     lines = []
-    for entry in read_evaluations(trained.run):
+    for entry in read_evaluations(trained.checkpoint.absolute().parents[1]):
         split, averaged = entry["split"].removesuffix("_ema"), entry["split"].endswith("_ema")
         if entry["step"] == step and averaged == trained.averaged:
             lines.append(f"| {split} | {entry['samples']:,} | {entry[first]:.4f} | {entry[second]:.4f} |\n")
