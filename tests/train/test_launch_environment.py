@@ -63,6 +63,8 @@ def test_the_remote_environment_has_what_a_run_needs_no_credentials_and_the_user
         "secret" not in file.read_text() and "TORCH_X" not in file.read_text() and "AWS_SECRET" not in file.read_text()
     )
     assert own.read_text() == "\nOMP_NUM_THREADS=3\n\nAWS_PROFILE=mine\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: TORCH_X is not passed on") and line.endswith("quote it in ~/.deepspeed_env")
 
 
 def test_an_argument_that_a_remote_shell_would_run_is_refused(tmp_path: Path) -> None:
