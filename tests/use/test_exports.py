@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -273,14 +274,14 @@ def test_timm_alone_predicts_from_the_folder_what_dist_train_predicts(
 
 
 def test_a_card_has_the_results_of_the_run_that_its_checkpoint_is_of(run: Path, shards: Path, tmp_path: Path) -> None:
-    other = train(shards, tmp_path / "other", optim__lr=1e-9)
-    ours, theirs = (harness.evaluations(one)[-1]["top1"] for one in (run, other))
-    assert ours != theirs
+    other = train(shards, tmp_path / "other")
+    metrics = other / "metrics.jsonl"
+    metrics.write_text(re.sub(r'"top1": [0-9.]+', '"top1": 0.4321', metrics.read_text()))
     folder = tmp_path / "model.v1"  # an empty folder is a new one, whatever its name
     folder.mkdir()
     checkpoint = newest_checkpoint(other)
     assert main(["export", str(run), str(folder), "--checkpoint", str(checkpoint), "--licence", "mit"]) == 0
-    assert f"| val | 8 | {theirs:.4f} |" in (folder / "README.md").read_text()
+    assert "| val | 8 | 0.4321 |" in (folder / "README.md").read_text()
 
 
 def test_what_is_pushed_timm_loads_from_the_hub(

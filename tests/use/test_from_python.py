@@ -111,7 +111,9 @@ def test_runs_follow_each_other_in_one_process_which_stays_as_it_was(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also after one that failed, and with DeepSpeed's engine; the same recipe gives the same weights."""
-    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")  # of what is nobody's here
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)  # as other tests in this process may have left them
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")  # nobody's here
     log = logging.getLogger("dist_train")
     mine = logging.NullHandler()
     log.addHandler(mine)
