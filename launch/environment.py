@@ -28,7 +28,7 @@ OF_A_SHELL = re.compile(r"[^\w@%+=:,./\[\]~ -]")
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) < 2:
+    if len(arguments) < 2 or arguments[0][:1] in ("", "-"):  # which launch/multinode.sh passes on where it has none
         raise UseError("use: launch/multinode.sh HOSTFILE --config RECIPE [--section.key value ...]")
     hosts = read_hostfile(Path(arguments[0]))
     recipe = parse_training(arguments[2:]).recipe
