@@ -116,6 +116,7 @@ def _process_as_it_was() -> Iterator[list[int]]:
     variables = {name: os.environ.get(name) for name in _OF_RANKS}
     asked = {number: signal.getsignal(number) for number in _STOPPING}
     joined, linear = torch.distributed.is_initialized(), torch.nn.functional.linear
+    excepthook = sys.excepthook
     meanwhile: list[int] = []
     try:
         yield meanwhile
@@ -125,9 +126,11 @@ def _process_as_it_was() -> Iterator[list[int]]:
 
             leave_process_group()
         torch.nn.functional.linear = linear  # DeepSpeed's ZeRO 3 puts another in its place
+        sys.excepthook = excepthook  # of a process group, which names its rank in every traceback
         for name, value in variables.items():
-            if value is None:
-                os.environ.pop(name, None)
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
         if threading.current_thread() is threading.main_thread():
             for number, handler in asked.items():
                 if handler is not None:  # one that was not set from Python cannot be set from it

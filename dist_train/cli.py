@@ -174,12 +174,24 @@ def _command_parser() -> argparse.ArgumentParser:
 
 def _add_uses_of_a_run(commands: Any) -> None:
     """The commands that take a run folder. commands: argparse's subparsers."""
-    evaluate = commands.add_parser("evaluate", help="accuracy of a run on a split, or how well it finds tags")
-    evaluate.add_argument("run", type=Path, help="run folder")
-    evaluate.add_argument("--split", default="test")
-    evaluate.add_argument(
+    of_a_run, of_a_split = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
+    of_a_run.add_argument("run", type=Path, help="run folder")
+    of_a_run.add_argument(
+        "--checkpoint",
+        default="auto",
+        metavar="best|last|STEP|FOLDER",
+        help="which weights (default: the best on val, if val was evaluated and with no --ema, else the last)",
+    )
+    of_a_run.add_argument("--ema", action="store_true", help="the averaged weights of train.ema, not the raw ones")
+    of_a_split.add_argument("--split", default="test")
+    of_a_split.add_argument(
         "--shards", type=_path_or_url, help="another shard set of the same classes (default: the run's)"
     )
+
+    def add(name: str, text: str, *more: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, parents=[of_a_run, *more])
+
+    evaluate = add("evaluate", "accuracy of a run on a split, or how well it finds tags", of_a_split)
     evaluate.add_argument(
         "--csv",
         type=Path,
@@ -188,8 +200,7 @@ def _add_uses_of_a_run(commands: Any) -> None:
     )
     evaluate.add_argument("--batch-size", type=_number, help="samples of one pass (default: the run's)")
 
-    predict = commands.add_parser("predict", help="classes of image files")
-    predict.add_argument("run", type=Path, help="run folder")
+    predict = add("predict", "classes of image files")
     predict.add_argument(
         "images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of them, with all folders below"
     )
@@ -216,14 +227,10 @@ def _add_uses_of_a_run(commands: Any) -> None:
         "--batch-size", type=_number, default=32, help="images decoded and computed together (default: 32)"
     )
 
-    grid = commands.add_parser("grid", help="a picture of predictions on a split, right and wrong")
-    grid.add_argument("run", type=Path, help="run folder")
-    grid.add_argument("--split", default="test")
-    grid.add_argument("--shards", type=_path_or_url, help="another shard set of the same classes (default: the run's)")
+    grid = add("grid", "a picture of predictions on a split, right and wrong", of_a_split)
     grid.add_argument("--output", type=Path, help="PNG file (default: RUN/predictions.png)")
 
-    export = commands.add_parser("export", help="the model for other programs: ONNX, timm's hub format, plain weights")
-    export.add_argument("run", type=Path, help="run folder")
+    export = add("export", "the model for other programs: ONNX, timm's hub format, plain weights")
     export.add_argument(
         "file",
         type=Path,
@@ -236,21 +243,11 @@ def _add_uses_of_a_run(commands: Any) -> None:
     export.add_argument("--public", action="store_true", help="what --hub makes is public")
     export.add_argument("--licence", help="of the model, for its card, as the hub names it: apache-2.0, cc-by-nc-4.0")
 
-    demo = commands.add_parser("demo", help="a page in the browser: predictions, and where the model looks")
-    demo.add_argument("run", type=Path, help="run folder")
+    demo = add("demo", "a page in the browser: predictions, and where the model looks")
     demo.add_argument("--port", type=_number, default=7860)
     demo.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: everyone's (default: this machine alone)"
     )
-
-    for command in (evaluate, predict, grid, export, demo):
-        command.add_argument(
-            "--checkpoint",
-            default="auto",
-            metavar="best|last|STEP|FOLDER",
-            help="which weights (default: the best on val, if val was evaluated and with no --ema, else the last)",
-        )
-        command.add_argument("--ema", action="store_true", help="the averaged weights of train.ema, not the raw ones")
 
 
 def _say_recipes(name: str | None) -> int:
@@ -346,7 +343,7 @@ def _check_export(options: argparse.Namespace) -> None:
         check_target(file)
     if options.public and options.hub is None:
         raise UseError("--public: is said of --hub USER/NAME")
-    if options.licence and options.hub is None and (file is None or file.suffix):
+    if options.licence and options.hub is None and (file is None or (file.suffix and not file.is_dir())):
         raise UseError("--licence: is written into a folder's model card; name a FOLDER or --hub USER/NAME")
 
 

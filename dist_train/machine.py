@@ -52,13 +52,17 @@ def gpu_names() -> list[str]:
 
 
 def ask_git(*arguments: str) -> str | None:
-    """What git answers about the checkout that holds this file, stripped; None where there is no git or checkout."""
-    here = Path(__file__).parent
-    try:
-        answer = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
+    """What git answers about the checkout that has this file, stripped; None where there is no git or checkout."""
+    here = Path(__file__)
+    # An environment with this package in it may lie within the checkout of something else.
+    for words in (["ls-files", "--error-unmatch", here.name], arguments):
+        try:
+            answer = subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if answer.returncode:
+            return None
+    return answer.stdout.strip()
 
 
 def available_memory(root: Path = Path("/")) -> int:

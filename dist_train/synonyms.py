@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection
 
 # Section by what others call it.
@@ -102,100 +103,59 @@ KEYS = {
     "deepspeed.config": "deepspeed deepspeed_config ds_config ds_config_file",
 }
 
-# What others have a key for, and this project does otherwise, or not at all.
-SENTENCES = (
-    (
-        "load_best_model_at_end restore_best_weights",
-        "the best checkpoint on val, by train.monitor, is kept beside the newest, and is the one that is used later",
-    ),
-    (
-        "gradient_accumulation_steps accumulate_grad_batches grad_accum_steps accumulation accum_iter "
-        "grad_accumulation gradient_accumulation accumulation_steps accum grad_accum",
-        "accumulation follows from train.batch_size, the global batch, the number of ranks and train.micro_batch_size",
-    ),
-    (
-        "warmup_epochs",
-        "give the warm-up in steps, as optim.warmup_steps; an epoch has (images of train) / train.batch_size of them",
-    ),
-    (
-        "warmup warmup_ratio warmup_lr warmup_prefix num_warmup_steps warm_up warmup_fraction",
-        "the warm-up, from rate 0, is given in steps: optim.warmup_steps",
-    ),
-    (
-        "min_lr eta_min lr_min lr_end cooldown_epochs",
-        "optim.schedule cosine goes down to 0",
-    ),
-    (
-        "devices gpus num_gpus n_gpu nproc_per_node num_nodes accelerator nodes world_size strategy "
-        "num_processes ranks distributed ddp gpu_ids",
-        "the number of ranks is the launcher's: `deepspeed --num_gpus N launch/train.py ...`, or a hostfile",
-    ),
-    (
-        "num_classes n_classes nb_classes classes num_labels class_names labels",
-        "the classes are those of the shard set",
-    ),
-    (
-        "augmix vflip interpolation aug_splits augmentation augmentations rotation rotate",
-        "there is no such augmentation: there are data.crop, flip, auto_augment, brightness, contrast, saturation, "
-        "hue, grey, blur, erasing, mixup and cutmix",
-    ),
-    (
-        "test_size val_size val_split train_split val_ratio split splits folds validation_split val_dir "
-        "test_dir val_data",
-        "the splits are those of the shard set, which `python -m shards build --ratios` makes",
-    ),
-    (
-        "drop_last dataloader_drop_last",
-        "nothing is dropped: every sample is used once in each epoch",
-    ),
-    (
-        "pin_memory pin_mem dataloader_pin_memory persistent_workers use_multi_epochs_loader",
-        "the loader sees to that by itself",
-    ),
-    (
-        "save_steps save_strategy save_every save_freq save_interval checkpoint_every every_n_epochs "
-        "save_best save_last enable_checkpointing",
-        "a checkpoint is written at the end of each epoch; train.keep_checkpoints of them stay, and the best",
-    ),
-    (
-        "resume resume_from resume_from_checkpoint auto_resume",
-        "resuming is not part of a recipe: --resume auto, or --resume FOLDER",
-    ),
-    (
-        "do_train do_eval do_predict eval_only evaluate validate test predict",
-        "that is a command of its own: `dist-train evaluate RUN`, `dist-train predict RUN IMAGE`",
-    ),
-    (
-        "tensorboard log_tensorboard csv_log",
-        "a run writes tensorboard/ and metrics.jsonl in any case",
-    ),
-    (
-        "patch_size depth num_heads embed_dim hidden_size width num_layers layers num_hidden_layers",
-        "it is in the name of model.backbone, as vit_small_patch16",
-    ),
-    (
-        "limit_train_batches fast_dev_run overfit_batches dry_run max_time",
-        "`dist-train train --dry-run` makes a few steps and leaves nothing; train.stop_after_steps ends a run early",
-    ),
-    (
-        "sync_batchnorm sync_bn dist_bn",
-        "the running statistics of batch norms are averaged over the ranks in any case",
-    ),
-    (
-        "overwrite overwrite_output_dir exist_ok",
-        "no run is written over: choose another train.run, or --resume auto",
-    ),
-    (
-        "push_to_hub hub_model_id",
-        "a run uploads nothing; afterwards `dist-train export RUN --hub USER/NAME` does",
-    ),
-    (
-        "nesterov amsgrad epsilon adam_epsilon opt_eps lookahead adafactor bce_loss focal_loss loss_fn "
-        "loss_function criterion",
-        "the optimizers are SGD with momentum and AdamW, the loss is cross-entropy, binary with data.labels tags, all "
-        "without further settings",
-    ),
-)
+_OTHERWISE = """\
+load_best_model_at_end restore_best_weights
+    the best checkpoint on val, by train.monitor, is kept beside the newest, and is the one that is used later
+gradient_accumulation_steps accumulate_grad_batches grad_accum_steps accumulation accum_iter grad_accumulation
+gradient_accumulation accumulation_steps accum grad_accum
+    accumulation follows from train.batch_size, the global batch, the number of ranks and train.micro_batch_size
+warmup_epochs
+    give the warm-up in steps, as optim.warmup_steps; an epoch has (images of train) / train.batch_size of them
+warmup warmup_ratio warmup_lr warmup_prefix num_warmup_steps warm_up warmup_fraction
+    the warm-up, from rate 0, is given in steps: optim.warmup_steps
+min_lr eta_min lr_min lr_end cooldown_epochs
+    optim.schedule cosine goes down to 0
+devices gpus num_gpus n_gpu nproc_per_node num_nodes accelerator nodes world_size strategy num_processes ranks
+distributed ddp gpu_ids
+    the number of ranks is the launcher's: `deepspeed --num_gpus N launch/train.py ...`, or a hostfile
+num_classes n_classes nb_classes classes num_labels class_names labels
+    the classes are those of the shard set
+augmix vflip interpolation aug_splits augmentation augmentations rotation rotate
+    there is no such augmentation: there are data.crop, flip, auto_augment, brightness, contrast, saturation, hue,
+    grey, blur, erasing, mixup and cutmix
+test_size val_size val_split train_split val_ratio split splits folds validation_split val_dir test_dir val_data
+    the splits are those of the shard set, which `python -m shards build --ratios` makes
+drop_last dataloader_drop_last
+    nothing is dropped: every sample is used once in each epoch
+pin_memory pin_mem dataloader_pin_memory persistent_workers use_multi_epochs_loader
+    the loader sees to that by itself
+save_steps save_strategy save_every save_freq save_interval checkpoint_every every_n_epochs save_best save_last
+enable_checkpointing
+    a checkpoint is written at the end of each epoch; train.keep_checkpoints of them stay, and the best
+resume resume_from resume_from_checkpoint auto_resume
+    resuming is not part of a recipe: --resume auto, or --resume FOLDER
+do_train do_eval do_predict eval_only evaluate validate test predict
+    that is a command of its own: `dist-train evaluate RUN`, `dist-train predict RUN IMAGE`
+tensorboard log_tensorboard csv_log
+    a run writes tensorboard/ and metrics.jsonl in any case
+patch_size depth num_heads embed_dim hidden_size width num_layers layers num_hidden_layers
+    it is in the name of model.backbone, as vit_small_patch16
+limit_train_batches fast_dev_run overfit_batches dry_run max_time
+    `dist-train train --dry-run` makes a few steps and leaves nothing; train.stop_after_steps ends a run early
+sync_batchnorm sync_bn dist_bn
+    the running statistics of batch norms are averaged over the ranks in any case
+overwrite overwrite_output_dir exist_ok
+    no run is written over: choose another train.run, or --resume auto
+push_to_hub hub_model_id
+    a run uploads nothing; afterwards `dist-train export RUN --hub USER/NAME` does
+nesterov amsgrad epsilon adam_epsilon opt_eps lookahead adafactor bce_loss focal_loss loss_fn loss_function criterion
+    the optimizers are SGD with momentum and AdamW, the loss is cross-entropy, binary with data.labels tags, all
+    without further settings
+"""
+SENTENCES = [
+    (words, " ".join(sentence.split())) for words, sentence in re.findall(r"((?:\S.*\n)+)((?:    .*\n)+)", _OTHERWISE)
+]
+"""What others have a key for, and this project does otherwise, or not at all: their words, and what to say of them."""
 
 _KEY_OF = {word: key for key, words in KEYS.items() for word in words.split()}
 _SECTION_OF = {word: section for section, words in SECTIONS.items() for word in words.split()}

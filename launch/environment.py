@@ -28,7 +28,7 @@ OF_A_SHELL = re.compile(r"[^\w@%+=:,./\[\]~ -]")
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) < 2:
+    if len(arguments) < 2 or arguments[0][:1] in ("", "-"):  # which launch/multinode.sh passes on where it has none
         raise UseError("use: launch/multinode.sh HOSTFILE --config RECIPE [--section.key value ...]")
     hosts = read_hostfile(Path(arguments[0]))
     recipe = parse_training(arguments[2:]).recipe
@@ -42,7 +42,13 @@ def main(arguments: list[str]) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // max(hosts.values()))
     variables = {"OMP_NUM_THREADS": str(threads), "NCCL_SOCKET_IFNAME": interface} | variables
     variables["GLOO_SOCKET_IFNAME"] = interface
-    lines = [f"{name}={value}" for name, value in variables.items() if not OF_A_SHELL.search(value)]
+    for name in [name for name, value in variables.items() if OF_A_SHELL.search(value)]:
+        print(
+            f"warning: {name} is not passed on, as a shell would read it otherwise; quote it in ~/.deepspeed_env",
+            file=sys.stderr,
+        )
+        del variables[name]
+    lines = [f"{name}={value}" for name, value in variables.items()]
     own = [Path.home() / ".deepspeed_env", Path(".deepspeed_env")]
     lines += [line.strip() for file in own if file.is_file() for line in file.read_text().splitlines() if "=" in line]
     write_atomically(Path(arguments[1]), "".join(f"{line}\n" for line in lines).encode())

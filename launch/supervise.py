@@ -4,8 +4,8 @@ python launch/supervise.py [--restarts N] [--backoff S] -- deepspeed launch/trai
 python launch/supervise.py -- launch/multinode.sh HOSTFILE --config RECIPE [...]
 
 Everything after the launcher's own arguments, from the first of the recipe on (--config, --section.key, --resume), is
-the recipe's. Gives up after N failures without a newer checkpoint between them, and at once where the command was used
-wrongly (exit status 2). SIGTERM and SIGINT make the job save and end.
+the recipe's. Gives up after N restarts without a newer checkpoint, and at once where the command was used wrongly
+(exit status 2). SIGTERM and SIGINT make the job save and end.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import threading
 import time
 from pathlib import Path
 
-from dist_train.cli import parse_recipe
 from dist_train.errors import Parser, UseError, run_command
+from dist_train.parse import parse_recipe
 from dist_train.recipe import check_run_folder
 
 _OF_THE_RECIPE = re.compile(r"--(config|resume|[a-z]+\.[a-z_]+)(=.*)?")
@@ -33,7 +33,7 @@ _LONGEST_WAIT = 600.0  # seconds between two starts
 def main(arguments: list[str]) -> int:
     """Run the command until it ends well, was used wrongly, was asked to stop, or makes no progress."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--restarts", type=int, default=3, help="starts without a newer checkpoint (default: 3)")
+    parser.add_argument("--restarts", type=int, default=3, help="restarts without a newer checkpoint (default: 3)")
     parser.add_argument("--backoff", type=float, default=10.0, help="seconds before the first, then doubled (10)")
     parser.add_argument("command", nargs="+", help="after `--`: the launcher with its arguments, then the recipe's")
     options = parser.parse_args(arguments)
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
         if failures > options.restarts:
             say(f"failed with status {status}; {failures} failures and no checkpoint newer than step {step}: giving up")
             return 1
-        wait = min(options.backoff * 2 ** (failures - 1), _LONGEST_WAIT)
+        wait = min(_LONGEST_WAIT, options.backoff * 2.0 ** min(failures - 1, 100))
         where = f"newest checkpoint: step {step}" if step >= 0 else "no checkpoint yet"
         say(f"failed with status {status}; {where}; again in {wait:g} s")
         stop.asked.wait(wait)

@@ -9,10 +9,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -61,19 +59,11 @@ def examine(recipe: Recipe, resume: str, hostfile: Path | None) -> int:
     findings: list[Finding] = []
     try:
         with NamedTemporaryFile(prefix=".dist-train-doctor-", dir=folder) as marker:
-            words = [
-                sys.executable,
-                "-m",
-                "dist_train.cluster.probe",
-                recipe.data.shards,
-                recipe.train.run,
-                marker.name,
-            ]
-            answers = ask(slots, words, findings)
+            asked_of = recipe.data.shards, recipe.train.run, marker.name
+            answers = ask(slots, [sys.executable, "-m", "dist_train.cluster.probe", *asked_of], findings)
     except OSError as error:
-        findings.append(
-            Finding("fail", "train.run", f"{folder} cannot be written ({error.strerror})", "choose another")
-        )
+        text = f"{folder} cannot be written ({error.strerror})"
+        findings.append(Finding("fail", "train.run", text, "choose another"))
         answers = {}
     for host, answer in answers.items():
         findings += host_findings(host, answer, recipe)
@@ -87,7 +77,11 @@ def examine(recipe: Recipe, resume: str, hostfile: Path | None) -> int:
         text = f"{recipe.data.shards} holds images: training first builds a shard set of them, or uses the one that it "
         findings.append(Finding("ok", "data.shards", f"{text}has built, in {sets_folder(recipe.data)}"))
     if not refused:
-        findings += [batch_finding(recipe, ranks), *memory_findings(recipe, ranks, answers, slots)]
+        findings.append(batch_finding(recipe, ranks))
+        try:
+            findings += memory_findings(recipe, ranks, answers, slots)
+        except UseError as refusal:  # of a model that turns out to be none when it is built, such as model.lora's
+            findings.append(Finding("fail", "recipe", str(refusal)))
     say(*findings)
     return int(any(finding.level == "fail" for finding in findings))
 
@@ -149,32 +143,28 @@ def differences(answers: dict[str, dict[str, Any]]) -> list[Finding]:
     """In what the hosts differ that must be the same: judged by what most of them have."""
     findings = []
 
-    def compare(what: str, value: Callable[[dict[str, Any]], Any], cure: str) -> None:
-        values = {host: value(answer) for host, answer in answers.items()}
-        common = Counter(values.values()).most_common(1)[0][0]
-        for host, own in values.items():
+    def compare(what: str, said: list[Any], cure: str) -> None:
+        common = Counter(said).most_common(1)[0][0]
+        for host, own in zip(answers, said, strict=True):
             if own != common:
                 findings.append(Finding("fail", host, f"{what} is {own}, elsewhere {common}", cure))
 
     if len(answers) > 1:
-        compare("Python", lambda answer: answer["python"], "use the same environment on all hosts")
-        for name in next(iter(answers.values()))["packages"]:
-            compare(name, partial(_version_of, name), "use the same environment on all hosts")
-        compare("the project's code", lambda answer: answer["code"][:12], "check out the same commit on all hosts")
-        compare("the shard set", lambda answer: answer["digest"], "copy the same set to all hosts")
+        everyone, environment = list(answers.values()), "use the same environment on all hosts"
+        compare("Python", [answer["python"] for answer in everyone], environment)
+        for name in everyone[0]["packages"]:
+            compare(name, [answer["packages"][name] for answer in everyone], environment)
+        code = [answer["code"][:12] for answer in everyone]
+        compare("the project's code", code, "check out the same commit on all hosts")
+        compare("the shard set", [answer["digest"] for answer in everyone], "copy the same set to all hosts")
         if not set.intersection(*(set(answer["interfaces"]) for answer in answers.values())):
             names = {host: list(answer["interfaces"]) for host, answer in answers.items()}
             cure = "name each host's own in its environment, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
             findings.append(Finding("fail", "network", f"no interface has the same name on all hosts: {names}", cure))
         if not findings:
-            findings.append(
-                Finding("ok", "hosts", f"{len(answers)} with the same Python, packages, code and shard set")
-            )
+            text = f"{len(answers)} with the same Python, packages, code and shard set"
+            findings.append(Finding("ok", "hosts", text))
     return findings
-
-
-def _version_of(package: str, answer: dict[str, Any]) -> str | None:
-    return answer["packages"][package]
 
 
 def _manifest_at_url(recipe: Recipe) -> Manifest | None:
@@ -220,10 +210,9 @@ def memory_findings(
     kept = (recipe.train.keep_checkpoints + 2) * checkpoint  # the best, and the one that is being written
     for host, answer in list(answers.items())[:1]:
         text = f"{answer['disk_free'] / GB:.1f} GB free where {kept / GB:.1f} GB of checkpoints go"
-        level, cure = (
-            ("fail", "free some, or lower train.keep_checkpoints") if answer["disk_free"] < kept else ("ok", "")
-        )
-        findings.append(Finding(level, f"{host}, train.run", text, cure))
+        full = answer["disk_free"] < kept
+        cure = "free some, or lower train.keep_checkpoints" if full else ""
+        findings.append(Finding("fail" if full else "ok", f"{host}, train.run", text, cure))
     return findings
 
 
@@ -233,13 +222,13 @@ def state_bytes(recipe: Recipe, parameters: int, trained: int, ranks: int, on_gp
     keeps in main memory.
 
     As counted in ZeRO (Rajbhandari et al. 2020, section 3.1): stage 1 shards the optimizer's states, 2 also the
-    gradients, 3 also the weights.
+    gradients, 3 also the weights. Its optimizer steps float32 copies of the weights, whatever type these have.
     """
     stage, precision = recipe.deepspeed.zero_stage, precision_of(recipe.deepspeed)
     half = precision == "fp16" or (precision == "bf16" and stage > 0)
     weights, gradients = (2, 2) if half else (4, 4)
     states = 8 if recipe.optim.name == "adamw" else 4 if recipe.optim.momentum else 0
-    masters, averages = 4 if half else 0, 4 if recipe.train.ema else 0
+    masters, averages = 4 if half or stage > 0 else 0, 4 if recipe.train.ema else 0
     here = states + masters
     if on_gpu and recipe.deepspeed.offload != "none":
         here = 0

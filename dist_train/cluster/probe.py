@@ -25,7 +25,8 @@ PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda120", "timm", "transformers",
 
 def existing_folder(path: Path) -> Path:
     """The folder nearest to `path`, upwards, that is there."""
-    return next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.is_dir())
+    # os.path, which says no of what it may not look at; pathlib raises.
+    return next(folder for folder in [path.absolute(), *path.absolute().parents] if os.path.isdir(folder))
 
 
 def describe_host(shards: str, run: Path, marker: Path) -> dict[str, Any]:

@@ -28,13 +28,14 @@ from typing import Any
 
 import torch
 
-from dist_train.errors import WorkError
+from dist_train.errors import WorkError, name_some
 from dist_train.launcher import noted_launcher
 from dist_train.place import Place
 
 log = logging.getLogger(__name__)
 
 _GRACE = 5.0  # seconds for an error of a rank's own to be printed, and for all that wait in vain to say so
+_GREETING_S = 20.0  # seconds for who has connected to say who it is
 _BEAT, _BYE, _COMPLAINT, _END = "beat", "bye", "complaint", "end"
 
 
@@ -144,16 +145,20 @@ class Watch:
         while len(self._peers) < self.place.world_size - 1:
             try:
                 connection, _ = listener.accept()
-                connection.settimeout(self.timeout)
-                greeting = connection.makefile("rb").readline(400).decode(errors="replace").split()
             except OSError:
                 missing = set(range(1, self.place.world_size)) - {peer.rank for peer in self._peers}
                 raise WorkError(
                     f"ranks {sorted(missing)} did not connect to {self._host} port {listener.getsockname()[1]} within "
                     f"{self.timeout:g} s; let the hosts reach each other on all ports"
                 ) from None
-            if len(greeting) == 3 and secrets.compare_digest(greeting[0], password):
-                self._add(_Peer(int(greeting[1]), greeting[2], connection))
+            connection.settimeout(min(self.timeout, _GREETING_S))
+            try:
+                greeting = connection.makefile("rb").readline(400).split()
+            except OSError:
+                greeting = []
+            if len(greeting) == 3 and secrets.compare_digest(greeting[0], password.encode()):
+                connection.settimeout(self.timeout)
+                self._add(_Peer(int(greeting[1]), greeting[2].decode(), connection))
             else:
                 connection.close()  # somebody else's
         listener.close()
@@ -192,10 +197,10 @@ class Watch:
                 self._end(text, _GRACE, told=True)
 
     def _check_silence(self) -> None:
-        silent = [p for p in self._peers if not p.left and time.monotonic() - p.heard > self.timeout]
+        silent = [str(p) for p in self._peers if not p.left and time.monotonic() - p.heard > self.timeout]
         if silent:
             self._end(
-                f"no sign of life for {self.timeout:g} s (train.timeout_s) from {_names(silent)}: "
+                f"no sign of life for {self.timeout:g} s (train.timeout_s) from {name_some(silent, 8)}: "
                 "the host or the network is down, or the process is stopped"
             )
 
@@ -208,10 +213,10 @@ class Watch:
             return
         own = _Peer(0, self._host, socket.socket(), complaint=self._complaint)
         ranks = [own, *self._peers]
-        hanging = [peer for peer in ranks if not peer.complaint]
+        hanging = [str(peer) for peer in ranks if not peer.complaint]
         why = next(peer.complaint for peer in ranks if peer.complaint)
         self._end(
-            f"{_names(hanging)} took no part in what all ranks do together: it hangs"
+            f"{name_some(hanging, 8)} took no part in what all ranks do together: it hangs"
             if hanging
             else f"the ranks cannot talk to each other any more: {why}"
         )
@@ -246,11 +251,6 @@ class Watch:
 
 def _of_a_collective(error: Exception) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
-
-
-def _names(peers: list[_Peer]) -> str:
-    names = [str(peer) for peer in peers]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _nobody_reads(descriptor: int) -> bool:

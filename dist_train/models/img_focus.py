@@ -31,14 +31,8 @@ BACKBONE, SIDE = "vit_small_patch14_dinov2", 518
 TOLERANCE = 1e-4
 """Largest difference of a normalised token between timm and onnxruntime; they are of the order of 1."""
 
-_BLOCK = {
-    "norm1.weight": "norm1.weight",
-    "norm1.bias": "norm1.bias",
-    "norm2.weight": "norm2.weight",
-    "norm2.bias": "norm2.bias",
-    "ls1.gamma": "layer_scale1.lambda1",
-    "ls2.gamma": "layer_scale2.lambda1",
-}
+_BLOCK = {name: name for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias")}
+_BLOCK |= {"ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1"}
 _LINEAR = {
     "attn.qkv": [f"attention.attention.{part}" for part in ("query", "key", "value")],
     "attn.proj": ["attention.output.dense"],

@@ -174,8 +174,8 @@ def normalisation(config: ModelConfig, image_size: int) -> tuple[Triple, Triple]
     elif (path / STATE_NAME).is_file() or (path.parent / STATE_NAME).is_file():
         folder = path if path.is_dir() else path.parent
         found = read_document(folder)["recipe"]["data"]
-    elif path.suffix == ".safetensors" and path.is_file():
-        found = _metadata(path)
+    else:
+        found = read_metadata(path)
     mean, std = _triple(found.get("mean")), _triple(found.get("std"))
     return (mean, std) if mean and std else _of_timm(timm_name(config.backbone, image_size)[0])
 
@@ -197,8 +197,10 @@ def _triple(value: Any) -> Triple | None:
     return float(value[0]), float(value[1]), float(value[2])
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """What a safetensors file says of itself beside its tensors."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself beside its tensors; {} of any other."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
     try:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})

@@ -191,11 +191,6 @@ def read_class_names(checkpoint: Path) -> list[str]:
     return list(read_document(checkpoint)["classes"])
 
 
-def read_head(checkpoint: Path) -> str:
-    """The name of its model's head."""
-    return str(read_document(checkpoint)["recipe"]["model"]["head"])
-
-
 def read_thresholds(checkpoint: Path, averaged: bool = False) -> list[float] | None:
     """The thresholds of the tags, chosen on val for the raw or the averaged weights; None if val was not evaluated."""
     return read_document(checkpoint).get("thresholds", {}).get("averaged" if averaged else "raw")

@@ -65,10 +65,9 @@ def _has_fixed_size(backbone: str) -> bool:
         return bool(timm.create_model(backbone).pretrained_cfg.get("fixed_input_size", False))
 
 
-def create(
-    backbone: str, image_size: int, num_classes: int = 0, drop_path: float = 0.0, dropout: float = 0.0
-) -> nn.Module:
-    """timm's model of that name, for images of that size, untrained. Raises UseError where it cannot be.
+def create(backbone: str, image_size: int, drop_path: float = 0.0, dropout: float = 0.0) -> nn.Module:
+    """timm's model of that name, for images of that size, untrained, without a classifier. Raises UseError where it
+    cannot be.
 
     A rate of 0 is none: some of timm's models, such as Swin, begin with one of their own.
     """
@@ -79,7 +78,7 @@ def create(
         arguments |= {"pos_drop_rate": dropout, "proj_drop_rate": dropout}
     while True:
         try:
-            model = timm.create_model(backbone, num_classes=num_classes, **arguments)
+            model = timm.create_model(backbone, num_classes=0, **arguments)
             break
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
@@ -114,7 +113,7 @@ def build_timm(
     in `backbones.TokenTransformer`, to what `features` says. Its parameters have timm's names; those that nothing
     depends on are not trained.
     """
-    model = create(backbone, image_size, 0, drop_path, dropout)
+    model = create(backbone, image_size, drop_path, dropout)
     if text or features != "pooled":
         model.token_reader = TokenReader(model, features)  # type: ignore[assignment]  # no module: it is not registered
     idle = inspect(backbone, image_size).idle[features]

@@ -19,7 +19,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed
 from timm.models import VisionTransformer, load_state_dict
 from torch import Tensor
@@ -38,6 +37,7 @@ from dist_train.models.pretrained import (
     hub_tag,
     read_hub,
     read_hub_folder,
+    read_metadata,
 )
 from dist_train.models.saved import (
     EXTRA_NAME,
@@ -47,7 +47,6 @@ from dist_train.models.saved import (
     read_averaged_weights,
     read_class_names,
     read_document,
-    read_head,
     read_weights,
 )
 
@@ -162,19 +161,16 @@ def _read_path(source: str) -> tuple[dict[str, Tensor], list[str], list[str], st
     else:
         chosen = choose_checkpoint(path, "last" if averaged else "auto", "model.weights")
     tensors = (read_averaged_weights if averaged else read_weights)(chosen.checkpoint)
-    tensors = merge_adapters(tensors, scale_of_recipe(read_document(chosen.checkpoint)["recipe"]))
+    recipe = read_document(chosen.checkpoint)["recipe"]
+    tensors = merge_adapters(tensors, scale_of_recipe(recipe))
     which = f"{'averaged weights of ' if averaged else ''}{chosen}"
-    return tensors, read_class_names(chosen.checkpoint), [which], read_head(chosen.checkpoint)
+    return tensors, read_class_names(chosen.checkpoint), [which], recipe["model"]["head"]
 
 
 def _classes_of_export(path: Path) -> list[str]:
     """The names of the classes in the metadata of what `dist-train export` wrote; [] for other files."""
-    if path.suffix != ".safetensors":
-        return []
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("classes", "[]")
     try:
-        classes = json.loads(text)
+        classes = json.loads(read_metadata(path).get("classes", "[]"))
     except ValueError:
         return []
     return [str(name) for name in classes] if isinstance(classes, list) else []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_train.data.loader import Batch, EvalLoader
-from dist_train.errors import written
+from dist_train.errors import WorkError, written
 from dist_train.files import write_atomically
 from dist_train.train.pictures import contact_sheet, to_pixels
 from dist_train.use.multilabel import captions, targets_of
@@ -29,7 +29,9 @@ def grid(trained: TrainedModel, split: str = "test", shards: str | None = None, 
     loader = EvalLoader(
         data, manifest, split, trained.place, batch_size=48, tokenizer=trained.tokenizer, tag_targets=targets
     )
-    batch = next(iter(loader))
+    batch = next(iter(loader), None)
+    if batch is None:
+        raise WorkError(f"the split {split} holds no samples to draw")
     with torch.no_grad():
         logits = trained.forward(batch)
     pixels = list(to_pixels(batch.images, data))

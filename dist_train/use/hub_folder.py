@@ -26,6 +26,7 @@ from dist_train.files import sync
 from dist_train.models.backbones import timm_name
 from dist_train.models.build import to_timm_state_dict
 from dist_train.models.classifier import Classifier
+from dist_train.models.pretrained import first_line
 from dist_train.models.saved import read_step
 from dist_train.train.checkpoint import read_state
 from dist_train.train.record import read_evaluations
@@ -71,13 +72,13 @@ def push_to_hub(trained: TrainedModel, name: str, licence: str | None = None, pu
             message = f"Model after step {read_step(trained.checkpoint)}"
             api.upload_folder(repo_id=made.repo_id, folder_path=draft, commit_message=message)
         except HFValidationError as error:
-            raise UseError(f"--hub {name}: {_first_line(error)}") from None
+            raise UseError(f"--hub {name}: {first_line(error)}") from None
         except (OSError, RuntimeError, ValueError) as error:  # of huggingface_hub, and of what it talks HTTP with
-            raise WorkError(f"--hub {name}: not uploaded ({_first_line(error)})") from None
+            raise WorkError(f"--hub {name}: not uploaded ({first_line(error)})") from None
         except Exception as error:
             if not type(error).__module__.startswith(("http", "requests")):
                 raise
-            raise WorkError(f"--hub {name}: the hub cannot be reached ({_first_line(error)})") from None
+            raise WorkError(f"--hub {name}: the hub cannot be reached ({first_line(error)})") from None
     return f"{made}: loads by timm.create_model('hf-hub:{made.repo_id}', pretrained=True)"
 
 
@@ -89,11 +90,11 @@ def _draft(
     ours = copy.deepcopy(trained.model).cpu()
     model = _timm_model(trained, ours)
     with written(named, "choose another"):
-        parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=parent, prefix=f".{named.name}."))
+        draft = parent / f".{named.name}.{os.getpid()}.tmp"
+        shutil.rmtree(draft, ignore_errors=True)  # of a process of that number that was killed
+        draft.mkdir(parents=True)
     try:
         with written(named, "choose another"):
-            draft.chmod(0o777 & ~_umask())
             data = trained.recipe.data
             preprocessing = {
                 "input_size": (3, data.image_size, data.image_size),
@@ -215,11 +216,12 @@ print([(names[i], float(p)) for p, i in zip(best.values, best.indices)])
 
 
 def _results(trained: TrainedModel, step: int) -> str:
-    """A table of the evaluations of just these weights in the run's record."""
+    """A table of the evaluations of just these weights in the record of the run that they are of: a checkpoint that
+    was given by its folder may be another's."""
     of_tags = trained.recipe.data.labels == "tags"
     first, second = ("map", "f1_micro") if of_tags else ("top1", "top5")
     lines = []
-    for entry in read_evaluations(trained.run):
+    for entry in read_evaluations(trained.checkpoint.absolute().parents[1]):
         split, averaged = entry["split"].removesuffix("_ema"), entry["split"].endswith("_ema")
         if entry["step"] == step and averaged == trained.averaged:
             lines.append(f"| {split} | {entry['samples']:,} | {entry[first]:.4f} | {entry[second]:.4f} |\n")
@@ -227,14 +229,3 @@ def _results(trained: TrainedModel, step: int) -> str:
         return "These weights were not evaluated during training.\n"
     names = "mAP | micro F1" if of_tags else "top-1 | top-5"
     return f"| split | images | {names} |\n|---|---|---|---|\n" + "".join(lines)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

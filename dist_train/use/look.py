@@ -21,39 +21,31 @@ from dist_train.train.evaluate import Forward
 
 GRID = 8
 """Cells along a side; a window covers 2 x 2 of them, so that each place is covered by up to four windows."""
-_AT_ONCE = 49
-"""Covered images of one pass: all of them for GRID 8."""
 
 
 @torch.no_grad()
-def find_importance(
-    forward: Forward, batch: Batch, class_id: int, of_tags: bool = False, grid: int = GRID
-) -> NDArray[np.float64]:
-    """How much each cell of an image counts for a class: (grid, grid), by how many nats the log-probability falls, on
+def find_importance(forward: Forward, batch: Batch, class_id: int, of_tags: bool = False) -> NDArray[np.float64]:
+    """How much each cell of an image counts for a class: (GRID, GRID), by how many nats the log-probability falls, on
     average over the windows that cover the cell. Negative where the class gains.
 
     batch: of one image, (1, 3, S, S), normalised. of_tags: logits are of tags, each on its own, not of classes.
     """
     image = batch.images
     side = image.shape[-1]
-    edges = [round(side * i / grid) for i in range(grid + 1)]
+    edges = [round(side * i / GRID) for i in range(GRID + 1)]
     mean = image.mean(dim=(2, 3), keepdim=True)
-    places = [(row, column) for row in range(grid - 1) for column in range(grid - 1)]
+    places = [(row, column) for row in range(GRID - 1) for column in range(GRID - 1)]
 
     def log_probability(batch: Batch) -> torch.Tensor:
         logits = forward(batch).float()
         return (functional.logsigmoid(logits) if of_tags else logits.log_softmax(dim=1))[:, class_id]
 
-    whole = log_probability(batch)
-    falls = []
-    for first in range(0, len(places), _AT_ONCE):
-        some = places[first : first + _AT_ONCE]
-        covered = image.repeat(len(some), 1, 1, 1)
-        for i, (row, column) in enumerate(some):
-            covered[i, :, edges[row] : edges[row + 2], edges[column] : edges[column + 2]] = mean[0]
-        falls.append(whole - log_probability(_with_images(batch, covered)))
-    total, count = np.zeros((grid, grid)), np.zeros((grid, grid))
-    for (row, column), fall in zip(places, torch.cat(falls).tolist(), strict=True):
+    covered = image.repeat(len(places), 1, 1, 1)
+    for i, (row, column) in enumerate(places):
+        covered[i, :, edges[row] : edges[row + 2], edges[column] : edges[column + 2]] = mean[0]
+    falls = log_probability(batch) - log_probability(_with_images(batch, covered))
+    total, count = np.zeros((GRID, GRID)), np.zeros((GRID, GRID))
+    for (row, column), fall in zip(places, falls.tolist(), strict=True):
         total[row : row + 2, column : column + 2] += fall
         count[row : row + 2, column : column + 2] += 1
     return total / count
@@ -62,14 +54,10 @@ def find_importance(
 def _with_images(batch: Batch, images: torch.Tensor) -> Batch:
     """The batch of one image with others in its place, its text with each of them."""
     several = len(images)
-    text = (part if part is None else part.repeat(several, 1) for part in (batch.text_ids, batch.text_mask))
-    ids, mask = text
-    labels, weights, samples = (
-        batch.labels.repeat(several),
-        batch.weights.repeat(several),
-        batch.samples.repeat(several),
-    )
-    return replace(batch, images=images, labels=labels, weights=weights, text_ids=ids, text_mask=mask, samples=samples)
+    repeated = {name: getattr(batch, name).repeat(several) for name in ("labels", "weights", "samples")}
+    if batch.text_ids is not None and batch.text_mask is not None:
+        repeated |= {"text_ids": batch.text_ids.repeat(several, 1), "text_mask": batch.text_mask.repeat(several, 1)}
+    return replace(batch, images=images, **repeated)
 
 
 def overlay(pixels: NDArray[np.uint8], importance: NDArray[np.float64], side: int = 480) -> Image.Image:

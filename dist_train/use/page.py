@@ -131,6 +131,6 @@ def serve(trained: TrainedModel, port: int, host: str = "127.0.0.1") -> Any:
             ssr_mode=False,
             theme=plain,
         )
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # the latter of a number that is no port
         raise WorkError(f"--port {port}: the page cannot be served there ({error}); choose another") from None
     return page

@@ -57,8 +57,11 @@ def load_trained(run: Path, recipe: Recipe, which: str = "auto", averaged: bool 
     try:
         model.load_state_dict((read_averaged_weights if averaged else read_weights)(checkpoint))
     except RuntimeError as error:
-        raise WorkError(f"{checkpoint}: its weights are not of the recipe's model ({_one_line(error)})") from None
+        why = " ".join(str(error).split())[:300]
+        raise WorkError(f"{checkpoint}: its weights are not of the recipe's model ({why})") from None
     place = Place(device_id=0 if torch.cuda.is_available() else None)
+    if recipe.data.device == "gpu" and place.device_id is None:  # that was of the machine that trained
+        recipe = replace(recipe, data=replace(recipe.data, device="auto"))
     device = torch_device(place)
     model.to(device).eval()
     float32 = replace(recipe, deepspeed=DeepSpeedConfig(precision="float32"))
@@ -68,25 +71,22 @@ def load_trained(run: Path, recipe: Recipe, which: str = "auto", averaged: bool 
 
 def set_to_look_at(trained: TrainedModel, other: str | None) -> tuple[DataConfig, Manifest]:
     """The run's set, or another that was asked for, which must have the run's classes, or tags if the run predicts
-    those. Raises UseError where the run's
-    own is not the one any more that the model was trained on."""
-    asked_for = other is not None
-    shards = other if other is not None else trained.recipe.data.shards
-    manifest = read_manifest(shards)
+    those. Raises UseError where the run's own is not the one any more that the model was trained on."""
+    shards = trained.recipe.data.shards if other is None else other
+    data, manifest = replace(trained.recipe.data, shards=shards), read_manifest(shards)
     ours, theirs = len(trained.class_names), len(manifest.classes)
     if trained.recipe.data.labels == "tags":
-        check_has_tags(replace(trained.recipe.data, shards=shards), manifest)
-    elif asked_for and manifest.class_names != trained.class_names:
+        check_has_tags(data, manifest)
+    elif other is not None and manifest.class_names != trained.class_names:
         raise UseError(
             f"{shards} has {theirs} classes, {trained.checkpoint} was trained on "
             f"{ours}{'' if theirs != ours else ' others'}; evaluate on a set of the same classes"
         )
     trained_on = read_state(trained.checkpoint).manifest_digest
-    data = replace(trained.recipe.data, shards=shards)
     if manifest.digest == trained_on:
         return data, manifest
     digests = f"its manifest's digest is {manifest.digest[:12]}, that of the run's set was {trained_on[:12]}"
-    if not asked_for:
+    if other is None:
         raise UseError(
             f"{shards} is not the set any more that {trained.checkpoint} was trained on: {digests}; images of its "
             f"splits may have been trained on; put the set back, or say --shards {shards}"
@@ -97,7 +97,3 @@ def set_to_look_at(trained: TrainedModel, other: str | None) -> tuple[DataConfig
         file=sys.stderr,
     )
     return data, manifest
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

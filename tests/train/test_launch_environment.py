@@ -63,6 +63,16 @@ def test_the_remote_environment_has_what_a_run_needs_no_credentials_and_the_user
         "secret" not in file.read_text() and "TORCH_X" not in file.read_text() and "AWS_SECRET" not in file.read_text()
     )
     assert own.read_text() == "\nOMP_NUM_THREADS=3\n\nAWS_PROFILE=mine\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: TORCH_X is not passed on") and line.endswith("quote it in ~/.deepspeed_env")
+
+
+@pytest.mark.parametrize("words", [[], ["--config", "launch/recipes/demo.yaml"]])
+def test_without_a_hostfile_the_use_is_told(words: list[str]) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = [REPOSITORY / "launch" / "multinode.sh", *words]
+    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: use: launch/multinode.sh HOSTFILE --config")
 
 
 def test_an_argument_that_a_remote_shell_would_run_is_refused(tmp_path: Path) -> None:

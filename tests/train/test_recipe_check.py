@@ -11,6 +11,7 @@ import sys
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ from dist_train.config import DataConfig
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError
 from dist_train.machine import available_memory
+from dist_train.models.build import build_model
 from dist_train.parse import parse_recipe
 from dist_train.recipe import AUGMENTATION_OFF, check_step, problems
+from dist_train.train.memory import predict_step
 from tests.harness import REPOSITORY, write_shard_set
 
 # What is wrong, and what is said of it. {folder} is that of the test, where `set` is a shard set of 32 images without
@@ -164,7 +167,7 @@ def test_a_step_is_refused_in_the_same_words_where_there_is_no_run(folder: Path,
     [
         ("", 100 * 4 + 10 * (4 + 4), 100 * 4 + 10 * 4),
         ("--optim.name=adamw --train.ema=0.9", 100 * (4 + 4) + 10 * (4 + 8), 100 * (4 + 4) + 10 * 8),
-        ("--optim.momentum=0 --deepspeed.zero_stage=1", 100 * 4 + 10 * 4, 100 * 4),
+        ("--optim.momentum=0 --deepspeed.zero_stage=1", 100 * 4 + 10 * 4 + 10 * 4 / 2, 100 * 4),
         ("--deepspeed.zero_stage=2 --deepspeed.offload=optimizer", 100 * 4 + 10 * 4 / 2, 100 * 4 + 10 * 4),
         ("--deepspeed.zero_stage=3 --deepspeed.precision=bf16", (100 * 2 + 10 * (2 + 4 + 4)) / 2, 100 * 4 + 10 * 4),
     ],
@@ -174,6 +177,31 @@ def test_doctor_counts_gradients_and_optimizer_states_of_what_is_trained(
 ) -> None:
     recipe, _ = parse_recipe(["--deepspeed.precision=float32", *options.split()])
     assert state_bytes(recipe, parameters=100, trained=10, ranks=2, on_gpu=True) == (held, written)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("options", ["float32 --optim.name=adamw", "bf16 --optim.name=sgd --model.freeze=6"])
+def test_doctor_counts_as_the_memory_of_a_step_is_predicted(options: str, stage: int) -> None:
+    """Which is held to what DeepSpeed takes, in test_memory.py."""
+    small = "--model.backbone=vit_tiny_patch16 --data.image_size=32 --train.batch_size=4 --deepspeed.zero_stage="
+    recipe, _ = parse_recipe([*f"{small}{stage} --deepspeed.precision={options}".split()])
+    with torch.device("meta"):
+        model, _ = build_model(recipe.model, recipe.data.image_size, 7)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    held, _ = state_bytes(recipe, sum(parameter.numel() for parameter in model.parameters()), trained, ranks=2)
+    step = predict_step(recipe, outputs=7, world_size=2)
+    assert held / 1e6 == pytest.approx(step.weights_mb + step.gradients_mb + step.optimizer_mb, abs=0.2)
+
+
+def test_doctor_names_what_building_the_model_refuses_beside_all_else(folder: Path, capsys: Any) -> None:
+    options = "--model.backbone=resnet34 --model.lora=8"
+    assert main(["doctor", *words_of(folder, options)]) == 1
+    said = capsys.readouterr().out
+    assert "fail recipe: model.lora: resnet34 has no linear layers in blocks" in said and "ok   this machine: " in said
+
+
+def test_the_folder_above_one_that_cannot_be_is_found(tmp_path: Path) -> None:
+    assert probe.existing_folder(tmp_path / ("long" * 100) / "run") == tmp_path
 
 
 def test_a_host_has_no_more_memory_than_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,14 +278,16 @@ def test_a_supervised_job_keeps_others_out_and_saves_and_ends_at_sigterm(
 
 
 def test_the_supervisor_gives_up_without_progress_and_at_wrong_use(tmp_path: Path) -> None:
-    def starts(*command: str) -> tuple[int, int]:
-        options = supervise("--restarts=2", "--backoff=0.05", "--", *command, f"--train.run={tmp_path / 'run'}")
+    def starts(*command: str, restarts: int = 2, backoff: float = 0.05) -> tuple[int, int]:
+        limits = f"--restarts={restarts}", f"--backoff={backoff}"
+        options = supervise(*limits, "--", *command, f"--train.run={tmp_path / 'run'}")
         done = subprocess.run(options, env=environment(), capture_output=True, text=True, timeout=120)
         return done.returncode, done.stderr.count("supervise: start:")
 
     assert starts("false") == (1, 3)
     assert starts("true") == (1, 3)  # ends well, it says, but there is no run
     assert starts("sh", "-c", "exit 2") == (2, 1)
+    assert starts("false", restarts=1100, backoff=0) == (1, 1101)  # more doublings than a float has
 
 
 @pytest.mark.launch

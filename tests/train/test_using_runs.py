@@ -149,6 +149,20 @@ def test_a_set_that_was_built_anew_is_refused_unless_it_is_asked_for(shards: Pat
         assert said.startswith(f"warning: {own} is not the set that ") and "may have been trained on" in said
 
 
+@pytest.mark.parametrize("command", ["evaluate", "grid"])
+def test_a_split_without_samples_is_one_line(run: Path, tmp_path: Path, capsys: Any, command: str) -> None:
+    empty = write_shard_set(tmp_path / "set", {"train": [30, 18], "test": []}, baked=20)
+    assert main([command, str(run), "--shards", str(empty)]) == 1
+    assert "holds no samples" in harness.error_line(capsys.readouterr().err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_run_whose_images_a_gpu_decoded_is_used_on_a_machine_without_one(copy: Path) -> None:
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("device: auto", "device: gpu"))
+    assert main(["evaluate", str(copy)]) == 0
+
+
 # ---------------------------------------------------------------------- exports
 def read_metadata(file: Path) -> dict[str, Any]:
     with safe_open(file, "pt") as opened:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from dist_train.config import DataConfig, ModelConfig
 from dist_train.data.reader import ImageReader
 from dist_train.errors import UseError
 from dist_train.models.build import build_model, to_timm_state_dict
+from dist_train.models.saved import newest_checkpoint
 from dist_train.use import onnx_file
 from dist_train.use.export import check_fits
 from tests import harness
@@ -269,6 +271,17 @@ def test_timm_alone_predicts_from_the_folder_what_dist_train_predicts(
         assert one == pytest.approx(other, abs=2e-3)
     assert main(["export", str(run), str(folder)]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_card_has_the_results_of_the_run_that_its_checkpoint_is_of(run: Path, shards: Path, tmp_path: Path) -> None:
+    other = train(shards, tmp_path / "other")
+    metrics = other / "metrics.jsonl"
+    metrics.write_text(re.sub(r'"top1": [0-9.]+', '"top1": 0.4321', metrics.read_text()))
+    folder = tmp_path / "model.v1"  # an empty folder is a new one, whatever its name
+    folder.mkdir()
+    checkpoint = newest_checkpoint(other)
+    assert main(["export", str(run), str(folder), "--checkpoint", str(checkpoint), "--licence", "mit"]) == 0
+    assert "| val | 8 | 0.4321 |" in (folder / "README.md").read_text()
 
 
 def test_what_is_pushed_timm_loads_from_the_hub(

@@ -100,23 +100,32 @@ def test_threads_that_wait_soon_leave_the_core_to_others(set_by_user: dict[str, 
 
 
 # ---------------------------------------------------------------------- training
-def test_runs_follow_each_other_in_one_process_which_stays_as_it_was(shards: Path, tmp_path: Path) -> None:
+def state_of_process(log: logging.Logger) -> tuple[object, ...]:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    of_log = list(log.handlers), log.level, log.propagate
+    handlers = [signal.getsignal(number) for number in numbers]
+    return *of_log, dict(os.environ), torch.nn.functional.linear, sys.excepthook, handlers
+
+
+def test_runs_follow_each_other_in_one_process_which_stays_as_it_was(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also after one that failed, and with DeepSpeed's engine; the same recipe gives the same weights."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)  # as other tests in this process may have left them
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")  # nobody's here
     log = logging.getLogger("dist_train")
     mine = logging.NullHandler()
     log.addHandler(mine)
     handler = signal.signal(signal.SIGTERM, lambda *_: None)
-    before = (list(log.handlers), log.level, log.propagate, dict(os.environ), torch.nn.functional.linear)
-    asked = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)]
+    before = state_of_process(log)
     try:
         first = dist_train.train(recipe(shards, tmp_path / "first"))
         with pytest.raises(dist_train.WorkError, match="loss"):
             dist_train.train(recipe(shards, tmp_path / "failed"), optim={"lr": 1e38, "clip_norm": 0})
         staged = dist_train.train(recipe(shards, tmp_path / "staged"), deepspeed={"zero_stage": 3})
         second = dist_train.train(recipe(shards, tmp_path / "second"))
-        assert (list(log.handlers), log.level, log.propagate, dict(os.environ), torch.nn.functional.linear) == before
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-        assert [signal.getsignal(number) for number in numbers] == asked
+        assert state_of_process(log) == before
         assert not torch.distributed.is_initialized()
     finally:
         signal.signal(signal.SIGTERM, handler)

@@ -18,6 +18,7 @@ import yaml
 from dist_train.cli import main
 from dist_train.config import DataConfig, Recipe, recipe_to_dict
 from dist_train.data.loader import Batch
+from dist_train.errors import WorkError
 from dist_train.parse import recipe_from_run
 from dist_train.place import Place
 from dist_train.use.look import find_importance, overlay
@@ -104,7 +105,10 @@ def test_the_page_says_in_a_browser_what_predict_says_and_asks_nobody_else(
     assert main(["predict", str(run), str(photo)]) == 0
     probability, name = re.search(r"  (\d\.\d+)  (.+)", capsys.readouterr().out).groups()
     port = free_port()
-    page = serve(load_trained(run, recipe_from_run(run)), port)
+    trained = load_trained(run, recipe_from_run(run))
+    with pytest.raises(WorkError, match="--port 99999: the page cannot be served there"):
+        serve(trained, 99_999)
+    page = serve(trained, port)
     try:
         with chromium(program, tmp_path / "profile") as browser:
             browser.open(f"http://127.0.0.1:{port}")
