@@ -63,8 +63,8 @@ def _columns(file: Path, header: list[str], class_column: str) -> list[str]:
 
 def _record(row: dict[str | None, str | None], place: str, class_column: str, base: str) -> Record:
     path, class_name = row["path"], (row[class_column] or "").strip()
-    if not path or not path.strip() or not class_name or None in row:
-        raise UseError(f"{place}: has an empty path, an empty class, or more fields than the header")
+    if not path or not path.strip() or "\0" in path or not class_name or None in row:
+        raise UseError(f"{place}: has an empty path, an empty class, zero bytes, or more fields than the header")
     split = (row.get("split") or "").strip() or None
     if split is not None and split_named(split) is None:
         raise UseError(f"{place}: unknown split '{split}'; known are {', '.join(SPLIT_NAMES)}")
