@@ -82,6 +82,8 @@ def adopt_tars(
         last = f"{folder}: not adopted, nothing was written"
         if any(" images (" in line for line in obstacles):
             last += f"; {_REPACK}, and --image-ending says which of a sample's images to take"
+        elif any(": class b'" in line for line in obstacles):
+            last += f"; {_REPACK}, and takes names for classes"
         raise WorkError("\n".join([*obstacles, last]))
 
     counts = sum((report.samples.class_counts for report in reports), Counter[int]())
@@ -128,7 +130,7 @@ def inspect_tar(tar: Path, classes: int, decode: bool) -> TarReport:
         samples = index_tar(tar)
         size = tar.stat().st_size
         with open(tar, "rb") as file:
-            if file.read(512)[257:262] != b"ustar":
+            if samples and file.read(512)[257:262] != b"ustar":
                 obstacles.append(f"{tar}: a tar from before the USTAR format; {_REPACK}")
         sha256 = sha256_of(tar)
         if any(sample.find("cls") for sample in samples):

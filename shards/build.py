@@ -159,7 +159,7 @@ def _claim(out: Path, plan: Plan, options: BuildOptions) -> bool:
         ]
         if not differences and there.get("fingerprint") == claim["fingerprint"]:
             differences = [f"images have changed since, for example of {changed[0]}"]
-        why = "; ".join(differences) or "the source's images, classes, splits or tags"
+        why = "; ".join(differences) or "the source's images or their sizes, classes, splits or tags"
         raise UseError(f"{out}: holds {what} of something else ({why}); choose another folder, or delete that one")
     for name in changed:
         statistics_path(out, name).unlink(missing_ok=True)

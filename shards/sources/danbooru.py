@@ -40,7 +40,7 @@ def read_danbooru(metadata: Path, images: Path | None) -> list[Record | LeftOut]
         try:
             number = int(post["id"])
             characters, general = _tags(post, "character", "4"), _tags(post, "general", "0")
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise UseError(f"{place}: not a Danbooru post with an id and tags in one of the two schemas") from None
         if len(characters) != 1:
             left_out["several character tags" if characters else "no character tag"] += 1

@@ -205,6 +205,7 @@ def test_danbooru_metadata_may_be_a_folder_of_files_without_suffix(tmp_path: Pat
         ('[{"id": 1}]', r"one JSON array.*jq"),
         ('{"id": 1', r"posts.json, line 2: not a post in JSON"),
         ('{"id": 1}', r"line 2: not a Danbooru post"),
+        ('{"id": 1e999, "tags": []}', r"line 2: not a Danbooru post"),
         ('{"id": 1, "tags": "miku smile"}', r"line 2: not a Danbooru post"),
         ("3", r"line 2: not a post in JSON"),
     ],
