@@ -30,10 +30,16 @@ from dist_train.output import say
 from shards.finish import make_manifest, warn_of_classes, write_left_out
 from shards.plan import BuildOptions, Plan, make_plan, too_few
 from shards.records import LeftOut, Record, warn
+from shards.splits import SPLITS
 from shards.workers import run_jobs
 from shards.writer import ShardStatistics, drop_classes, read_statistics, statistics_path, write_shard
 
 _LOCK_NAME = ".build.lock"
+_SHARDS = tuple(f"{split}-*" for split in SPLITS)
+_LEFTOVERS = (  # these alone: other files in the folder are not the builder's
+    *(f"{shard}.stats.json" for shard in _SHARDS),
+    *(f".{name}.*.tmp" for name in (*_SHARDS, BUILD_NAME, LEFT_OUT_NAME, MANIFEST_NAME)),
+)
 _RESUME = "run the same command again to resume"
 
 
@@ -53,7 +59,7 @@ def build_shard_set(records: Iterable[Record | LeftOut], out: Path, options: Bui
         else:
             manifest = _assemble(out, plan, options, _write_shards(out, plan, options))
         warn_of_classes(out, manifest)
-        for leftover in [*out.glob("*.stats.json"), *out.glob(".*.tmp")]:
+        for leftover in [path for pattern in _LEFTOVERS for path in out.glob(pattern)]:
             leftover.unlink()
     return manifest
 

@@ -275,6 +275,16 @@ def test_a_folder_that_cannot_be_written_or_is_no_builds_is_one_line(
         assert capsys.readouterr().err.startswith(f"error: {out}/build.json: no build wrote it; delete {out} or")
 
 
+def test_what_a_build_leaves_behind_is_removed_and_no_other_file(photos: Path, tmp_path: Path) -> None:
+    others = {"my.stats.json", ".mine.tmp", ".notes.txt.7.tmp", "train.txt"}
+    leftovers = {"train-000000.stats.json", ".test-000001.tar.host.7.tmp", ".val-000000.crc.7.tmp", ".build.json.7.tmp"}
+    for name in others | leftovers:
+        (tmp_path / name).write_text("")
+    build_shard_set(read_source(photos), tmp_path, OPTIONS)
+    there = {path.name for path in tmp_path.iterdir()}
+    assert others <= there and not leftovers & there
+
+
 def test_a_file_system_without_locks_is_warned_of(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
