@@ -134,6 +134,16 @@ def test_tars_that_the_loader_could_not_read_are_named_and_nothing_is_written(
     assert {path.name for path in tmp_path.iterdir()} == {"train-0.tar", "train-1.tar"}
 
 
+def test_a_tar_full_of_samples_that_cannot_be_used_does_not_fill_the_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [(f"{n}.{suffix}", data) for n in range(50) for suffix, data in (("jpg", GOOD[0][1]), ("cls", b"cat"))]
+    plain_tar(tmp_path / "train-0.tar", *members)
+    assert main(["adopt", str(tmp_path), "--workers", "1"]) == 1
+    *lines, more, last = capsys.readouterr().err.splitlines()
+    assert len(lines) == 20 and more.endswith("train-0.tar: 30 lines more of this kind") and "takes names" in last
+
+
 def test_damaged_and_compressed_tars_and_other_folders_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
