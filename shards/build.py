@@ -66,16 +66,14 @@ def build_shard_set(records: Iterable[Record | LeftOut], out: Path, options: Bui
 
 def _write_shards(out: Path, plan: Plan, options: BuildOptions) -> dict[str, ShardStatistics]:
     """Write the shards that are not there yet; returns the statistics of all, by shard name."""
-    there = {shard.name: read_statistics(out, shard.name) for shard in plan.shards}
-    finished = {name: statistics for name, statistics in there.items() if statistics is not None}
+    finished = {shard.name: there for shard in plan.shards if (there := read_statistics(out, shard.name))}
     missing = [shard for shard in plan.shards if shard.name not in finished]
     if len(missing) < len(plan.shards):
         say(f"{out}: {len(plan.shards) - len(missing)} of {len(plan.shards)} shards are there already")
     start = time.monotonic()
     images = sum(len(shard.samples) for shard in missing)
     jobs = {shard.name: (out, shard, plan.text, options) for shard in missing}
-    for name, statistics in run_jobs(write_shard, jobs, options.workers, images, "build"):
-        finished[name] = statistics
+    finished.update(run_jobs(write_shard, jobs, options.workers, images, "build"))
     seconds = time.monotonic() - start
     say(f"{out}: {images:,} images in {seconds:.1f} s, {images / max(seconds, 1e-9):,.0f} images/s")
     return finished
@@ -129,8 +127,7 @@ def _drop_small_classes(
         for shard in plan.shards
         if shards[shard.name].dropped != dropped
     }
-    for name, statistics in run_jobs(drop_classes, jobs, options.workers, 0, "drop small classes"):
-        shards[name] = statistics
+    shards.update(run_jobs(drop_classes, jobs, options.workers, 0, "drop small classes"))
     if dropped:
         names = name_some([f"{plan.class_names[number]} ({usable[number]})" for number in dropped])
         warn(f"{out}: classes with fewer usable images than {options.min_per_class} are left out: {names}")
