@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -183,6 +184,8 @@ def _locked(out: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(lock.fileno()).st_nlink:  # removed by who had it: others would lock a new file
+                raise BlockingIOError
         except BlockingIOError:
             raise UseError(f"{out}: another build is at work in this folder; wait for it or choose another") from None
         except OSError as error:  # such as Lustre's without its option flock

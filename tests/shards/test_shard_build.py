@@ -275,6 +275,19 @@ def test_a_folder_that_cannot_be_written_or_is_no_builds_is_one_line(
         assert capsys.readouterr().err.startswith(f"error: {out}/build.json: no build wrote it; delete {out} or")
 
 
+def test_a_lock_that_was_removed_before_it_was_had_locks_nobody_out(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*arguments: int) -> None:
+        (tmp_path / ".build.lock").unlink()  # as by a build that ends
+        taken(*arguments)
+
+    taken = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UseError, match="another build"):
+        build_shard_set(read_source(photos), tmp_path, OPTIONS)
+
+
 def test_what_a_build_leaves_behind_is_removed_and_no_other_file(photos: Path, tmp_path: Path) -> None:
     others = {"my.stats.json", ".mine.tmp", ".notes.txt.7.tmp", "train.txt"}
     leftovers = {"train-000000.stats.json", ".test-000001.tar.host.7.tmp", ".val-000000.crc.7.tmp", ".build.json.7.tmp"}
