@@ -106,11 +106,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     if differences:
         say("\n".join(differences))
         return 1
-    manifest = read_manifest(root)
-    shards = sum(len(split.shards) for split in manifest.splits.values())
-    samples = sum(split.samples for split in manifest.splits.values())
-    classes = len(manifest.classes)
-    say(f"{arguments.set}: {shards:,} shards, {samples:,} samples, {classes:,} classes, all as the manifest says")
+    facts = summarise(read_manifest(root))
+    shards = sum(split["shards"] for split in facts["splits"].values())
+    counts = f"{shards:,} shards, {facts['samples']:,} samples, {facts['classes']:,} classes"
+    say(f"{arguments.set}: {counts}, all as the manifest says")
     return 0
 
 

@@ -29,13 +29,14 @@ UNDECODABLE = "in the tar but undecodable"
 """Reason of images that training will meet and set aside: they could not be left out of a tar that is not copied."""
 
 _MOST_NAMELESS_CLASSES = 1_000_000  # a larger id without a name is no class id
+_MOST_LINES = 20  # of a tar: where one sample cannot be used, often none can
 _REPACK = "`python -m shards build --format webdataset` packs such tars again"
 
 
 @dataclass(frozen=True)
 class TarReport:
-    """What was found in one tar. obstacles: a line for each. samples: classes, and images that do not decode. texts:
-    samples with a .txt. joined: it is several archives, one behind the other."""
+    """What was found in one tar. obstacles: a line for each, up to some. samples: classes, and images that do not
+    decode. texts: samples with a .txt. joined: it is several archives, one behind the other."""
 
     shard: ShardInfo
     obstacles: list[str]
@@ -60,7 +61,7 @@ def adopt_tars(
     decode every image; those that fail are listed in left_out.jsonl and stay in their tars.
 
     Raises UseError if the folder is a set already, cannot be written, has no tars or compressed ones, or the splits are
-    not known; WorkError, one line for each obstacle, if a tar cannot be used as it is. Then nothing has been written.
+    not known; WorkError, a line for each obstacle, if a tar cannot be used as it is. Then nothing has been written.
     """
     if not folder.is_dir():
         raise UseError(f"{folder}: no such folder")
@@ -82,6 +83,8 @@ def adopt_tars(
         last = f"{folder}: not adopted, nothing was written"
         if any(" images (" in line for line in obstacles):
             last += f"; {_REPACK}, and --image-ending says which of a sample's images to take"
+        elif any(": class b'" in line for line in obstacles):
+            last += f"; {_REPACK}, and takes names for classes"
         raise WorkError("\n".join([*obstacles, last]))
 
     counts = sum((report.samples.class_counts for report in reports), Counter[int]())
@@ -128,7 +131,7 @@ def inspect_tar(tar: Path, classes: int, decode: bool) -> TarReport:
         samples = index_tar(tar)
         size = tar.stat().st_size
         with open(tar, "rb") as file:
-            if file.read(512)[257:262] != b"ustar":
+            if samples and file.read(512)[257:262] != b"ustar":
                 obstacles.append(f"{tar}: a tar from before the USTAR format; {_REPACK}")
         sha256 = sha256_of(tar)
         if any(sample.find("cls") for sample in samples):
@@ -145,6 +148,8 @@ def inspect_tar(tar: Path, classes: int, decode: bool) -> TarReport:
         obstacles.append(str(error))
     except OSError as error:
         obstacles.append(f"{tar}: cannot be read ({error.strerror})")
+    if len(obstacles) > _MOST_LINES:
+        obstacles[_MOST_LINES:] = [f"{tar}: {len(obstacles) - _MOST_LINES:,} lines more of this kind"]
     shard = ShardInfo(tar.name, len(samples), size, sha256)
     texts = sum(sample.find("txt") is not None for sample in samples)
     return TarReport(shard, obstacles, checked, texts, _is_joined(tar, samples))

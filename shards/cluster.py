@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dist_train.errors import UseError, WorkError
@@ -41,8 +42,9 @@ class RayCluster:
         self._running: dict[Future[Any], Any] = {}  # values: what Ray knows the jobs by
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Start a job on one CPU of the cluster."""
-        reference = self._call.remote(function, *arguments)
+        """Start a job on one CPU of the cluster, where another folder than here is the current one."""
+        places = [argument.absolute() if isinstance(argument, Path) else argument for argument in arguments]
+        reference = self._call.remote(function, *places)
         future = reference.future()
         self._running[future] = reference
         return future

@@ -9,7 +9,7 @@ import io
 
 from PIL import Image
 
-from dist_train.data.images import BadImage, Header, decode, read_header
+from dist_train.data.images import BadImage, decode, read_header
 
 
 def convert(data: bytes, size: int | None = None, max_side: int | None = None, quality: int = 92) -> bytes:
@@ -17,13 +17,14 @@ def convert(data: bytes, size: int | None = None, max_side: int | None = None, q
 
     The image becomes upright RGB on white. It is resized to `size` x `size` pixels, or shrunk so that its longer side
     is at most `max_side` pixels (bilinear with antialiasing), and encoded with chroma subsampling 4:2:0 and without
-    metadata. A plain JPEG in colour that none of this would change is returned byte for byte.
+    metadata. A plain JPEG in colour that none of this would change, with nothing behind it, is returned byte for byte.
 
     Raises BadImage.
     """
     rgb = decode(data)
     target = _target_size(rgb.size, size, max_side)
-    if target == rgb.size and _is_kept(read_header(data)):
+    header = read_header(data)
+    if target == rgb.size and header and header.kind == "jpeg" and header.plain and header.colour and not header.tail:
         return data
     try:
         if target != rgb.size:
@@ -34,11 +35,6 @@ def convert(data: bytes, size: int | None = None, max_side: int | None = None, q
     except Exception as error:  # e.g. more than 65,500 pixels on a side
         raise BadImage("cannot convert", f"{type(error).__name__}: {error}") from None
     return encoded.getvalue()
-
-
-def _is_kept(header: Header | None) -> bool:
-    """Whether an image can go into a shard as it is: a plain JPEG in colour, with nothing else in its file."""
-    return header is not None and header.kind == "jpeg" and header.plain and header.colour and not header.tail
 
 
 def _target_size(size: tuple[int, int], square: int | None, max_side: int | None) -> tuple[int, int]:

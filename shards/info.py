@@ -15,7 +15,6 @@ def summarise(manifest: Manifest) -> dict[str, Any]:
     `untrained_classes` counts those without a training image. `imbalance` is the largest class's count over the
     smallest's, None if a class is empty.
     """
-    counts = {info.name: info.count for info in manifest.classes}
     smallest, largest = min(manifest.classes, key=lambda c: c.count), max(manifest.classes, key=lambda c: c.count)
     return {
         "samples": sum(split.samples for split in manifest.splits.values()),
@@ -27,7 +26,7 @@ def summarise(manifest: Manifest) -> dict[str, Any]:
             }
             for name, split in manifest.splits.items()
         },
-        "classes": len(counts),
+        "classes": len(manifest.classes),
         "largest_class": asdict(largest),
         "smallest_class": asdict(smallest),
         "untrained_classes": len(manifest.untrained),

@@ -38,17 +38,13 @@ def check_ratios(ratios: Sequence[float]) -> None:
         raise UseError(f"--ratios must be three numbers that sum to 1, not {','.join(map(str, ratios))}")
 
 
-def split_counts(samples: int, ratios: Sequence[float]) -> list[int]:
+@lru_cache(maxsize=4096)  # many classes have few sizes, and exact fractions take their time
+def split_counts(samples: int, ratios: tuple[float, ...]) -> tuple[int, ...]:
     """How many of a class's samples go to each split: whole numbers within 1 of `samples * ratio`, summing to samples.
 
     Largest-remainder method; remainders that tie go to the earlier split. The first split (train) gets at least one
     sample if its ratio is above zero, taken from the split that was rounded up the most.
     """
-    return list(_split_counts(samples, tuple(ratios)))
-
-
-@lru_cache(maxsize=4096)  # many classes have few sizes, and exact fractions take their time
-def _split_counts(samples: int, ratios: tuple[float, ...]) -> tuple[int, ...]:
     exact = [Fraction(str(ratio)) for ratio in ratios]
     quotas = [samples * ratio / sum(exact) for ratio in exact]
     counts = [int(quota) for quota in quotas]
@@ -64,7 +60,8 @@ def _split_counts(samples: int, ratios: tuple[float, ...]) -> tuple[int, ...]:
 
 def draw_splits(samples: int, ratios: Sequence[float], *counters: int) -> list[str]:
     """The split of each of a class's samples; `counters` (seed, class) decide which sample goes where."""
-    by_rank = [split for split, count in zip(SPLITS, split_counts(samples, ratios), strict=True) for _ in range(count)]
+    counts = split_counts(samples, tuple(ratios))
+    by_rank = [split for split, count in zip(SPLITS, counts, strict=True) for _ in range(count)]
     drawn = [""] * samples
     for rank, sample in enumerate(permutation(samples, *counters)):
         drawn[sample] = by_rank[rank]

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from dist_train.data.checksums import checksums_path, compute_checksums, read_checksums, write_checksums
 from dist_train.data.images import BadImage, decode
-from dist_train.data.manifest import ShardInfo, read_manifest
+from dist_train.data.manifest import MANIFEST_NAME, ShardInfo, read_manifest
 from dist_train.data.tarindex import TarSample, index_path, index_tar, read_index, write_index
 from dist_train.errors import WorkError, written
 from shards.processes import count_image
 from shards.sources.tars import image_extensions, read_member
 from shards.workers import run_jobs
+
+_REBUILD = f"copy it anew, or delete {MANIFEST_NAME} and build the set again"
 
 
 @dataclass
@@ -45,7 +47,7 @@ def verify_shard_set(root: Path, workers: int | str = 1) -> list[str]:
 
     differences = []
     for file in shards:
-        differences += reports[file].differences if file in reports else [f"{root / file}: missing"]
+        differences += reports[file].differences if file in reports else [f"{root / file}: missing; {_REBUILD}"]
     differences += [f"{tar}: not in the manifest" for tar in sorted(root.glob("*.tar")) if tar.name not in shards]
     found = sum((report.class_counts for report in reports.values()), Counter[int]())
     for class_id, info in enumerate(manifest.classes):
@@ -65,8 +67,9 @@ def verify_shard(tar: Path, shard: ShardInfo, classes: int, text: bool) -> Shard
         size = tar.stat().st_size
         if size != shard.bytes:
             lines.append(f"{tar}: has {size:,} bytes, {shard.bytes:,} by the manifest")
-        if sha256_of(tar) != shard.sha256:
-            lines.append(f"{tar}: its SHA-256 is not the manifest's; build the set again")
+        sound = sha256_of(tar) == shard.sha256
+        if not sound:
+            lines.append(f"{tar}: its SHA-256 is not the manifest's; {_REBUILD}")
         samples = index_tar(tar)
         try:
             if not _same_places(read_index(tar), samples):
@@ -76,7 +79,7 @@ def verify_shard(tar: Path, shard: ShardInfo, classes: int, text: bool) -> Shard
         if len(samples) != shard.samples:
             lines.append(f"{tar}: has {len(samples):,} samples, {shard.samples:,} by the manifest")
         elif checksums_path(tar).exists():  # sets that were built before there were any have none
-            lines += _wrong_checksums(tar, shard, samples)
+            lines += _wrong_checksums(tar, shard, samples, sound)
         checked = check_samples(tar, samples, classes, text)
         lines += checked.differences
         lines += [f"{tar}: sample {key}: its image does not decode ({why})" for key, why in checked.undecodable]
@@ -88,17 +91,18 @@ def verify_shard(tar: Path, shard: ShardInfo, classes: int, text: bool) -> Shard
 
 
 def fix_indexes(root: Path) -> list[Path]:
-    """Write the indexes that are missing or differ from their tars, and the checksums that are missing or damaged, of
-    tars that are as the manifest says; returns their paths.
+    """Write the indexes that are missing or differ from their tars, and the checksums that are missing or wrong, of
+    tars that are as the manifest says; returns their paths. Tars that cannot be read are left for verify to name.
 
-    Raises UseError if there is no complete set, WorkError if a tar cannot be read or a file not be written.
+    Raises UseError if there is no complete set, WorkError if a file cannot be written.
     """
     fixed = []
     for shard in (shard for split in read_manifest(root).splits.values() for shard in split.shards):
         tar = root / shard.file
-        if not tar.is_file():
-            continue  # verify names it
-        samples = index_tar(tar)
+        try:
+            samples = index_tar(tar)
+        except WorkError:
+            continue
         try:
             right = _same_places(read_index(tar), samples)
         except WorkError:
@@ -107,8 +111,9 @@ def fix_indexes(root: Path) -> list[Path]:
             if not right:
                 write_index(tar, samples)
                 fixed.append(index_path(tar))
-            if read_checksums(tar, len(samples), shard.bytes) is None and sha256_of(tar) == shard.sha256:
-                write_checksums(tar, compute_checksums(tar, samples))
+            listed, checksums = read_checksums(tar, len(samples), shard.bytes), compute_checksums(tar, samples)
+            if (listed is None or listed.tolist() != checksums) and sha256_of(tar) == shard.sha256:
+                write_checksums(tar, checksums)
                 fixed.append(checksums_path(tar))
     return fixed
 
@@ -119,13 +124,13 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _wrong_checksums(tar: Path, shard: ShardInfo, samples: list[TarSample]) -> list[str]:
-    """A line for each sample that is not what the checksums say, or one where they are damaged."""
+def _wrong_checksums(tar: Path, shard: ShardInfo, samples: list[TarSample], sound: bool) -> list[str]:
+    """A line for each sample that is not what the checksums say, or one where these are wrong: of a sound tar's."""
     path = checksums_path(tar)
-    listed = read_checksums(tar, shard.samples, shard.bytes)
-    if listed is None:
+    listed, checksums = read_checksums(tar, shard.samples, shard.bytes), compute_checksums(tar, samples)
+    if listed is None or (sound and listed.tolist() != checksums):
         return [f"{path}: damaged, or of another tar; write it again with --fix-index"]
-    pairs = zip(samples, compute_checksums(tar, samples), listed.tolist(), strict=True)
+    pairs = zip(samples, checksums, listed.tolist(), strict=True)
     return [f"{tar}: sample {sample.key}: is not what {path.name} says" for sample, here, by in pairs if here != by]
 
 

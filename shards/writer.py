@@ -91,7 +91,8 @@ def write_shard(folder: Path, plan: ShardPlan, text: bool, options: BuildOptions
             else:
                 content = {"jpg": image, "cls": str(class_id).encode()}
                 if text:
-                    content["txt"] = " ".join((record.tags or "").split()).encode()  # a line, as its source made it
+                    line = " ".join((record.tags or "").split())  # as its source made it
+                    content["txt"] = line.encode(errors="replace")  # JSON can hold halves of characters
                 class_counts[class_id] += 1
                 yield f"{plan.name}-{number:06d}", content
             count_image()

@@ -22,6 +22,7 @@ MANIFEST_NAME = "manifest.json"
 BUILD_NAME = "build.json"
 LEFT_OUT_NAME = "left_out.jsonl"
 MANIFEST_VERSION = 1
+_AGAIN = "copy it anew, or delete it and build the set again"
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,9 @@ def read_manifest(root: str | Path) -> Manifest:
             raise UseError(f"{path}: not found, so there is no complete shard set at this URL") from None
         raise UseError(f"{root}: no {MANIFEST_NAME}, so this is no complete shard set; {_cure(Path(root))}") from None
     except OSError as error:
-        raise WorkError(f"{path}: cannot be read ({error.strerror})") from None
+        raise WorkError(f"{path}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:
-        raise WorkError(f"{path}: cannot be read as JSON ({error}); build the set again") from None
+        raise WorkError(f"{path}: cannot be read as JSON ({error}); {_AGAIN}") from None
     version = document.get("version") if isinstance(document, dict) else None
     if version != MANIFEST_VERSION:
         raise UseError(f"{path}: manifest version {version!r}; this software reads version {MANIFEST_VERSION}")
@@ -198,9 +199,9 @@ def read_manifest(root: str | Path) -> Manifest:
             untrained=tuple(document.get("untrained", ())),
         )
         if document["digest"] != manifest.digest:
-            raise WorkError(f"{path}: its digest does not match its content; build the set again")
+            raise WorkError(f"{path}: its digest does not match its content; {_AGAIN}")
     except (KeyError, TypeError, AttributeError) as error:
-        raise WorkError(f"{path}: not a manifest ({type(error).__name__}: {error}); build the set again") from None
+        raise WorkError(f"{path}: not a manifest ({type(error).__name__}: {error}); {_AGAIN}") from None
     for name, split in manifest.splits.items():
         if split.samples != sum(split.shard_samples):
             raise WorkError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.demo.pen import BLACK, WHITE, Colour, Pen, Points, both_sides, ellipse, mirrored, mix, polygon, smooth
+from shards.demo.pen import BLACK, WHITE, Colour, Pen, Points, both_sides, ellipse, mix, polygon, smooth
 
 HAIR_COLOURS: dict[str, Colour] = {
     "black": (56, 50, 66),
@@ -349,8 +349,7 @@ def _draw_body(pen: Pen, character: Character, skin: Colour, trim: Colour) -> No
         case "kimono":
             pen.fill(polygon((-0.22, 0.46), (0.22, 0.46), (0.0, 0.78)), skin)
             right = polygon((0.10, 0.42), (0.26, 0.48), (-0.30, 1.20), (-0.44, 1.12))
-            pen.fill(mirrored(right), trim)
-            pen.fill(right, trim)
+            pen.fill_all(both_sides(right)[::-1], trim)  # the right one over the left
     if character.clothes != "scarf":
         pen.fill(_NECK_SHADOW, mix(skin, BLACK, 0.22), outline=False)
 

@@ -53,14 +53,9 @@ def ellipse(x: float, y: float, rx: float, ry: float, start: float = 0.0, end: f
     return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], 1)
 
 
-def mirrored(points: Points) -> Points:
-    """The points reflected left to right."""
-    return points * (-1.0, 1.0)
-
-
 def both_sides(points: Points) -> tuple[Points, Points]:
-    """The points and their mirror image."""
-    return points, mirrored(points)
+    """The points and their mirror image, reflected left to right."""
+    return points, points * (-1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -73,8 +68,8 @@ class Pen:
     draw: ImageDraw.ImageDraw
     matrix: NDArray[np.float64]
     offset: NDArray[np.float64]
-    line_colour: Colour = BLACK
-    line_width: float = 1.0
+    line_colour: Colour
+    line_width: float
 
     def moved(
         self, x: float = 0.0, y: float = 0.0, rotate: float = 0.0, scale: float = 1.0, mirror: bool = False
@@ -100,8 +95,7 @@ class Pen:
         for points in shapes:
             self.fill(points, colour, outline)
 
-    def stroke(self, points: Points, colour: Colour | None = None, width: float | None = None) -> None:
-        """An open line; `width` in the frame's units, without it the pen's own line."""
-        pixels = self.line_width if width is None else width * abs(np.linalg.det(self.matrix)) ** 0.5
-        if pixels:
-            self.draw.line(self._pixels(points), fill=colour or self.line_colour, width=max(1, round(pixels)))
+    def stroke(self, points: Points, colour: Colour, width: float) -> None:
+        """An open line; `width` in the frame's units."""
+        pixels = width * abs(np.linalg.det(self.matrix)) ** 0.5
+        self.draw.line(self._pixels(points), fill=colour, width=max(1, round(pixels)))

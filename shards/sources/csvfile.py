@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_train.data.tags import tag_line
@@ -30,11 +31,10 @@ def read_csv(file: Path, class_column: str = "class", root: Path | None = None) 
         delimiter = next((mark for mark in ",;\t" if mark in header), ",")
         opened.seek(0)
         blanks = f"{delimiter} " in header  # "path, class": then fields begin with a blank too, before quotes even
-        rows = csv.reader(opened, delimiter=delimiter, skipinitialspace=blanks, strict=True)
-        columns = _columns(file, next(rows, []), class_column)
-        table = csv.DictReader(opened, columns, delimiter=delimiter, skipinitialspace=blanks, strict=True)
+        table = csv.DictReader(opened, delimiter=delimiter, skipinitialspace=blanks, strict=True)
+        table.fieldnames = _columns(file, table.fieldnames or [], class_column)
         for row in table:
-            lines.append(1 + table.line_num)
+            lines.append(table.line_num)
             records.append(_record(row, f"{file}, line {lines[-1]}", class_column, base))
     if not records:
         raise UseError(f"{file}: lists no images")
@@ -43,7 +43,7 @@ def read_csv(file: Path, class_column: str = "class", root: Path | None = None) 
     return each_once(records, lambda number: f"{file}, line {lines[number]}")
 
 
-def _columns(file: Path, header: list[str], class_column: str) -> list[str]:
+def _columns(file: Path, header: Sequence[str], class_column: str) -> list[str]:
     """The column names without blanks around them; those that are read as they are called here, in any case."""
     columns = [name.strip() for name in header]
     for known in ("path", class_column, "split", "tags"):
@@ -63,8 +63,8 @@ def _columns(file: Path, header: list[str], class_column: str) -> list[str]:
 
 def _record(row: dict[str | None, str | None], place: str, class_column: str, base: str) -> Record:
     path, class_name = row["path"], (row[class_column] or "").strip()
-    if not path or not path.strip() or not class_name or None in row:
-        raise UseError(f"{place}: has an empty path, an empty class, or more fields than the header")
+    if not path or not path.strip() or "\0" in path or not class_name or None in row:
+        raise UseError(f"{place}: has an empty path, an empty class, zero bytes, or more fields than the header")
     split = (row.get("split") or "").strip() or None
     if split is not None and split_named(split) is None:
         raise UseError(f"{place}: unknown split '{split}'; known are {', '.join(SPLIT_NAMES)}")

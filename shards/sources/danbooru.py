@@ -18,6 +18,7 @@ from typing import Any
 
 from dist_train.errors import UseError
 from shards.records import FileContent, LeftOut, Record
+from shards.sources.shared import tags_in_line
 
 
 def read_danbooru(metadata: Path, images: Path | None) -> list[Record | LeftOut]:
@@ -39,7 +40,7 @@ def read_danbooru(metadata: Path, images: Path | None) -> list[Record | LeftOut]
         try:
             number = int(post["id"])
             characters, general = _tags(post, "character", "4"), _tags(post, "general", "0")
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise UseError(f"{place}: not a Danbooru post with an id and tags in one of the two schemas") from None
         if len(characters) != 1:
             left_out["several character tags" if characters else "no character tag"] += 1
@@ -52,7 +53,7 @@ def read_danbooru(metadata: Path, images: Path | None) -> list[Record | LeftOut]
                 name=os.path.relpath(path, tree),
                 read=FileContent(path),
                 class_name=sys.intern(characters[0]),
-                tags=" ".join(general),
+                tags=tags_in_line(general),
             )
     if not records:
         found = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()) or "it is empty"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dist_train.errors import UseError
 from shards.records import FileContent, LeftOut, Record
-from shards.sources.shared import each_once, reading_csv
+from shards.sources.shared import each_once, reading_csv, tags_in_line
 from shards.splits import SPLITS
 
 _IMAGE_FOLDERS = {"daf": "faces", "dafull": "fullMin256", "moeimouto": "data", "icartoonface": "data"}
@@ -44,7 +44,7 @@ def read_lists(root: Path, layout: str) -> list[Record | LeftOut]:
         tags = _tags(tag_files[split]) if with_tags else None
         first = len(records)
         for place, fields in _rows(file):
-            if len(fields) != 2 or fields[0] not in names:
+            if len(fields) != 2 or fields[0] not in names or "\0" in fields[1]:
                 raise UseError(f"{place}: expected class_id,path with an id of {lists / 'classid_classname.csv'}")
             path = fields[1]
             records.append(
@@ -93,7 +93,7 @@ def _tags(file: Path) -> dict[str, str]:
             tags = ast.literal_eval(fields[tags_at])
             if not isinstance(tags, list):
                 raise ValueError
-            lines[fields[path_at]] = " ".join(str(tag) for tag in tags)
+            lines[fields[path_at]] = tags_in_line(tags)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, IndexError):
             raise UseError(f"{place}: expected a Python list of strings in the column tags_cat0") from None
     return lines

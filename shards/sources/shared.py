@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,11 @@ def read_text(file: str | Path) -> str:
             return opened.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UseError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+
+
+def tags_in_line(tags: Iterable[object]) -> str:
+    """Tags as they stand, joined by blanks, without commas: with one, readers would take it for what separates tags."""
+    return " ".join(str(tag).replace(",", "") for tag in tags)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -25,6 +26,7 @@ from PIL import Image
 from dist_train.data.manifest import read_manifest
 from dist_train.data.tarindex import index_tar, read_index
 from dist_train.errors import UseError, WorkError
+from shards.__main__ import main
 from shards.build import build_shard_set
 from shards.plan import BuildOptions
 from shards.records import FileContent, Record
@@ -254,6 +256,57 @@ def test_two_builds_at_once_in_one_folder_are_refused(photos: Path, tmp_path: Pa
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UseError, match="another build"):
             build_shard_set(read_source(photos), tmp_path, OPTIONS)
+
+
+def test_a_folder_that_cannot_be_written_or_is_no_builds_is_one_line(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "left_out.jsonl").mkdir(parents=True)  # what no rename replaces
+    command = ["build", str(photos), str(out), "--size", "32", "--workers", "1"]
+    assert main(command) == 1
+    line = f"error: {out}: cannot be written (Is a directory); run the same command again to resume\n"
+    assert capsys.readouterr().err == line
+    (out / "left_out.jsonl").rmdir()
+    assert main(command) == 0 and "3 of 3 shards are there already" in capsys.readouterr().out
+    for content in ("[]", '{"sizes": []}', "?"):
+        (out / "build.json").write_text(content)
+        assert main(command) == 2
+        assert capsys.readouterr().err.startswith(f"error: {out}/build.json: no build wrote it; delete {out} or")
+
+
+def test_a_lock_that_was_removed_before_it_was_had_locks_nobody_out(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*arguments: int) -> None:
+        (tmp_path / ".build.lock").unlink()  # as by a build that ends
+        taken(*arguments)
+
+    taken = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UseError, match="another build"):
+        build_shard_set(read_source(photos), tmp_path, OPTIONS)
+
+
+def test_what_a_build_leaves_behind_is_removed_and_no_other_file(photos: Path, tmp_path: Path) -> None:
+    others = {"my.stats.json", ".mine.tmp", ".notes.txt.7.tmp", "train.txt"}
+    leftovers = {"train-000000.stats.json", ".test-000001.tar.host.7.tmp", ".val-000000.crc.7.tmp", ".build.json.7.tmp"}
+    for name in others | leftovers:
+        (tmp_path / name).write_text("")
+    build_shard_set(read_source(photos), tmp_path, OPTIONS)
+    there = {path.name for path in tmp_path.iterdir()}
+    assert others <= there and not leftovers & there
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert main(["build", str(photos), str(tmp_path), "--size", "32", "--workers", "1"]) == 0
+    assert f"warning: {tmp_path}: its file system has no locks (Function not implemented)" in capsys.readouterr().err
 
 
 def test_the_webdataset_library_reads_the_set(built: Path) -> None:

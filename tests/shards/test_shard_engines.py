@@ -109,9 +109,10 @@ def test_a_bug_keeps_its_own_exception_after_the_other_jobs() -> None:
 
 def test_a_cluster_named_by_its_address_builds_the_same_bytes(photos: Path, tmp_path: Path, cluster: str) -> None:
     build_shard_set(read_source(photos), tmp_path / "here", BuildOptions(size=32, shard_mb=0.05))
-    command = f"-m shards build {photos} {tmp_path / 'there'} --size 32 --shard-mb 0.05 --workers ray".split()
-    environment = {**os.environ, "RAY_ADDRESS": cluster}
-    done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    # By a path from the current folder, which is not that of the cluster's processes.
+    command = f"-m shards build {photos} there --size 32 --shard-mb 0.05 --workers ray".split()
+    environment = {**os.environ, "RAY_ADDRESS": cluster, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
 

@@ -28,7 +28,7 @@ def splits_of(plan: Plan) -> dict[str, str]:
 
 @given(st.integers(0, 3000), RATIOS)
 def test_every_class_keeps_the_ratios_within_one_sample(samples: int, weights: tuple[int, int, int]) -> None:
-    ratios = [weight / sum(weights) for weight in weights]
+    ratios = tuple(weight / sum(weights) for weight in weights)
     counts = split_counts(samples, ratios)
     assert sum(counts) == samples
     for count, ratio in zip(counts, ratios, strict=True):
@@ -38,7 +38,7 @@ def test_every_class_keeps_the_ratios_within_one_sample(samples: int, weights: t
 
 @given(st.integers(1, 50), RATIOS.filter(lambda weights: weights[0] > 0))
 def test_every_class_has_a_training_sample(samples: int, weights: tuple[int, int, int]) -> None:
-    assert split_counts(samples, [weight / sum(weights) for weight in weights])[0] >= 1
+    assert split_counts(samples, tuple(weight / sum(weights) for weight in weights))[0] >= 1
 
 
 @settings(max_examples=30)
@@ -46,7 +46,7 @@ def test_every_class_has_a_training_sample(samples: int, weights: tuple[int, int
 def test_a_draw_has_the_counts_and_repeats(samples: int, seed: int, class_key: int) -> None:
     drawn = draw_splits(samples, (0.7, 0.1, 0.2), seed, class_key)
     assert drawn == draw_splits(samples, (0.7, 0.1, 0.2), seed, class_key)
-    assert [drawn.count(split) for split in SPLITS] == split_counts(samples, (0.7, 0.1, 0.2))
+    assert tuple(drawn.count(split) for split in SPLITS) == split_counts(samples, (0.7, 0.1, 0.2))
 
 
 def test_a_long_tailed_set_is_split_70_10_20_overall_and_in_every_class() -> None:

@@ -84,6 +84,7 @@ def test_csv_paths_start_from_the_root_that_is_given(tmp_path: Path) -> None:
         ("path,class\n", "lists no images"),
         ("path,class\n1.jpg,x\n,x\n", "line 3"),
         ("path,class\n1.jpg,x,more\n", "line 2"),
+        ("path,class\n1.jpg,x\n\0\0\0,x\n", "line 3: .*zero bytes"),
         ("path,class,split\n1.jpg,x,holdout\n", "unknown split 'holdout'"),
         ('path,class\n"1.jpg,x\n', "cannot be read as a CSV"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -10,18 +11,22 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.data.checksums import write_checksums
+from dist_train.data.manifest import read_manifest
 from dist_train.data.tarindex import index_tar
 from shards.__main__ import main
 from shards.build import build_shard_set
 from shards.plan import BuildOptions
 from shards.sources import read_source
 
+OPTIONS = BuildOptions(size=32, shard_mb=0.05)
+
 
 @pytest.fixture(scope="module")
 def sound(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard set in which all is as it should be."""
     out = tmp_path_factory.mktemp("sets") / "sound"
-    build_shard_set(read_source(photos), out, BuildOptions(size=32, shard_mb=0.05))
+    build_shard_set(read_source(photos), out, OPTIONS)
     return out
 
 
@@ -89,6 +94,11 @@ def drop_a_member(root: Path) -> None:
             tar.addfile(entry, io.BytesIO(content))
 
 
+def spoil_the_manifest(root: Path) -> None:
+    path = root / "manifest.json"
+    path.write_text(path.read_text().replace('"count": 12', '"count": 13'))
+
+
 def add_a_tar(root: Path) -> None:
     shutil.copy(root / "train-000001.tar", root / "train-000099.tar")
 
@@ -131,3 +141,37 @@ def test_indexes_are_written_again_from_the_tars(sound: Path, copy: Path, capsys
     printed = capsys.readouterr().out
     assert printed.count("written again") == 2
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == {p.name: p.read_bytes() for p in sound.iterdir()}
+
+
+def test_wrong_checksums_of_a_sound_tar_are_one_line_and_written_again(
+    sound: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = copy / "train-000001.tar"
+    write_checksums(tar, [0] * len(index_tar(tar)))
+    assert main(["verify", str(copy), "--workers", "1"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"{tar.with_suffix('.crc')}: damaged, or of another tar; write it again with --fix-index"
+    assert main(["verify", str(copy), "--fix-index", "--workers", "1"]) == 0
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == {p.name: p.read_bytes() for p in sound.iterdir()}
+
+
+def test_a_damaged_tar_keeps_no_other_index_from_being_written(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut_the_end(copy)
+    (copy / "train-000002.idx").unlink()
+    assert main(["verify", str(copy), "--fix-index", "--workers", "1"]) == 1
+    printed = capsys.readouterr().out
+    assert f"{copy}/train-000002.idx: written again" in printed and "train-000001.tar: cut short" in printed
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte_of_padding, remove_the_shard, spoil_the_manifest])
+def test_the_cure_that_is_named_makes_a_damaged_set_whole(
+    photos: Path, sound: Path, copy: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(copy)
+    assert main(["verify", str(copy), "--workers", "1"]) == 1
+    said = "".join(capsys.readouterr())
+    assert re.search(r"manifest's|missing|digest", said) and re.search("delete (it|manifest.json) and build", said)
+    (copy / "manifest.json").unlink()
+    build_shard_set(read_source(photos), copy, OPTIONS)
+    assert read_manifest(copy) == read_manifest(sound)
+    assert main(["verify", str(copy), "--workers", "1"]) == 0

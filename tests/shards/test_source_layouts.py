@@ -13,6 +13,7 @@ import pytest
 import webdataset
 
 from dist_train.data.manifest import read_manifest
+from dist_train.data.tags import tag_line
 from dist_train.errors import UseError
 from shards.__main__ import main
 from shards.records import LeftOut, Record
@@ -66,6 +67,25 @@ def test_daf_gives_its_splits_its_class_names_and_its_general_tags(tmp_path: Pat
     assert Path(found[0].read.path) == root / folder / "0291/1796291.jpg"
 
 
+def test_tags_with_commas_and_halves_of_characters_stay_tags_of_their_own(tmp_path: Path) -> None:
+    """A loader takes a line with a comma for tags that commas separate."""
+    root = daf(tmp_path / "daf", "faces")
+    for name in ("val.csv", "test.csv"):
+        (root / "labels" / name).unlink()
+    write(root / "labels/train.csv", "0,0007/7.jpg")
+    write(root / "labels/train_tags.csv", "dir,tags_cat0", """0007/7.jpg,"['yes,_sir', 'a,', 'smile']\"""")
+    assert [tags for *_, tags in rows(read_source(root))] == ["yes_sir a smile"]
+
+    touch(tmp_path / "512px", "0009/9.jpg")
+    (tmp_path / "512px/0009/9.jpg").write_bytes(jpeg_bytes(9))
+    write(tmp_path / "posts.json", json.dumps(NEW_POSTS[3] | {"tag_string_general": "yes,_sir half_\ud800 smile"}))
+    build = ["build", str(tmp_path / "posts.json"), str(tmp_path / "set"), "--root", str(tmp_path / "512px")]
+    assert main([*build, "--workers", "1"]) == 0
+    with tarfile.open(tmp_path / "set/train-000000.tar") as tar:
+        (text,) = (tar.extractfile(entry).read().decode() for entry in tar if entry.name.endswith(".txt"))
+    assert text == tag_line(text) == "yes_sir half_? smile"
+
+
 def test_daf_and_dafull_in_one_folder_are_told_apart_by_the_user(tmp_path: Path) -> None:
     root = daf(tmp_path, "faces", "fullMin256")
     with pytest.raises(UseError, match="both of faces and fullMin256; say --format daf"):
@@ -79,6 +99,7 @@ def test_daf_and_dafull_in_one_folder_are_told_apart_by_the_user(tmp_path: Path)
     [
         ("train.csv", ["5,0007/7.jpg"], r"train.csv, line 1: expected class_id,path with an id"),
         ("train.csv", ["0"], r"train.csv, line 1"),
+        ("train.csv", ["0,0007/7.jpg", "0,\0\0"], r"train.csv, line 2"),
         ("train.csv", [], "lists no images"),
         ("train.csv", ["0,gone.jpg"], "none of its 1 images is found in .*faces"),
         ("classid_classname.csv", ["0,a", "1,a"], "line 2: expected class_id,class_name, each id and each name once"),
@@ -184,6 +205,7 @@ def test_danbooru_metadata_may_be_a_folder_of_files_without_suffix(tmp_path: Pat
         ('[{"id": 1}]', r"one JSON array.*jq"),
         ('{"id": 1', r"posts.json, line 2: not a post in JSON"),
         ('{"id": 1}', r"line 2: not a Danbooru post"),
+        ('{"id": 1e999, "tags": []}', r"line 2: not a Danbooru post"),
         ('{"id": 1, "tags": "miku smile"}', r"line 2: not a Danbooru post"),
         ("3", r"line 2: not a post in JSON"),
     ],
