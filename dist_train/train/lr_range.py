@@ -79,9 +79,10 @@ def range_test(recipe: Recipe, low: float, high: float, steps: int, output: Path
     low, high: values of optim.lr. output: FILE.csv; the picture is FILE.png. Raises WorkError where not even the first
     losses are finite.
     """
+    with written(output, "choose another --output"):  # before the steps, which may take long
+        output.parent.mkdir(parents=True, exist_ok=True)
     result = _steps(recipe, ramp(low, high, steps))
     with written(output, "choose another --output"):
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, _table(result).encode())
     files = [str(output)]
     if not is_installed("matplotlib"):
