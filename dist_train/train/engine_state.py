@@ -139,10 +139,7 @@ def _flat_masters(engine: Engine) -> list[Tensor]:
 
 
 def _create_flat_state(
-    engine: Engine,
-    optimizer: dict[str, Tensor],
-    parameters: dict[str, nn.Parameter],
-    beside: bool,
+    engine: Engine, optimizer: dict[str, Tensor], parameters: dict[str, nn.Parameter], beside: bool
 ) -> None:
     """Under ZeRO: the optimizer state that the first step would create, scalars filled in, the rest zeros."""
     state = engine.basic_optimizer.state

@@ -6,7 +6,6 @@ diverges. Where it falls the rate is useful; where it rises the rate is too high
 
 from __future__ import annotations
 
-import csv
 import io
 import logging
 import math
@@ -80,9 +79,10 @@ def range_test(recipe: Recipe, low: float, high: float, steps: int, output: Path
     low, high: values of optim.lr. output: FILE.csv; the picture is FILE.png. Raises WorkError where not even the first
     losses are finite.
     """
+    with written(output, "choose another --output"):  # before the steps, which may take long
+        output.parent.mkdir(parents=True, exist_ok=True)
     result = _steps(recipe, ramp(low, high, steps))
     with written(output, "choose another --output"):
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, _table(result).encode())
     files = [str(output)]
     if not is_installed("matplotlib"):
@@ -125,12 +125,10 @@ def _steps(recipe: Recipe, rates: list[float]) -> RangeTest:
 
 
 def _table(result: RangeTest) -> str:
-    file = io.StringIO()
-    table = csv.writer(file, lineterminator="\n")
-    table.writerow(["step", "lr", "loss", "smoothed_loss"])
-    for step, row in enumerate(zip(result.rates, result.losses, result.smoothed, strict=True)):
-        table.writerow([step + 1, *(f"{value:.6g}" for value in row)])
-    return file.getvalue()
+    lines = ["step,lr,loss,smoothed_loss"]
+    for step, (rate, loss, smoothed) in enumerate(zip(result.rates, result.losses, result.smoothed, strict=True)):
+        lines.append(f"{step + 1},{rate:.6g},{loss:.6g},{smoothed:.6g}")
+    return "\n".join([*lines, ""])
 
 
 def _picture(result: RangeTest) -> bytes:

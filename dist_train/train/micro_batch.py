@@ -135,7 +135,7 @@ def _recorded(checkpoint: Path | None, place: Place) -> int:
 
 # ---------------------------------------------------------------- by real steps
 def _by_steps(recipe: Recipe, place: Place, outputs: int, vocabulary: int, limit: float) -> Callable[[int], bool]:
-    """Whether steps of a micro-batch fit into `limit` bytes, on all ranks."""
+    """Whether steps of a micro-batch fit into `limit` bytes of a GPU, on all ranks."""
     device = torch_device(place)
 
     def fits(size: int) -> bool:
@@ -144,14 +144,12 @@ def _by_steps(recipe: Recipe, place: Place, outputs: int, vocabulary: int, limit
         allowed = limit - loader_bytes(recipe, size, device)
         if allowed <= 0:
             return False
-        if device.type == "cuda":
-            total = torch.cuda.mem_get_info(device)[1]
-            torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
         try:
             return steps_fit(of_micro_batch(recipe, size), place, outputs, vocabulary)
         finally:
-            if device.type == "cuda":
-                torch.cuda.set_per_process_memory_fraction(1.0, device)
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
     return fits
 

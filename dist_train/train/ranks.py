@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -109,9 +109,7 @@ class StopSignal:
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # A second SIGTERM, from whoever ends all processes in turn, must not turn a good end into a failure.
         for number in self._before.keys() & {signal.SIGINT, signal.SIGHUP}:
             signal.signal(number, self._before[number])

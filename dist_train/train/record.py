@@ -19,7 +19,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -146,9 +145,7 @@ class RunRecord:
     def __enter__(self) -> RunRecord:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _picture(self, name: str, picture: Image, step: int) -> None:
@@ -293,13 +290,7 @@ def _start_wandb(recipe: Recipe, run: Path, lines: list[dict[str, Any]]) -> _Wan
     name = before.get("id") or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     write_atomically(file, (json.dumps({"id": name, "sent": sent}) + "\n").encode())
     try:
-        started = wandb.init(
-            project=recipe.train.wandb_project,
-            id=name,
-            name=run.name,
-            dir=str(run),
-            resume="allow",
-        )
+        started = wandb.init(project=recipe.train.wandb_project, id=name, name=run.name, dir=str(run), resume="allow")
     except wandb.errors.Error as error:
         raise WorkError(f"train.wandb_project {recipe.train.wandb_project}: {' '.join(str(error).split())}") from None
     started.config.update(asdict(recipe), allow_val_change=True)  # resumed, it may have other values

@@ -27,9 +27,7 @@ LOCK_NAME = "lock"
 _CURES = {
     errno.ENOSPC: "free some space, then --resume auto",
     errno.EDQUOT: "free some of your quota, then --resume auto",
-    errno.EROFS: "choose a train.run that can be written",
-    errno.EACCES: "choose a train.run that can be written",
-    errno.EPERM: "choose a train.run that can be written",
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a train.run that can be written"),
 }
 
 
@@ -86,8 +84,8 @@ def _named_disk_errors(run: Path) -> Iterator[None]:
 def _disk_error(run: Path, error: Exception) -> str | None:
     """The line for a disk that is full or not to be written; None for other errors."""
     number = error.errno if isinstance(error, OSError) else None
-    if any(words in str(error) for words in ("No space left on device", "inline_container.cc", "PytorchStreamWriter")):
-        number = errno.ENOSPC  # as safetensors and torch.save say it
+    if "No space left on device" in str(error):  # as safetensors says it
+        number = errno.ENOSPC
     where = Path(os.fsdecode(getattr(error, "filename", None) or run))
     if number not in _CURES or not where.is_relative_to(run):
         return None

@@ -138,6 +138,9 @@ def test_the_range_test_writes_what_it_saw_and_blocks_no_run(
     files = {run.with_name("mine-lr.csv"), run.with_name("mine-lr.png")}
     assert contents(tmp_path) == {tmp_path / "runs", *files} and said[-2:] == [str(file) for file in sorted(files)]
     assert run.with_name("mine-lr.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["lr", *options, "--output", str(run.with_name("mine-lr.csv") / "table.csv")]) == 1
+    said_before_steps = capsys.readouterr().err
+    assert "choose another --output" in said_before_steps and "step 1 " not in said_before_steps
     assert main(["lr", *options, "--resume", "auto"]) == 2
     assert "a range test begins with the recipe's weights" in capsys.readouterr().err
 
