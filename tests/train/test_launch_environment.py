@@ -67,6 +67,12 @@ def test_the_remote_environment_has_what_a_run_needs_no_credentials_and_the_user
     assert line.startswith("warning: TORCH_X is not passed on") and line.endswith("quote it in ~/.deepspeed_env")
 
 
+def test_a_host_by_itself_needs_no_network(tmp_path: Path) -> None:
+    done, file = write_environment(tmp_path, GLOO_SOCKET_IFNAME="")
+    assert done.returncode == 0, done.stderr
+    assert {"GLOO_SOCKET_IFNAME=lo", "NCCL_SOCKET_IFNAME=lo"} <= set(file.read_text().splitlines())
+
+
 @pytest.mark.parametrize("words", [[], ["--config", "launch/recipes/demo.yaml"]])
 def test_without_a_hostfile_the_use_is_told(words: list[str]) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
