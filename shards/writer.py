@@ -163,7 +163,7 @@ def _write(
         write_atomically(statistics_path(folder, name), (json.dumps(asdict(statistics)) + "\n").encode())
     except OSError as error:
         temporary.unlink(missing_ok=True)  # it may be what fills the disk
-        raise WorkError(f"{tar}: cannot be written ({error.strerror}); run the same command again to resume") from None
+        raise WorkError(f"{tar}: cannot be written ({error.strerror})") from None
     return statistics
 
 
