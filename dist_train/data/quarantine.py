@@ -32,7 +32,7 @@ class Quarantine:
         if len(self._bad) > limit:  # the run that ended with this error is continued
             raise WorkError(
                 f"{file}: lists more samples than data.max_bad_samples ({limit}); check the set with `python -m shards "
-                "verify`, or raise it to go on without them"
+                "verify`, or raise the limit to go on without them"
             )
 
     def __contains__(self, sample: int) -> bool:
