@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.harness import IFA, train, write_shard_set
@@ -23,3 +26,13 @@ def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "finished"
     assert train(shards, run, **IFA) == 0
     return run
+
+
+@pytest.fixture
+def nothing_stays(tmp_path: Path) -> Iterator[None]:
+    """A test that fails leaves a job that would train for hours: what names the test's folder is killed."""
+    yield
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if str(tmp_path) in " ".join(process.cmdline()):
+                process.kill()

@@ -87,7 +87,7 @@ WALK: dict[str, Run | Skip] = {
     "launch/multinode.sh": Skip("trains on node1 and node2; tests/multinode has two"),
     "sbatch": Skip("a SLURM cluster; tests/multinode/test_slurm.py has one"),
     "python launch/supervise.py -- launch/multinode.sh": Skip("trains on node1 and node2; tests/multinode has two"),
-    "python launch/supervise.py -- deepspeed": Skip("the launcher has run above; tests/train/test_staying_alive.py"),
+    "python launch/supervise.py -- deepspeed": Skip("the launcher has run above; tests/train/test_supervisor.py"),
     "deepspeed launch/train.py --config launch/recipes/paper/table6.yaml": Skip("DAF and a ViT-B's weights, days"),
     "python -m shards demo data/tags": Run("--pictures 400 --characters 5", ("data/tags/manifest.json",)),
     "dist-train train --config launch/recipes/tags.yaml": Run(
