@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tqdm import tqdm
 
@@ -19,6 +19,7 @@ from benchmarks.result import write_result
 from benchmarks.tables import Document, Row, by, describe_row, figures, having, span, text_of
 from dist_train.errors import WorkError
 from dist_train.output import say
+from dist_train.ranges import AT_LEAST_1, NOT_NEGATIVE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,15 +38,15 @@ class Arguments:
     """of the result: benchmarks/results/engine/NAME.json"""
     backbone: str = "vit_base_patch16"
     """of the model"""
-    size: int = 128
+    size: Annotated[int, AT_LEAST_1] = 128
     """side of an image"""
     stages: str = "0,1,2,3"
     """ZeRO stages"""
     micro_batches: str = "8,16,32,64"
     """images of a step"""
-    pairs: int = 3
+    pairs: Annotated[int, AT_LEAST_1] = 3
     """turns at least"""
-    seconds: float = 60
+    seconds: Annotated[float, NOT_NEGATIVE] = 60
     """more turns up to this time"""
     arm: Literal["model", "settings", "host"] = "model"
     """model: the backbone beside a bare loop and DeepSpeed's defaults; settings: our settings turned back, one at a
@@ -57,7 +58,7 @@ def run(arguments: Arguments) -> Path:
     """Measure every combination of ZeRO stage and micro-batch in a process of its own, say each row and write them."""
     import torch
 
-    stages = numbers("--stages", arguments.stages)
+    stages = numbers("--stages", arguments.stages, least=0)
     micro_batches = numbers("--micro-batches", arguments.micro_batches)
     backbone, size = arguments.backbone, arguments.size
     if arguments.arm == "host":

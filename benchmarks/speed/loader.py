@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import psutil
 from tqdm import tqdm
@@ -28,6 +29,7 @@ from benchmarks.speed.peers import Task
 from benchmarks.tables import Document, Row, figures, having, span, text_of
 from dist_train.data.manifest import MANIFEST_NAME, read_manifest
 from dist_train.errors import UseError, WorkError
+from dist_train.ranges import AT_LEAST_1, NOT_NEGATIVE, POSITIVE
 
 # In the order of the table. The ceilings come last.
 CONTESTANTS = {
@@ -59,23 +61,23 @@ class Arguments:
     """a shard set, or a folder or CSV that `python -m shards build` takes"""
     name: str
     """of the result: benchmarks/results/loader/NAME.json"""
-    bake: int | None = None
+    bake: Annotated[int | None, AT_LEAST_1] = None
     """build the shards resized to this square (not for a shard set)"""
-    max_side: int | None = None
+    max_side: Annotated[int | None, AT_LEAST_1] = None
     """build the shards with at most this many pixels on a side"""
-    size: int = 128
+    size: Annotated[int, AT_LEAST_1] = 128
     """side of a training image"""
-    margin: int = 32
+    margin: Annotated[int, NOT_NEGATIVE] = 32
     """resize to size + margin"""
     usual: bool = False
     """the usual recipe, RandomResizedCrop and flip, in place of the paper's augmentation"""
-    batch: int = 64
+    batch: Annotated[int, AT_LEAST_1] = 64
     """images of a batch"""
-    threads: int = len(os.sched_getaffinity(0))
+    threads: Annotated[int, AT_LEAST_1] = len(os.sched_getaffinity(0))
     """threads, or worker processes (by default the cores of this machine)"""
-    rounds: int = 7
+    rounds: Annotated[int, AT_LEAST_1] = 7
     """of all loaders"""
-    seconds: float = 4
+    seconds: Annotated[float, POSITIVE] = 4
     """of a run"""
     only: str | None = None
     """these loaders only: names of modules in benchmarks/speed/peers, separated by commas"""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from benchmarks.benchmark import Benchmark
 from benchmarks.points import run_point
@@ -23,6 +23,7 @@ from benchmarks.tables import Document, describe_row, figures
 from dist_train.config import recipe_from_dict
 from dist_train.output import say
 from dist_train.parse import parse_recipe
+from dist_train.ranges import NOT_NEGATIVE
 
 CLASSES, VOCABULARY = 3263, 30522  # of DAF and of bert-base-uncased, which `gpu` has too
 SETTINGS = (
@@ -46,7 +47,7 @@ class Arguments:
 
     name: str
     """of the result: benchmarks/results/memory/NAME.json"""
-    settings: int = len(SETTINGS)
+    settings: Annotated[int, NOT_NEGATIVE] = len(SETTINGS)
     """how many of the recipes to measure here"""
     here_alone: bool = False
     """do not predict the committed rows of GPUs"""

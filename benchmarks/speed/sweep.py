@@ -10,7 +10,7 @@ from itertools import product
 from operator import itemgetter
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from benchmarks.arguments import check_words, numbers, words
 from benchmarks.points import gpu_environment
@@ -25,6 +25,7 @@ from dist_train.data.manifest import read_manifest
 from dist_train.data.plan import micro_batch_of
 from dist_train.errors import UseError
 from dist_train.output import say
+from dist_train.ranges import AT_LEAST_1, NOT_NEGATIVE
 
 START_S, COMPILE_S = 12.0, 30.0  # of a measuring process, roughly; only the printed plan uses it
 RUN = ("backbone", "head", "image_size", "batch_size")  # what tells one training from another
@@ -53,25 +54,25 @@ class Arguments:
     """of the benchmark step; by default end_to_end, which loads what it trains on, with --accuracy, else synthetic"""
     compile: str | None = None
     """values of model.compile; by default none,graphs on a GPU, which shows what of a step is the host's, else none"""
-    micro_batch: int = 0
+    micro_batch: Annotated[int, NOT_NEGATIVE] = 0
     """measure each batch accumulated from this many, too"""
-    search: int = 0
+    search: Annotated[int, NOT_NEGATIVE] = 0
     """find the largest micro-batch that fits, up to this many"""
-    memory_gb: float = 0.0
+    memory_gb: Annotated[float, NOT_NEGATIVE] = 0.0
     """that a process may take"""
-    price_per_hour: float | None = None
+    price_per_hour: Annotated[float | None, NOT_NEGATIVE] = None
     """of the device, in any currency"""
     accuracy: bool = False
     """train to the end at each batch size, and end with a page that says which to take"""
-    seeds: int = 1
+    seeds: Annotated[int, AT_LEAST_1] = 1
     """trainings of each batch size with --accuracy, from the recipe's seed on; more can be added later"""
-    tolerance: float = 1.0
+    tolerance: Annotated[float, NOT_NEGATIVE] = 1.0
     """points of top-1 that the recommended, cheapest batch may be below the best"""
-    warmup: int = 2
+    warmup: Annotated[int, NOT_NEGATIVE] = 2
     """steps before those that are measured"""
-    steps: int = 10
+    steps: Annotated[int, AT_LEAST_1] = 10
     """steps measured"""
-    jobs: int = 1
+    jobs: Annotated[int, AT_LEAST_1] = 1
     """runs at a time, a GPU each if there are any"""
 
 
