@@ -126,6 +126,9 @@ def test_the_exit_status_tells_failed_checks_from_other_failures(
     arguments = ["--smoke", "--shards", "none", "--results", str(results)]
     measured_by(monkeypatch, lambda kind, _: {"met": kind != "pixels"})
     assert main(["gpu", *arguments, "--name", "wrong"]) == 1
+    measured_by(monkeypatch, lambda kind, _: {"out_of_memory": True} if kind == "loss" else {"met": True})
+    assert main(["gpu", *arguments, "--name", "large"]) == 1
+    assert f"1 of 6 checks failed: {CHECKS[0]}" in capfd.readouterr().err
     broken = {"error": "broken"}
     measured_by(monkeypatch, lambda kind, _: broken if kind in ("steps", "loader") else {"met": True})
     assert main(["gpu", *arguments, "--name", "slow"]) == 0
