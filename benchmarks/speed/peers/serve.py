@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-import psutil
-
+from benchmarks.load import seconds_of, with_children
 from benchmarks.speed.peers import PREPARED, Task
 
 
@@ -58,7 +58,10 @@ def _run(
     """
     for _ in range(PREPARED):
         next(stream)
-    clocks: dict[str, Callable[[], float]] = {"cpu_s": cpu_seconds, "taking_s": time.thread_time}
+    clocks: dict[str, Callable[[], float]] = {
+        "cpu_s": lambda: seconds_of(with_children(os.getpid())),
+        "taking_s": time.thread_time,
+    }
     if preparing_s is not None:
         clocks["preparing_s"] = preparing_s
     images, before, begin = 0, {name: clock() for name, clock in clocks.items()}, time.perf_counter()
@@ -66,9 +69,3 @@ def _run(
         next(stream)
         images += batch_size
     return {"images": images, "seconds": elapsed, **{name: clock() - before[name] for name, clock in clocks.items()}}
-
-
-def cpu_seconds() -> float:
-    """Processor time of this process and its workers so far."""
-    here = psutil.Process()
-    return sum(sum(process.cpu_times()[:2]) for process in [here, *here.children(recursive=True)])
