@@ -60,9 +60,9 @@ def run(arguments: Arguments) -> Path:
 
     stages = numbers("--stages", arguments.stages, least=0)
     micro_batches = numbers("--micro-batches", arguments.micro_batches)
-    backbone, size = arguments.backbone, arguments.size
+    backbone, size, threads = arguments.backbone, arguments.size, torch.get_num_threads()
     if arguments.arm == "host":
-        backbone, size, micro_batches = "ViT of depth 12 with 24 channels", HOST_SIZE, [HOST_BATCH]
+        backbone, size, micro_batches, threads = "ViT of depth 12 with 24 channels", HOST_SIZE, [HOST_BATCH], 1
     rows = []
     points = [(stage, micro_batch) for stage in stages for micro_batch in micro_batches]
     for stage, micro_batch in tqdm(points, desc="engine", disable=not sys.stderr.isatty()):
@@ -76,8 +76,8 @@ def run(arguments: Arguments) -> Path:
         for row in found:
             say(describe_row(row, f"{backbone}, {where}"))
         rows += found
-    parameters = {"backbone": backbone, "size": size, "head": "cls", "optimizer": "sgd"}
-    return write_result("engine", arguments.name, parameters | {"threads": torch.get_num_threads()}, rows)
+    parameters = {"backbone": backbone, "size": size, "head": "cls", "optimizer": "sgd", "threads": threads}
+    return write_result("engine", arguments.name, parameters, rows)
 
 
 def headline(document: Document) -> str:

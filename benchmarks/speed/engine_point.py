@@ -159,7 +159,7 @@ def take_turns(
         step(images, labels)
     end = time.perf_counter() + seconds
     while len(turns["bare"]) < pairs or time.perf_counter() < end:
-        # Each comes after each other equally often: one that always followed itself would find its caches warm.
+        # Each begins a turn equally often, and none follows itself: it would find its caches warm.
         first = len(turns["bare"]) % len(loops)
         for which in [*list(loops)[first:], *list(loops)[:first]]:
             turns[which].append(loops[which](images, labels))
