@@ -28,7 +28,7 @@ from dist_train.data.plan import micro_batch_of
 from dist_train.data.tokenizer import TagTokenizer
 from dist_train.errors import UseError
 from dist_train.place import Place
-from dist_train.train.engine import init_process_group, torch_device
+from dist_train.train.engine import compile_mode, init_process_group, torch_device
 from dist_train.train.inputs import build_tokenizer
 from dist_train.train.meters import (
     device_peak,
@@ -102,7 +102,7 @@ def _measure(recipe: Recipe, arm: str, warmup: int, steps: int, let_go: ExitStac
     figures = step_figures(times, recipe.train.batch_size)
     figures |= {"data_wait_share": round(own.meter.data_wait() / sum(times), 4)} | memory_figures(device) | loaded
     figures["memory_mb"] = max(figures["memory_mb"], round(own.meter.recorded_mb, 1))
-    figures["matrix_products"] = own.products
+    figures |= {"matrix_products": own.products, "compile": compile_mode(recipe, device, place.world_size)}
     if joules is not None and sum(times) < ENOUGH_S:
         each = joules_per_step(lambda: own(batches), float(np.median(times)), energy, device)
         joules = None if each is None else steps * each

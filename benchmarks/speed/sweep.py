@@ -22,7 +22,6 @@ from benchmarks.speed.recommend import mark
 from benchmarks.tables import Row, describe_row
 from dist_train.config import Compile, Head, Recipe
 from dist_train.data.manifest import read_manifest
-from dist_train.data.plan import micro_batch_of
 from dist_train.errors import UseError
 from dist_train.output import say
 from dist_train.ranges import AT_LEAST_1, NOT_NEGATIVE
@@ -192,17 +191,9 @@ def with_seeds(recipes: Sequence[Recipe], seeds: int) -> list[Recipe]:
 
 def describe(recipe: Recipe) -> Row:
     """What tells one point from another."""
-    micro = micro_batch_of(recipe.train.batch_size, 1, recipe.train.micro_batch_size)
-    return {
-        "backbone": recipe.model.backbone,
-        "head": recipe.model.head,
-        "image_size": recipe.data.image_size,
-        "batch_size": recipe.train.batch_size,
-        "micro_batch": micro,
-        "accumulation": recipe.train.batch_size // micro,
-        "compile": recipe.model.compile,
-        "precision": recipe.deepspeed.precision,
-    }
+    row = step.describe(recipe, arm="")
+    row["accumulation"] = row["batch_size"] // row["micro_batch"]
+    return {key: row[key] for key in (*RUN, "micro_batch", "accumulation", "compile", "precision")}
 
 
 def key_of(row: Row) -> tuple[Any, ...]:

@@ -35,6 +35,7 @@ from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError
 from dist_train.train import memory, micro_batch
+from dist_train.train.settings import precision_of
 
 SMALL = (
     "--data.image_size 32 --data.crop_margin 8 --data.threads 1 --model.backbone vit_tiny_patch16 --model.dropout 0.1"
@@ -297,11 +298,23 @@ def test_each_batch_is_measured_in_each_mode_and_trained_in_the_fastest() -> Non
     ]
     rows = [sweep.describe(recipe) for recipe in recipes]
     assert len({sweep.key_of(row) for row in rows}) == 4
+    assert Recipe().deepspeed.precision == "auto" and rows[0]["precision"] == precision_of(Recipe().deepspeed)
     for row, ms in zip(rows, (9.0, 2.0, 10.0, 11.0), strict=True):
         row["step_ms"] = ms
     assert sweep.recipes_to_train(recipes, rows) == [recipes[1], recipes[2]]
     table = tables_of(benchmark_of("batch_size"), {"rows": rows})[0]
     assert [line[table.headings.index("compiled")] for line in table.cells] == ["none", "graphs"] * 2
+
+
+def test_a_begun_result_that_cannot_be_read_is_one_clear_line(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (results / "batch_size").mkdir(parents=True)
+    for content, said in (('{"rows": [', "not JSON"), ("{}", "not a benchmark result")):
+        (results / "batch_size/s.json").write_text(content)
+        assert main(["batch_size", "--name", "s", "--batches", "4"]) == 1
+        assert f"batch_size/s.json: {said}" in capsys.readouterr().err
+        assert (results / "batch_size/s.json").read_text() == content
 
 
 def test_a_mode_that_there_is_not_is_named(capsys: pytest.CaptureFixture[str]) -> None:
