@@ -206,11 +206,6 @@ def run_of(row: Row) -> tuple[Any, ...]:
     return tuple(row[key] for key in RUN)
 
 
-def is_accumulated(recipe: Recipe) -> bool:
-    """Whether the batch is made of several micro-batches, which changes nothing in what is learnt."""
-    return recipe.train.micro_batch_size not in (0, recipe.train.batch_size)
-
-
 def measure_point(recipe: Recipe, sweep: Arguments, samples: int, environment: dict[str, str]) -> Row:
     """One row: cost of a step and of an epoch."""
     row = describe(recipe)
@@ -248,10 +243,11 @@ def search_micro_batches(rows: list[Row], recipes: list[Recipe], sweep: Argument
 
 
 def samples_per_epoch(recipe: Recipe) -> int:
-    """Samples of the train split of the recipe's shard set, or the paper's where the set is not there."""
+    """Samples of the train split of the recipe's shard set, or the paper's where the set is not there, and says so."""
     try:
         return read_manifest(recipe.data.shards).split("train").samples
-    except UseError:
+    except UseError as error:
+        say(f"{error}: an epoch is taken to have the {step.PAPER_SAMPLES:,} samples of the paper's")
         return step.PAPER_SAMPLES
 
 
@@ -267,6 +263,7 @@ def describe_plan(left: list[Recipe], total: int, sweep: Arguments, samples: int
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seconds = training = 0.0
     rates: dict[tuple[str, int], float] = {}
+    trained = set()  # in one of the ways that make a batch: they change nothing in what is learnt
     for recipe in left:
         model = (recipe.model.backbone, recipe.data.image_size)
         if model not in rates:
@@ -277,14 +274,14 @@ def describe_plan(left: list[Recipe], total: int, sweep: Arguments, samples: int
             rates[model] = UTILISATION * matmul_rate(device, compute_dtype(recipe.deepspeed)) / flops
         seconds += START_S + (COMPILE_S if recipe.model.compile != "none" else 0.0)
         seconds += (sweep.warmup + sweep.steps) * recipe.train.batch_size / rates[model]
-        if sweep.accuracy and not is_accumulated(recipe):
+        if sweep.accuracy and run_of(describe(recipe)) not in trained:
+            trained.add(run_of(describe(recipe)))
             training += sweep.seeds * recipe.train.epochs * samples / rates[model]
     searched = ", without the search for the largest micro-batch" if sweep.search else ""
-    lines = [f"{len(left)} of {total} points to measure, about {seconds / 60:.0f} minutes{searched}"]
+    lines = [f"{len(left)} of {total} points to measure, about {seconds / 60 / sweep.jobs:.0f} minutes{searched}"]
     if training:
-        lines.append(
-            f"training to the end at each batch size, about {training / 3600:.1f} hours where nothing is done yet"
-        )
+        hours = training / 3600 / sweep.jobs
+        lines.append(f"training to the end at each batch size, about {hours:.1f} hours where nothing is done yet")
     return "\n".join(lines)
 
 

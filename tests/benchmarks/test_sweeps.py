@@ -34,7 +34,7 @@ from dist_train import machine
 from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError
-from dist_train.train import memory, micro_batch
+from dist_train.train import memory, meters, micro_batch
 from dist_train.train.settings import precision_of
 
 SMALL = (
@@ -304,6 +304,27 @@ def test_each_batch_is_measured_in_each_mode_and_trained_in_the_fastest() -> Non
     assert sweep.recipes_to_train(recipes, rows) == [recipes[1], recipes[2]]
     table = tables_of(benchmark_of("batch_size"), {"rows": rows})[0]
     assert [line[table.headings.index("compiled")] for line in table.cells] == ["none", "graphs"] * 2
+
+
+def test_the_plan_counts_a_training_once_however_its_batch_is_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(meters, "matmul_rate", lambda *_: 1e12)
+    base = parse_recipe([*SMALL.split(), "--data.shards", "nowhere"])[0]
+    samples = sweep.samples_per_epoch(base)
+    assert samples == 322_947
+    assert "nowhere: no such shard set" in capsys.readouterr().out  # and not in silence
+
+    def hours(seeds: int = 1, jobs: int = 1, **ways: Any) -> float:
+        swept = Arguments("s", heads="cls", batches="16,32", accuracy=True, seeds=seeds, jobs=jobs, **ways)
+        recipes = list(sweep.points(base, swept))
+        said = sweep.describe_plan(recipes, len(recipes), swept, 100 * samples)
+        return float(said.partition("about ")[2].partition(" about ")[2].partition(" hours")[0])
+
+    once = hours(compile="none")
+    assert once > 1 and hours(compile="none,kernels") == once
+    assert hours(compile="none", micro_batch=8) == once
+    assert hours(compile="none", seeds=4, jobs=4) == once
 
 
 def test_a_begun_result_that_cannot_be_read_is_one_clear_line(
