@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,14 +74,10 @@ def _run_ranks(pids: list[int], point: dict[str, Any]) -> dict[str, Any]:
     shared |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     function = "benchmarks.speed.exchange_point:measure_rank"
     with ExitStack() as stack:
-        ranks = []
-        for rank, pid in enumerate(pids):
-
-            def within(command: list[str], pid: int = pid) -> list[str]:
-                return inside(pid, *command)
-
-            child = Child(function, shared | {"RANK": str(rank)}, within=within)
-            ranks.append(stack.enter_context(child))
+        ranks = [
+            stack.enter_context(Child(function, shared | {"RANK": str(rank)}, within=partial(inside, pid)))
+            for rank, pid in enumerate(pids)
+        ]
         for child in ranks:
             child.send(point)
         try:

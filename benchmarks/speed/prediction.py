@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
+
 from benchmarks.benchmark import Benchmark
 from benchmarks.points import run_point
 from benchmarks.result import RESULTS, write_result
@@ -91,7 +93,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         while True:
             yield synthetic_batch(recipe, predicted.micro_batch, CLASSES, own.device)
 
-    before = _resident_mb()
+    before = psutil.Process().memory_info().rss / 1e6
     with closing(OwnStep(recipe, place, CLASSES, vocabulary)) as own:
         own(batches())  # which also loads the kernels' libraries
         forget_peak_memory(own.device)
@@ -110,12 +112,6 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         "of_allocated": round(predicted.peak_mb / allocated, 4),
         "of_resident": round(predicted.peak_mb / resident, 4),
     }
-
-
-def _resident_mb() -> float:
-    import psutil
-
-    return psutil.Process().memory_info().rss / 1e6
 
 
 def of_gpus() -> Iterator[dict[str, Any]]:

@@ -236,7 +236,7 @@ def search_micro_batches(rows: list[Row], recipes: list[Recipe], sweep: Argument
     for recipe in {model_of(describe(recipe)): recipe for recipe in recipes}.values():
         mine = [row for row in rows if model_of(row) == model_of(describe(recipe))]
         if any("largest_micro_batch" not in row for row in mine):
-            largest = largest_micro_batch(recipe, sweep.search, {}, int(sweep.memory_gb * 1e9))
+            largest = largest_micro_batch(recipe, sweep.search, int(sweep.memory_gb * 1e9))
             for row in mine:
                 row["largest_micro_batch"] = largest
             yield
@@ -247,7 +247,7 @@ def samples_per_epoch(recipe: Recipe) -> int:
     try:
         return read_manifest(recipe.data.shards).split("train").samples
     except UseError as error:
-        say(f"{error}: an epoch is taken to have the {step.PAPER_SAMPLES:,} samples of the paper's")
+        say(f"{error}. An epoch is taken to have the {step.PAPER_SAMPLES:,} samples of the paper's.")
         return step.PAPER_SAMPLES
 
 

@@ -269,7 +269,7 @@ def test_the_search_begins_at_what_is_predicted(monkeypatch: pytest.MonkeyPatch)
     assert [recipe.train.batch_size for recipe in tried] == [44, 40]
     assert {recipe.train.micro_batch_size for recipe in tried} == {0}
 
-    def measure(tried: Recipe, arm: str, warmup: int, steps: int, *_: Any) -> dict[str, Any]:
+    def measure(tried: Recipe, arm: str, warmup: int, steps: int, memory_limit: int) -> dict[str, Any]:
         assert (arm, warmup, steps) == ("synthetic", 0, 2)
         # By PyTorch's own operators: nothing is compiled for each size.
         assert tried.model.compile == "none"
@@ -277,7 +277,7 @@ def test_the_search_begins_at_what_is_predicted(monkeypatch: pytest.MonkeyPatch)
 
     if not torch.cuda.is_available():
         monkeypatch.setattr(fit, "measure", measure)
-        assert largest_micro_batch(recipe, 64, {}, 30_000_000) == 40
+        assert largest_micro_batch(recipe, 64, 30_000_000) == 40
 
 
 @pytest.mark.launch
