@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -40,8 +41,8 @@ class Command:
 
 
 def parse(benchmark: Benchmark, words: list[str]) -> Command:
-    """What the words after the benchmark's name say. Raises UseError where they say nothing it knows, and for a number
-    outside of the range in the type of its field."""
+    """What the words after the benchmark's name say. Raises UseError where they say nothing it knows, for a number
+    outside of the range in the type of its field, and for a name in a folder, where the report would not find it."""
     parser = parser_of(benchmark)
     own, others = _divided(parser, words) if benchmark.takes_recipe else (words, [])
     _check_misspelt(benchmark, parser, others)
@@ -54,6 +55,9 @@ def parse(benchmark: Benchmark, words: list[str]) -> Command:
         value = getattr(asked, name)
         if value is not None and value not in allowed:
             raise UseError(f"benchmarks {benchmark.name}: --{name.replace('_', '-')} is {value}; it must be {allowed}")
+    file = getattr(asked, "name", None)
+    if file is not None and Path(file).name != (file or None):
+        raise UseError(f"benchmarks {benchmark.name}: --name '{file}' is not the name of a file; leave the folder out")
     return Command(benchmark, asked, others)
 
 

@@ -29,6 +29,8 @@ def test_a_misspelt_option_of_a_benchmark_is_not_looked_for_in_the_recipe() -> N
         ("ifa --name x --pairs 0", "benchmarks ifa: --pairs is 0; it must be at least 1"),
         ("exchange --name x --turns 1", "benchmarks exchange: --turns is 1; it must be at least 2"),
         ("loader --images x --name x --seconds 0", "benchmarks loader: --seconds is 0.0; it must be above 0"),
+        ("step --name mine/x", "benchmarks step: --name 'mine/x' is not the name of a file"),
+        ("scale --name= --samples 100", "benchmarks scale: --name '' is not the name of a file"),
         ("scale --name x --samples 100 --shards 1000", "--samples 100: too few for 1000 shards"),
     ],
 )
