@@ -36,13 +36,8 @@ def read_results() -> list[Result]:
     found = []
     for path in result.RESULTS.glob("*/*.json"):
         found.append(Result(benchmark_of(path.parent.name), path, result.read_document(path)))
-    order = [benchmark.name for benchmark in BENCHMARKS]
-
-    def place(one: Result) -> tuple[int, str, str]:
-        name = one.benchmark.name
-        return order.index(name) if name in order else len(order), name, one.path.name
-
-    return sorted(found, key=place)
+    order = {benchmark.name: place for place, benchmark in enumerate(BENCHMARKS)}
+    return sorted(found, key=lambda r: (order.get(r.benchmark.name, len(order)), r.benchmark.name, r.path.name))
 
 
 def benchmark_of(name: str) -> Benchmark:

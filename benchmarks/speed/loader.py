@@ -152,8 +152,8 @@ def measure_loaders(task: Task, names: Sequence[str], rounds: int, seconds: floa
     rows: dict[str, Row] = {name: {"loader": CONTESTANTS[name]} for name in names}
 
     def start(contestant: Contestant) -> None:
-        contestant.note = contestant.child.ask({"prepare": contestant.name, "task": asdict(task)})
-        contestant.first_batch_s = contestant.child.ask({"start": contestant.name})
+        started = contestant.child.ask({"start": contestant.name, "task": asdict(task)})
+        contestant.note, contestant.first_batch_s = started["note"], started["first_batch_s"]
 
     def run_once(contestant: Contestant) -> None:
         contestant.rounds.append(contestant.child.ask({"run": seconds}))
