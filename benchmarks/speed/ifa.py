@@ -121,7 +121,9 @@ def counted(point: dict[str, Any], which: str) -> Row:
     if shape is None:
         return {}
     patches = (point["size"] // shape.patch) ** 2
-    size = Size(point["batch"], patches, shape.dim, shape.depth, point["classes"], shape.patch)
+    size = Size(
+        point["batch"], patches, shape.dim, shape.depth, point["classes"], shape.patch, text=point["text_tokens"]
+    )
     return {f"counted_percent_{how}": round(100 * share_of_step(which, size, how), 3) for how in STEP_SECONDS}
 
 
