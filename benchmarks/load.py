@@ -12,7 +12,7 @@ import psutil
 
 BUSY = 0.1
 """Share of the cores' time from which a result says so."""
-_of_orphans = 0.0
+_of_orphans = 0.0  # seconds of processes of our own that were ended with their parent: nobody has them any more
 
 
 class OtherProcesses:
