@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -19,6 +20,7 @@ from benchmarks.benchmark import Benchmark
 from dist_train.config import Recipe
 from dist_train.errors import UseError
 from dist_train.parse import parse_recipe
+from dist_train.ranges import ranges_of
 
 RECIPE = """Other arguments are a recipe, as `dist-train train` takes it: --config FILE --section.key value ... (its
 --help names the keys)."""
@@ -39,7 +41,8 @@ class Command:
 
 
 def parse(benchmark: Benchmark, words: list[str]) -> Command:
-    """What the words after the benchmark's name say. Raises UseError where they say nothing it knows."""
+    """What the words after the benchmark's name say. Raises UseError where they say nothing it knows, for a number
+    outside of the range in the type of its field, and for a name in a folder, where the report would not find it."""
     parser = parser_of(benchmark)
     own, others = _divided(parser, words) if benchmark.takes_recipe else (words, [])
     _check_misspelt(benchmark, parser, others)
@@ -47,7 +50,15 @@ def parse(benchmark: Benchmark, words: list[str]) -> Command:
         parsed = parser.parse_args(own)
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UseError(f"benchmarks {benchmark.name}: {' '.join(str(error).split())}") from None
-    return Command(benchmark, benchmark.arguments(**vars(parsed)), others)
+    asked = benchmark.arguments(**vars(parsed))
+    for name, allowed in ranges_of(benchmark.arguments).items():
+        value = getattr(asked, name)
+        if value is not None and value not in allowed:
+            raise UseError(f"benchmarks {benchmark.name}: --{name.replace('_', '-')} is {value}; it must be {allowed}")
+    file = getattr(asked, "name", None)
+    if file is not None and Path(file).name != (file or None):
+        raise UseError(f"benchmarks {benchmark.name}: --name '{file}' is not the name of a file; leave the folder out")
+    return Command(benchmark, asked, others)
 
 
 def parser_of(benchmark: Benchmark) -> jsonargparse.ArgumentParser:
@@ -108,16 +119,19 @@ def _check_misspelt(benchmark: Benchmark, parser: jsonargparse.ArgumentParser, o
 
 
 def words(text: str) -> list[str]:
-    """Words separated by commas."""
-    return text.split(",")
+    """Words separated by commas, each once."""
+    return list(dict.fromkeys(text.split(",")))
 
 
-def numbers(option: str, text: str) -> list[int]:
-    """Whole numbers separated by commas. Raises UseError, naming the option."""
+def numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """Whole numbers separated by commas, each once. Raises UseError, naming the option, for others and lower ones."""
     try:
-        return [int(number) for number in text.split(",")]
+        found = [int(word) for word in words(text)]
     except ValueError:
-        raise UseError(f"{option}: numbers separated by commas are expected, not '{text}'") from None
+        found = []
+    if not found or min(found) < least:
+        raise UseError(f"{option}: numbers from {least} on separated by commas are expected, not '{text}'")
+    return list(dict.fromkeys(found))
 
 
 def check_words(option: str, kind: str, asked: Sequence[str], known: Sequence[str]) -> None:

@@ -41,6 +41,7 @@ while (($#)); do
   esac
 done
 [[ $budget =~ ^[0-9]+$ ]] || { echo "error: gpu_suite.sh: --budget is '$budget', not a whole number of seconds" >&2 && exit 2; }
+budget=$((10#$budget)) # or 0480 would be octal
 
 # What is relative is so to where the user is.
 [[ -z $results ]] || results=$(realpath -m -- "$results")

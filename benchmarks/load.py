@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 import psutil
 
 BUSY = 0.1
 """Share of the cores' time from which a result says so."""
+_of_orphans = 0.0  # seconds of processes of our own that were ended with their parent: nobody has them any more
 
 
 class OtherProcesses:
@@ -40,13 +43,31 @@ def seconds_of_others() -> float:
 
     By the machine's own count, as a process that has ended meanwhile is in no list of processes.
     """
-    whole = psutil.cpu_times()
-    own = psutil.Process()
-    mine = 0.0
-    for process in [own, *own.children(recursive=True)]:
+    whole, kinds = psutil.cpu_times(), ("user", "nice", "system", "irq", "softirq")
+    return sum(getattr(whole, kind, 0.0) for kind in kinds) - _of_orphans - seconds_of(with_children(os.getpid()))
+
+
+def seconds_of(processes: Iterable[psutil.Process]) -> float:
+    """Processor time of processes so far, and of those that they have started and seen end."""
+    seconds = 0.0
+    for process in processes:
         with suppress(psutil.NoSuchProcess):  # it has ended: what it took is its parent's, which comes before it
             times = process.cpu_times()
-            mine += times.user + times.system
-            mine += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
-    kinds = ("user", "nice", "system", "irq", "softirq")
-    return sum(getattr(whole, kind, 0.0) for kind in kinds) - mine
+            seconds += times.user + times.system
+            seconds += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
+    return seconds
+
+
+def with_children(pid: int) -> list[psutil.Process]:
+    """A process, if there is one, and all that it has started, the first before those that it started."""
+    try:
+        here = psutil.Process(pid)
+        return [here, *here.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def count_orphans(processes: Sequence[psutil.Process]) -> None:
+    """Keep the time of processes whose parent is about to be killed: it will not have seen them end."""
+    global _of_orphans
+    _of_orphans += seconds_of(processes)

@@ -18,13 +18,14 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
+from benchmarks.load import count_orphans, with_children
 from dist_train.errors import UseError, WorkError
 
 Point = Mapping[str, Any]
@@ -123,9 +124,11 @@ class Child:
         """End the process and what it has started, such as workers and compilers."""
         if self.process is None:
             return
-        end_started_by(self.process.pid)
+        started = with_children(self.process.pid)[1:]
+        count_orphans(started)
         self.process.kill()
         self.process.wait()
+        kill(started)
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 with suppress(BrokenPipeError):  # of what was not sent
@@ -183,12 +186,11 @@ def gpu_environment(number: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": seen.split(",")[number % count]}
 
 
-def end_started_by(pid: int) -> None:
-    """Kill all processes that a process has started."""
-    with suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """Kill those that have not ended."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _last_line(text: str) -> str:
@@ -227,7 +229,7 @@ def _end_with_parent(parent: int) -> None:
     """End this process soon after its parent has ended, however it did: another one may need what it holds."""
     while os.getppid() == parent:
         time.sleep(0.5)
-    end_started_by(os.getpid())
+    kill(with_children(os.getpid())[1:])
     os._exit(1)
 
 

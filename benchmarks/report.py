@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from benchmarks.benchmark import Benchmark, no_result
 from benchmarks.catalogue import BENCHMARKS
 from benchmarks.charts import png
 from benchmarks.pages import Result, everything, render, require_page
-from dist_train.errors import WorkError
 from dist_train.files import write_atomically
 from dist_train.output import say
 
@@ -37,20 +35,9 @@ def read_results() -> list[Result]:
     """Every result, by benchmark in the order of the catalogue. Raises WorkError for one that cannot be read."""
     found = []
     for path in result.RESULTS.glob("*/*.json"):
-        try:
-            document = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise WorkError(f"{path}: not JSON ({error}); measure again, or remove it") from None
-        if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
-            raise WorkError(f"{path}: not a benchmark result: it has no list of rows")
-        found.append(Result(benchmark_of(path.parent.name), path, document))
-    order = [benchmark.name for benchmark in BENCHMARKS]
-
-    def place(one: Result) -> tuple[int, str, str]:
-        name = one.benchmark.name
-        return order.index(name) if name in order else len(order), name, one.path.name
-
-    return sorted(found, key=place)
+        found.append(Result(benchmark_of(path.parent.name), path, result.read_document(path)))
+    order = {benchmark.name: place for place, benchmark in enumerate(BENCHMARKS)}
+    return sorted(found, key=lambda r: (order.get(r.benchmark.name, len(order)), r.benchmark.name, r.path.name))
 
 
 def benchmark_of(name: str) -> Benchmark:

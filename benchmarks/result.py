@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from benchmarks.load import OtherProcesses
+from dist_train.errors import WorkError
 from dist_train.files import write_atomically
 from dist_train.machine import ask_git, gpu_names, processor_name, software
 
@@ -49,32 +50,44 @@ def write_result(
 
 def read_rows(bench: str, name: str) -> list[dict[str, Any]]:
     """The rows of a result; none where there is no such result."""
-    return _read(bench, name).get("rows", [])
+    return read_result(bench, name).get("rows", [])
 
 
 def begun_document(bench: str, name: str) -> dict[str, Any]:
     """A result that is continued, with what it was measured beside; empty where there is none."""
-    document = _read(bench, name)
+    document = read_result(bench, name)
     _OTHERS.before = document.get("busy_elsewhere", 0.0)
     return document
 
 
 def finished_rows(bench: str, name: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a result that was begun with the same parameters, commit and hardware; else none."""
-    document = _read(bench, name)
+    document = read_result(bench, name)
     if not document:
         return []
     mine = {"parameters": json.loads(json.dumps(parameters)), "commit": _commit(), "hardware": hardware()}
-    if any(document[key] != value for key, value in mine.items()):
+    if any(document.get(key) != value for key, value in mine.items()):
         path = RESULTS / bench / f"{name}.json"
         print(f"{path}: of another commit, machine or parameters; measuring all of it again", file=sys.stderr)
         return []
     return begun_document(bench, name)["rows"]
 
 
-def _read(bench: str, name: str) -> dict[str, Any]:
+def read_document(path: Path) -> dict[str, Any]:
+    """What is in a result file. Raises WorkError where that is none."""
+    try:
+        document = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise WorkError(f"{path}: not JSON ({error}); measure again, or remove it") from None
+    if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
+        raise WorkError(f"{path}: not a benchmark result: it has no list of rows")
+    return document
+
+
+def read_result(bench: str, name: str) -> dict[str, Any]:
+    """A result; empty where there is none. Raises WorkError for a file that is none."""
     path = RESULTS / bench / f"{name}.json"
-    return json.loads(path.read_bytes()) if path.exists() else {}
+    return read_document(path) if path.exists() else {}
 
 
 def hardware() -> dict[str, Any]:

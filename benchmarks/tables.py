@@ -61,12 +61,8 @@ def generic_columns(rows: Sequence[Row]) -> Columns:
     return [(key, key.replace("_", " "), "") for key in dict.fromkeys(key for row in rows for key in row)]
 
 
-def _all_numbers(rows: Sequence[Row], key: str) -> bool:
-    return all(is_number(row[key]) for row in rows if row.get(key) is not None)
-
-
 def _cell(row: Row, key: str, form: str) -> str:
-    if key == "step_ms" and row.get("out_of_memory"):
+    if key == "step_ms" and row.get("out_of_memory") is True:  # of a step on a GPU it counts how often, before
         return "out of memory"
     return text_of(row.get(key), form)
 

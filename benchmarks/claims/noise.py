@@ -59,7 +59,7 @@ def run(arguments: Arguments, recipe: Recipe) -> Path:
     batch = recipe.train.batch_size
     if arguments.samples % batch:
         raise UseError(f"--samples {arguments.samples}: must be a multiple of train.batch_size {batch}")
-    for stage in numbers("--stages", arguments.stages):
+    for stage in numbers("--stages", arguments.stages, least=0):
         for accumulation in numbers("--accumulations", arguments.accumulations):
             if accumulation < 1 or batch % accumulation:
                 raise UseError(f"--accumulations {accumulation}: must divide train.batch_size {batch}")

@@ -24,7 +24,7 @@ COST_LABELS = {
 def over_batches(rows: Sequence[Row], memory: str) -> list[Chart]:
     """Throughput and memory over the batch size; bars of the throughput where there is one size. memory: its key."""
     charts = []
-    gone = [row["batch_size"] for row in having(rows, "batch_size") if row.get("out_of_memory")]
+    gone = [row["batch_size"] for row in having(rows, "batch_size") if row.get("out_of_memory") is True]
     for key, name, what in (("images_per_s", "throughput", "images/s"), (memory, "memory", "peak memory, MB")):
         measured = having(rows, "batch_size", key)
         if len({row["batch_size"] for row in measured}) > 1:

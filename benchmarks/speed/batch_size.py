@@ -29,8 +29,8 @@ def run(arguments: Arguments, recipe: Recipe) -> Path:
     most = max(1, torch.cuda.device_count())
     if arguments.jobs > most:
         raise UseError(f"--jobs {arguments.jobs}: points at the same time need a GPU each; use {most}")
-    if arguments.seeds < 1 or (arguments.seeds > 1 and not arguments.accuracy):
-        raise UseError(f"--seeds {arguments.seeds}: a number of trainings, 1 or more, with --accuracy")
+    if arguments.seeds > 1 and not arguments.accuracy:
+        raise UseError(f"--seeds {arguments.seeds}: a number of trainings, with --accuracy")
     if arguments.accuracy:
         require_page()
     path = measure_batch_sizes(recipe, arguments)

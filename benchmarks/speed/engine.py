@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tqdm import tqdm
 
@@ -19,6 +19,7 @@ from benchmarks.result import write_result
 from benchmarks.tables import Document, Row, by, describe_row, figures, having, span, text_of
 from dist_train.errors import WorkError
 from dist_train.output import say
+from dist_train.ranges import AT_LEAST_1, NOT_NEGATIVE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,15 +38,15 @@ class Arguments:
     """of the result: benchmarks/results/engine/NAME.json"""
     backbone: str = "vit_base_patch16"
     """of the model"""
-    size: int = 128
+    size: Annotated[int, AT_LEAST_1] = 128
     """side of an image"""
     stages: str = "0,1,2,3"
     """ZeRO stages"""
     micro_batches: str = "8,16,32,64"
     """images of a step"""
-    pairs: int = 3
+    pairs: Annotated[int, AT_LEAST_1] = 3
     """turns at least"""
-    seconds: float = 60
+    seconds: Annotated[float, NOT_NEGATIVE] = 60
     """more turns up to this time"""
     arm: Literal["model", "settings", "host"] = "model"
     """model: the backbone beside a bare loop and DeepSpeed's defaults; settings: our settings turned back, one at a
@@ -57,11 +58,11 @@ def run(arguments: Arguments) -> Path:
     """Measure every combination of ZeRO stage and micro-batch in a process of its own, say each row and write them."""
     import torch
 
-    stages = numbers("--stages", arguments.stages)
+    stages = numbers("--stages", arguments.stages, least=0)
     micro_batches = numbers("--micro-batches", arguments.micro_batches)
-    backbone, size = arguments.backbone, arguments.size
+    backbone, size, threads = arguments.backbone, arguments.size, torch.get_num_threads()
     if arguments.arm == "host":
-        backbone, size, micro_batches = "ViT of depth 12 with 24 channels", HOST_SIZE, [HOST_BATCH]
+        backbone, size, micro_batches, threads = "ViT of depth 12 with 24 channels", HOST_SIZE, [HOST_BATCH], 1
     rows = []
     points = [(stage, micro_batch) for stage in stages for micro_batch in micro_batches]
     for stage, micro_batch in tqdm(points, desc="engine", disable=not sys.stderr.isatty()):
@@ -75,8 +76,8 @@ def run(arguments: Arguments) -> Path:
         for row in found:
             say(describe_row(row, f"{backbone}, {where}"))
         rows += found
-    parameters = {"backbone": backbone, "size": size, "head": "cls", "optimizer": "sgd"}
-    return write_result("engine", arguments.name, parameters | {"threads": torch.get_num_threads()}, rows)
+    parameters = {"backbone": backbone, "size": size, "head": "cls", "optimizer": "sgd", "threads": threads}
+    return write_result("engine", arguments.name, parameters, rows)
 
 
 def headline(document: Document) -> str:

@@ -79,7 +79,11 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
     }
     if point["arm"] == "settings":
         for what, theirs in TURNED_BACK.items():
-            loops[what] = engine_loop(turned_back(model(), recipe, point["micro_batch"], what, theirs))
+            mine = model()
+            optimizer = None
+            if what == "fused optimizer":
+                optimizer = torch.optim.SGD(mine.parameters(), recipe.optim.lr, recipe.optim.momentum)
+            loops[what] = engine_loop(changed_engine(mine, recipe, 1, point["micro_batch"], theirs, optimizer))
     else:
         loops["default"] = engine_loop(default_engine(model(), recipe, point["micro_batch"]))
     turns = take_turns(loops, images, labels, point["pairs"], point["seconds"])
@@ -159,7 +163,7 @@ def take_turns(
         step(images, labels)
     end = time.perf_counter() + seconds
     while len(turns["bare"]) < pairs or time.perf_counter() < end:
-        # Each comes after each other equally often: one that always followed itself would find its caches warm.
+        # Each begins a turn equally often, and none follows itself: it would find its caches warm.
         first = len(turns["bare"]) % len(loops)
         for which in [*list(loops)[first:], *list(loops)[:first]]:
             turns[which].append(loops[which](images, labels))
@@ -223,16 +227,6 @@ def default_engine(model: nn.Module, recipe: Recipe, micro_batch: int) -> deepsp
         optimizer=torch.optim.SGD(model.parameters(), optim.lr, optim.momentum, weight_decay=optim.weight_decay),
         config=settings | {"zero_optimization": {"stage": recipe.deepspeed.zero_stage}, "steps_per_print": 1 << 30},
     )[0]
-
-
-def turned_back(
-    model: Classifier, recipe: Recipe, micro_batch: int, what: str, theirs: dict[str, Any]
-) -> deepspeed.DeepSpeedEngine:
-    """Our engine with one setting as DeepSpeed has it; what: a key of TURNED_BACK, theirs: its value."""
-    optimizer = None
-    if what == "fused optimizer":
-        optimizer = torch.optim.SGD(model.parameters(), recipe.optim.lr, recipe.optim.momentum)
-    return changed_engine(model, recipe, 1, micro_batch, theirs, optimizer)
 
 
 def changed_engine(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from benchmarks.arguments import numbers
 from benchmarks.benchmark import Benchmark
@@ -19,6 +20,7 @@ from benchmarks.result import write_result
 from benchmarks.speed.link import PATH, inside, joined_namespaces, why_no_namespaces
 from benchmarks.tables import Document, having, text_of
 from dist_train.errors import UseError, WorkError
+from dist_train.ranges import AT_LEAST_1, Range
 
 ADDRESSES = ("10.78.0.1", "10.78.0.2")
 # In a namespace: wait for the cable's end, take the address $1, stay.
@@ -37,11 +39,11 @@ class Arguments:
     """of the result: benchmarks/results/exchange/NAME.json"""
     backbone: str = "vit_small_patch16"
     """of the model"""
-    size: int = 64
+    size: Annotated[int, AT_LEAST_1] = 64
     """side of an image"""
-    micro_batch: int = 16
+    micro_batch: Annotated[int, AT_LEAST_1] = 16
     """images of a rank in a step"""
-    turns: int = 15
+    turns: Annotated[int, Range(2)] = 15
     """of all contestants"""
     set: Literal["stages", "buckets", "settings"] = "stages"
     """beside DDP: ours and DeepSpeed's stages; ours with other buckets; ZeRO with other settings"""
@@ -54,7 +56,7 @@ def run(arguments: Arguments) -> Path:
 
     Raises UseError where there can be no namespaces, WorkError where a rank fails.
     """
-    stages = numbers("--stages", arguments.stages)
+    stages = numbers("--stages", arguments.stages, least=0)
     if why := why_no_namespaces("tc"):
         raise UseError(f"benchmarks exchange: {why}")
     point = {"backbone": arguments.backbone, "size": arguments.size, "micro_batch": arguments.micro_batch}
@@ -72,14 +74,10 @@ def _run_ranks(pids: list[int], point: dict[str, Any]) -> dict[str, Any]:
     shared |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     function = "benchmarks.speed.exchange_point:measure_rank"
     with ExitStack() as stack:
-        ranks = []
-        for rank, pid in enumerate(pids):
-
-            def within(command: list[str], pid: int = pid) -> list[str]:
-                return inside(pid, *command)
-
-            child = Child(function, shared | {"RANK": str(rank)}, within=within)
-            ranks.append(stack.enter_context(child))
+        ranks = [
+            stack.enter_context(Child(function, shared | {"RANK": str(rank)}, within=partial(inside, pid)))
+            for rank, pid in enumerate(pids)
+        ]
         for child in ranks:
             child.send(point)
         try:

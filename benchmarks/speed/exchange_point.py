@@ -34,15 +34,12 @@ from dist_train.train.engine import build_optimizer, init_process_group
 from dist_train.train.exchange import GradientExchange, forward_order
 
 BUCKETS_MB = (2.0, 5.0, 10.0, 25.0)
+_SMALL = {"reduce_bucket_size": 2_000_000, "allgather_bucket_size": 2_000_000}
 # Settings of ZeRO that cost nothing to change, over those of our configuration; bucket sizes in numbers.
 ZERO_SETTINGS: dict[str, dict[str, Any]] = {
     "overlap_comm": {"overlap_comm": True},
-    "small buckets": {"reduce_bucket_size": 2_000_000, "allgather_bucket_size": 2_000_000},
-    "small buckets, overlap_comm": {
-        "overlap_comm": True,
-        "reduce_bucket_size": 2_000_000,
-        "allgather_bucket_size": 2_000_000,
-    },
+    "small buckets": _SMALL,
+    "small buckets, overlap_comm": {"overlap_comm": True, **_SMALL},
     "not contiguous": {"contiguous_gradients": False},
 }
 COMPUTING_STEPS = 5  # of the latest, for what computing takes

@@ -8,7 +8,6 @@ each size has a process of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from dist_train.errors import WorkError
 STEPS = 2  # the first allocates the gradients and the optimizer's state, the second has all of it
 
 
-def largest_micro_batch(recipe: Recipe, most: int, environment: Mapping[str, str], limit: int) -> int:
+def largest_micro_batch(recipe: Recipe, most: int, limit: int) -> int:
     """The largest micro-batch of which a training step fits, to an eighth of it; `most` if that fits, 0 if none.
 
     By PyTorch's own operators, which take the most memory: compiling again for every size would take minutes. limit:
@@ -36,14 +35,14 @@ def largest_micro_batch(recipe: Recipe, most: int, environment: Mapping[str, str
 
         def fits(size: int) -> bool:
             # A GPU's row counts here how often it ran out of memory before.
-            row = measure(of_size(recipe, size), "synthetic", 0, STEPS, {}, limit)
+            row = measure(of_size(recipe, size), "synthetic", 0, STEPS, memory_limit=limit)
             return row.get("out_of_memory") is not True
 
         sizes = sizes_to(most)
         return largest_that_fits(sizes, fits, predicted(recipe, sizes, limit or available_memory()))
     point = {"recipe": asdict(recipe), "most": most, "memory_limit": limit}
     try:
-        return run_point("benchmarks.speed.fit:search_here", point, environment)
+        return run_point("benchmarks.speed.fit:search_here", point)
     except WorkError as error:
         raise WorkError(f"search for the largest micro-batch: {error}") from None
 

@@ -132,13 +132,7 @@ def check_pixels(point: dict[str, Any]) -> dict[str, Any]:
         made = []
         for device in (device_id, None):
             pipeline = ImagePipeline(
-                settings,
-                train=train,
-                baked=size,
-                batch_size=len(positions),
-                threads=4,
-                device_id=device,
-                depth=1,
+                settings, train=train, baked=size, batch_size=len(positions), threads=4, device_id=device, depth=1
             )
             with closing(pipeline):
                 pipeline.feed(fetched.images, augmentation)

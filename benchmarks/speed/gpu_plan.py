@@ -15,7 +15,6 @@ from dist_train.config import (
     DataConfig,
     DataDevice,
     DeepSpeedConfig,
-    Head,
     ModelConfig,
     Precision,
     Recipe,
@@ -182,7 +181,6 @@ def steps(
     backbone: str,
     batch: int,
     *,
-    head: Head = "cls",
     text_tokens: int = 0,
     precision: Precision = "bf16_autocast",
     zero_stage: ZeroStage = 0,
@@ -201,8 +199,8 @@ def steps(
     record: afterwards as a CUDA graph, too (None: where it is compiled). shards: also on what is loaded from there.
     turns: fewer than the scale's.
     """
-    model = ModelConfig(backbone=backbone, head=head, text_tokens=text_tokens, compile="kernels" if compile else "none")
-    what = f"step: {backbone} {head} batch {batch}, {precision}"
+    model = ModelConfig(backbone=backbone, text_tokens=text_tokens, compile="kernels" if compile else "none")
+    what = f"step: {backbone} {model.head} batch {batch}, {precision}"
     what += f", {text_tokens} text tokens" if text_tokens else ""
     what += f", ZeRO {zero_stage}" if zero_stage else ""
     what += ", compiled" if compile else ""
@@ -220,14 +218,7 @@ def steps(
     return Point(what, "steps", arguments, seconds, needs_gpu=compile, smoke=smoke)
 
 
-def loader(
-    scale: Scale,
-    shards: str,
-    device: DataDevice,
-    *,
-    threads: int = 0,
-    smoke: bool = False,
-) -> Point:
+def loader(scale: Scale, shards: str, device: DataDevice, *, threads: int = 0, smoke: bool = False) -> Point:
     """The training loader in turns with DALI's usual pipeline on the same threads (0: all cores)."""
     batch = scale.batches[0]
     recipe = recipe_of(scale, ModelConfig(backbone=scale.base), batch, "bf16_autocast", 0, shards)
@@ -241,9 +232,9 @@ def recipe_of(
     scale: Scale, model: ModelConfig, batch: int, precision: Precision, zero_stage: ZeroStage, shards: str
 ) -> Recipe:
     """The paper's image size and optimizer, one micro-batch a step."""
-    data = DataConfig(image_size=scale.image_size, crop_margin=scale.crop_margin)
+    shards = shards or DataConfig().shards  # the default's are not read
     return Recipe(
-        data=replace(data, shards=shards) if shards else data,
+        data=DataConfig(shards=shards, image_size=scale.image_size, crop_margin=scale.crop_margin),
         model=model,
         train=TrainConfig(batch_size=batch),
         deepspeed=DeepSpeedConfig(precision=precision, zero_stage=zero_stage),

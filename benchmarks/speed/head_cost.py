@@ -31,7 +31,8 @@ GPU_BYTES = 0.85 * 3.35e12
 
 @dataclass(frozen=True)
 class Size:
-    """Of a step: images, patches of an image, channels, blocks, attention heads, classes. As ViT-B/16 at 128 px."""
+    """Of a step: images, patches of an image, channels, blocks, classes, side of a patch, tokens of text. As ViT-B/16
+    at 128 px."""
 
     batch: int = 256
     patches: int = 64
@@ -39,6 +40,7 @@ class Size:
     depth: int = 12
     classes: int = 1000
     patch: int = 16
+    text: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,17 +94,17 @@ def head_cost(head: str, size: Size, how: str = "eager") -> Cost:
     kind = "ifa" if head == "stacked" else head
     features, _ = features_of(kind, size)
     moved = FEATURE_PASSES * 2 * size.batch * features + WEIGHT_BYTES * weights_of(kind, size)
-    tokens = 2 * size.batch * size.patches * size.dim * size.depth  # bytes in 16 bits
+    token = 2 * size.batch * size.dim * size.depth  # bytes of one in 16 bits, of all images and blocks
     if HEADS[kind].reads == "cls_and_average":
-        moved += AVERAGE_PASSES[how] * tokens
+        moved += AVERAGE_PASSES[how] * size.patches * token
     if head == "stacked":  # stacked: 2; zeros: 1; given back: 2; added: 3
-        moved += 8 * tokens
+        moved += 8 * (size.patches + size.text) * token
     return Cost(TRAINING * size.batch * products_of(kind, size), moved)
 
 
 def step_flops(size: Size) -> int:
     """FLOPs of a training step of the vision transformer with the CLS head, for all images."""
-    tokens, dim = 1 + size.patches, size.dim
+    tokens, dim = 1 + size.patches + size.text, size.dim
     block = 2 * 12 * tokens * dim**2 + 4 * tokens**2 * dim
     embedding = 2 * size.patches * dim * 3 * size.patch**2
     # Nothing is propagated to the pixels: of the patches' embedding there is the gradient of its weights alone.

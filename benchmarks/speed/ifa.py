@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from benchmarks.arguments import check_words, numbers, words
 from benchmarks.benchmark import Benchmark, Chart
@@ -20,6 +20,7 @@ from dist_train.config import Head
 from dist_train.errors import UseError, WorkError
 from dist_train.models.names import vit_shape
 from dist_train.output import say
+from dist_train.ranges import AT_LEAST_1
 
 CONTESTANTS = (*get_args(Head), "stacked")
 """The heads, and IFA as the reference computes it."""
@@ -49,13 +50,13 @@ class Arguments:
     """of those of a recipe, and stacked, separated by commas; cls must be there to compare with"""
     text_tokens: str = "0"
     """numbers separated by commas"""
-    batch: int = 16
+    batch: Annotated[int, AT_LEAST_1] = 16
     """images of a step"""
-    size: int = 128
+    size: Annotated[int, AT_LEAST_1] = 128
     """side of an image"""
-    classes: int = 3263
+    classes: Annotated[int, AT_LEAST_1] = 3263
     """of the head (DAF has 3263)"""
-    pairs: int = 10
+    pairs: Annotated[int, AT_LEAST_1] = 10
     """turns"""
     precision: Literal["float32", "bf16", "bf16_autocast"] = "float32"
     """as a recipe's deepspeed.precision"""
@@ -68,7 +69,7 @@ def run(arguments: Arguments) -> Path:
     if "cls" not in heads:
         raise UseError(f"--heads: the others are compared with cls; use cls,{arguments.heads}")
     rows = []
-    tokens_of = numbers("--text-tokens", arguments.text_tokens)
+    tokens_of = numbers("--text-tokens", arguments.text_tokens, least=0)
     shared: Row = {"classes": arguments.classes, "precision": arguments.precision}
     for backbone in words(arguments.backbones):
         for tokens in tokens_of:
@@ -120,7 +121,9 @@ def counted(point: dict[str, Any], which: str) -> Row:
     if shape is None:
         return {}
     patches = (point["size"] // shape.patch) ** 2
-    size = Size(point["batch"], patches, shape.dim, shape.depth, point["classes"], shape.patch)
+    size = Size(
+        point["batch"], patches, shape.dim, shape.depth, point["classes"], shape.patch, text=point["text_tokens"]
+    )
     return {f"counted_percent_{how}": round(100 * share_of_step(which, size, how), 3) for how in STEP_SECONDS}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import result
+from benchmarks.result import read_result
 from benchmarks.tables import Row, is_number
 from dist_train.recipe import METRICS_NAME
 
@@ -38,10 +38,7 @@ def predicted_knee(runs: Sequence[Path]) -> Row:
 def measured_knee(name: str) -> list[Row]:
     """The knees of the result `knee/NAME.json`, each of a setting at a stage of its training; none where it has not
     been measured."""
-    path = result.RESULTS / "knee" / f"{name}.json"
-    document = json.loads(path.read_bytes()) if path.exists() else {}
-    knees = document.get("knees") if isinstance(document, dict) else None
-    return [knee for knee in knees or [] if isinstance(knee, dict)]
+    return [knee for knee in read_result("knee", name).get("knees") or [] if isinstance(knee, dict)]
 
 
 def _last_logged(metrics: Path) -> dict[str, Any]:

@@ -54,8 +54,8 @@ def joined_namespaces(boots: Sequence[Sequence[str]]) -> Iterator[list[int]]:
             outer.wait()
 
 
-def inside(pid: int, *command: str) -> list[str]:
-    """`command` to be run in the namespaces of a process, in the present folder."""
+def inside(pid: int, command: Sequence[str]) -> list[str]:
+    """The command to be run in the namespaces of a process, in the present folder."""
     return ["nsenter", "--target", str(pid), "--all", f"--wd={os.getcwd()}", *command]
 
 

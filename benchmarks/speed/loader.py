@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import psutil
 from tqdm import tqdm
@@ -22,12 +23,14 @@ from tqdm import tqdm
 from benchmarks.arguments import check_words, words
 from benchmarks.benchmark import Benchmark, Chart
 from benchmarks.charts import GREY, LIGHT, OURS, bars
+from benchmarks.load import seconds_of, with_children
 from benchmarks.points import Child
 from benchmarks.result import write_result
 from benchmarks.speed.peers import Task
 from benchmarks.tables import Document, Row, figures, having, span, text_of
 from dist_train.data.manifest import MANIFEST_NAME, read_manifest
 from dist_train.errors import UseError, WorkError
+from dist_train.ranges import AT_LEAST_1, NOT_NEGATIVE, POSITIVE
 
 # In the order of the table. The ceilings come last.
 CONTESTANTS = {
@@ -59,23 +62,23 @@ class Arguments:
     """a shard set, or a folder or CSV that `python -m shards build` takes"""
     name: str
     """of the result: benchmarks/results/loader/NAME.json"""
-    bake: int | None = None
+    bake: Annotated[int | None, AT_LEAST_1] = None
     """build the shards resized to this square (not for a shard set)"""
-    max_side: int | None = None
+    max_side: Annotated[int | None, AT_LEAST_1] = None
     """build the shards with at most this many pixels on a side"""
-    size: int = 128
+    size: Annotated[int, AT_LEAST_1] = 128
     """side of a training image"""
-    margin: int = 32
+    margin: Annotated[int, NOT_NEGATIVE] = 32
     """resize to size + margin"""
     usual: bool = False
     """the usual recipe, RandomResizedCrop and flip, in place of the paper's augmentation"""
-    batch: int = 64
+    batch: Annotated[int, AT_LEAST_1] = 64
     """images of a batch"""
-    threads: int = len(os.sched_getaffinity(0))
+    threads: Annotated[int, AT_LEAST_1] = len(os.sched_getaffinity(0))
     """threads, or worker processes (by default the cores of this machine)"""
-    rounds: int = 7
+    rounds: Annotated[int, AT_LEAST_1] = 7
     """of all loaders"""
-    seconds: float = 4
+    seconds: Annotated[float, POSITIVE] = 4
     """of a run"""
     only: str | None = None
     """these loaders only: names of modules in benchmarks/speed/peers, separated by commas"""
@@ -148,35 +151,29 @@ def measure_loaders(task: Task, names: Sequence[str], rounds: int, seconds: floa
     """The row of each of the named contestants, in turns."""
     rows: dict[str, Row] = {name: {"loader": CONTESTANTS[name]} for name in names}
 
-    def leave_out(name: str, error: WorkError) -> None:
-        rows[name]["absent"] = f"{name}: {error}"
-        print(f"left out {name}: {error}", file=sys.stderr)
+    def start(contestant: Contestant) -> None:
+        started = contestant.child.ask({"start": contestant.name, "task": asdict(task)})
+        contestant.note, contestant.first_batch_s = started["note"], started["first_batch_s"]
+
+    def run_once(contestant: Contestant) -> None:
+        contestant.rounds.append(contestant.child.ask({"run": seconds}))
+
+    def look_at_memory(contestant: Contestant) -> None:
+        contestant.peak_mb = _peak_memory(contestant, seconds)
 
     with ExitStack() as stack:
-        running: list[Contestant] = []
-        for name in names:
-            started = Contestant(name, stack.enter_context(Child("benchmarks.speed.peers.serve:answer")))
-            try:
-                started.note = started.child.ask({"prepare": name, "task": asdict(task)})
-                started.first_batch_s = started.child.ask({"start": name})
-            except WorkError as error:
-                leave_out(name, error)
-            else:
-                running.append(started)
-            _wait_for_idle(started)
-        with tqdm(total=rounds * len(running), desc="loaders", disable=not sys.stderr.isatty()) as bar:
-            for _ in range(rounds):
-                for contestant in list(running):
-                    try:
-                        contestant.rounds.append(contestant.child.ask({"run": seconds}))
-                    except WorkError as error:
-                        leave_out(contestant.name, error)
-                        running.remove(contestant)
-                    _wait_for_idle(contestant)
-                    bar.update()
-        for contestant in running:
-            contestant.peak_mb = _peak_memory(contestant, seconds)
-            _wait_for_idle(contestant)
+        serve = "benchmarks.speed.peers.serve:answer"
+        running = [Contestant(name, stack.enter_context(Child(serve))) for name in names]
+        turns = [start, *[run_once] * rounds, look_at_memory]
+        for turn in tqdm(turns, desc="loaders", disable=not sys.stderr.isatty()):
+            for contestant in list(running):
+                try:
+                    turn(contestant)
+                except WorkError as error:
+                    rows[contestant.name]["absent"] = f"{contestant.name}: {error}"
+                    print(f"left out {contestant.name}: {error}", file=sys.stderr)
+                    running.remove(contestant)
+                _wait_for_idle(contestant)
     ours = next((contestant for contestant in running if contestant.name == "ours"), None)
     for contestant in running:
         rows[contestant.name] |= _row(contestant, ours)
@@ -208,7 +205,9 @@ def _us_per_sample(contestant: Contestant, clock: str) -> float:
 
 
 def check_limits(row: Row) -> None:
-    """Raise WorkError naming every figure of this project's row that is above its limit."""
+    """Raise WorkError naming every figure of this project's row that is above its limit, or why it has none."""
+    if "absent" in row:
+        raise WorkError(f"{row['loader']} was not measured: {row['absent']}")
     above = [f"{name} {row[name]} is above {limit}" for name, limit in LIMITS.items() if not row[name] <= limit]
     if above:
         raise WorkError(f"{row['loader']}: {'; '.join(above)}; is the machine busy, or the batch small?")
@@ -216,17 +215,13 @@ def check_limits(row: Row) -> None:
 
 def _tree(contestant: Contestant) -> list[psutil.Process]:
     process = contestant.child.process
-    try:
-        here = psutil.Process(process.pid) if process else None
-        return [here, *here.children(recursive=True)] if here else []
-    except psutil.NoSuchProcess:
-        return []
+    return with_children(process.pid) if process else []
 
 
 def _wait_for_idle(contestant: Contestant) -> None:
     """Until its workers have filled their queues, so that they do not disturb the next one."""
     before = -1.0
-    while (now := sum(sum(process.cpu_times()[:2]) for process in _tree(contestant))) - before > 0.02:
+    while (now := seconds_of(_tree(contestant))) - before > 0.02:
         before = now
         time.sleep(0.2)
 
@@ -251,7 +246,8 @@ def _resident_mb(pid: int) -> float:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except (OSError, ProcessLookupError):
         return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
+    kib = sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+    return kib * 1024 / 1e6
 
 
 def headline(document: Document) -> str:

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import psutil
 
 from benchmarks.benchmark import Benchmark
 from benchmarks.points import run_point
@@ -23,6 +25,7 @@ from benchmarks.tables import Document, describe_row, figures
 from dist_train.config import recipe_from_dict
 from dist_train.output import say
 from dist_train.parse import parse_recipe
+from dist_train.ranges import NOT_NEGATIVE
 
 CLASSES, VOCABULARY = 3263, 30522  # of DAF and of bert-base-uncased, which `gpu` has too
 SETTINGS = (
@@ -46,7 +49,7 @@ class Arguments:
 
     name: str
     """of the result: benchmarks/results/memory/NAME.json"""
-    settings: int = len(SETTINGS)
+    settings: Annotated[int, NOT_NEGATIVE] = len(SETTINGS)
     """how many of the recipes to measure here"""
     here_alone: bool = False
     """do not predict the committed rows of GPUs"""
@@ -90,7 +93,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         while True:
             yield synthetic_batch(recipe, predicted.micro_batch, CLASSES, own.device)
 
-    before = _resident_mb()
+    before = psutil.Process().memory_info().rss / 1e6
     with closing(OwnStep(recipe, place, CLASSES, vocabulary)) as own:
         own(batches())  # which also loads the kernels' libraries
         forget_peak_memory(own.device)
@@ -109,12 +112,6 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         "of_allocated": round(predicted.peak_mb / allocated, 4),
         "of_resident": round(predicted.peak_mb / resident, 4),
     }
-
-
-def _resident_mb() -> float:
-    import psutil
-
-    return psutil.Process().memory_info().rss / 1e6
 
 
 def of_gpus() -> Iterator[dict[str, Any]]:

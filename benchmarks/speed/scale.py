@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from benchmarks.benchmark import Benchmark
 from benchmarks.points import run_point
 from benchmarks.result import write_result
 from benchmarks.tables import Document, describe_row, figures, text_of
+from dist_train.errors import UseError
 from dist_train.output import say
+from dist_train.ranges import AT_LEAST_1
 
 NODES_FOLLOWED = 3
 
@@ -20,25 +23,29 @@ class Arguments:
 
     name: str
     """of the result: benchmarks/results/scale/NAME.json"""
-    samples: int = 10**9
+    samples: Annotated[int, AT_LEAST_1] = 10**9
     """of the training split"""
-    shards: int = 10**6
+    shards: Annotated[int, AT_LEAST_1] = 10**6
     """that hold them"""
-    nodes: int = 1024
+    nodes: Annotated[int, AT_LEAST_1] = 1024
     """of the cluster"""
-    ranks: int = 8
+    ranks: Annotated[int, AT_LEAST_1] = 8
     """of a node"""
-    batch: int = 65536
+    batch: Annotated[int, AT_LEAST_1] = 65536
     """global batch size"""
 
 
 def run(arguments: Arguments) -> Path:
-    """Measure the plan, say each row and write the result.
+    """Measure the plan, say each row and write the result. Raises UseError for shards or batches without a sample.
 
     A process of its own for each start: at step 0 and at step 1,000,000, time to the first batch of one rank, time per
     batch and memory beyond that of the interpreter and numpy. Then one epoch of all ranks of some nodes, step by step:
     the shards that each node touches against its share, and how many are in use at once.
     """
+    if arguments.samples < max(arguments.shards, arguments.batch):
+        raise UseError(
+            f"--samples {arguments.samples}: too few for {arguments.shards} shards and --batch {arguments.batch}"
+        )
     parameters = {"samples": arguments.samples, "shards": arguments.shards, "nodes": arguments.nodes}
     parameters |= {"ranks_per_node": arguments.ranks, "batch_size": arguments.batch}
     rows = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from benchmarks.arguments import check_words, words
 from benchmarks.benchmark import Benchmark, Chart
@@ -22,6 +22,7 @@ from dist_train.config import Recipe
 from dist_train.data.plan import micro_batch_of
 from dist_train.errors import UseError, WorkError
 from dist_train.output import say
+from dist_train.ranges import AT_LEAST_1, NOT_NEGATIVE
 
 Arm = Literal["synthetic", "loader", "end_to_end"]
 ARMS: tuple[Arm, ...] = ("synthetic", "loader", "end_to_end")
@@ -38,9 +39,9 @@ class Arguments:
     """of the result: benchmarks/results/step/NAME.json"""
     arms: str = "synthetic"
     """of synthetic,loader,end_to_end"""
-    warmup: int = 5
+    warmup: Annotated[int, NOT_NEGATIVE] = 5
     """steps before those that are measured"""
-    steps: int = 30
+    steps: Annotated[int, AT_LEAST_1] = 30
     """steps measured"""
 
 

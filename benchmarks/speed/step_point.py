@@ -13,12 +13,8 @@ import numpy as np
 import torch
 
 from benchmarks.speed.energy import ENOUGH_S, EnergyMeter, joules_per_step
-from benchmarks.speed.memory import free_memory, limit_memory
-from benchmarks.speed.own_step import (
-    OwnStep,
-    saved_activations_mb,
-    synthetic_batch,
-)
+from benchmarks.speed.memory import limit_memory
+from benchmarks.speed.own_step import OwnStep, saved_activations_mb, synthetic_batch
 from benchmarks.speed.step import PAPER_CLASSES, SYNTHETIC_VOCABULARY
 from benchmarks.speed.timing import step_figures, timed
 from dist_train.config import Recipe, recipe_from_dict
@@ -28,7 +24,7 @@ from dist_train.data.plan import micro_batch_of
 from dist_train.data.tokenizer import TagTokenizer
 from dist_train.errors import UseError
 from dist_train.place import Place
-from dist_train.train.engine import init_process_group, torch_device
+from dist_train.train.engine import compile_mode, init_process_group, torch_device
 from dist_train.train.inputs import build_tokenizer
 from dist_train.train.meters import (
     device_peak,
@@ -45,23 +41,17 @@ from dist_train.train.setup import with_normalisation
 def measure(point: dict[str, Any]) -> dict[str, Any]:
     """The row of a point. point: recipe, arm, warmup, steps, memory_limit (bytes, 0 for none)."""
     limit_memory(point["memory_limit"])
-    row = measure_point(recipe_from_dict(point["recipe"]), point["arm"], point["warmup"], point["steps"])
-    return row | {"peak_resident_mb": round(peak_resident_mb(), 1)}
-
-
-def measure_point(recipe: Recipe, arm: str, warmup: int, steps: int) -> dict[str, Any]:
-    """Measure one arm in this process, which holds nothing of it afterwards."""
+    recipe = recipe_from_dict(point["recipe"])
     try:
         with ExitStack() as let_go:
-            return _measure(recipe, arm, warmup, steps, let_go)
+            row = _measure(recipe, point["arm"], point["warmup"], point["steps"], let_go)
     except torch.OutOfMemoryError:
-        return {"out_of_memory": True}
+        row = {"out_of_memory": True}
     except RuntimeError as error:
         if not any(words in str(error) for words in ("can't allocate memory", "could not create a memory")):
             raise
-        return {"out_of_memory": True}
-    finally:
-        free_memory()
+        row = {"out_of_memory": True}
+    return row | {"peak_resident_mb": round(peak_resident_mb(), 1)}
 
 
 def _measure(recipe: Recipe, arm: str, warmup: int, steps: int, let_go: ExitStack) -> dict[str, Any]:
@@ -102,7 +92,7 @@ def _measure(recipe: Recipe, arm: str, warmup: int, steps: int, let_go: ExitStac
     figures = step_figures(times, recipe.train.batch_size)
     figures |= {"data_wait_share": round(own.meter.data_wait() / sum(times), 4)} | memory_figures(device) | loaded
     figures["memory_mb"] = max(figures["memory_mb"], round(own.meter.recorded_mb, 1))
-    figures["matrix_products"] = own.products
+    figures |= {"matrix_products": own.products, "compile": compile_mode(recipe, device, place.world_size)}
     if joules is not None and sum(times) < ENOUGH_S:
         each = joules_per_step(lambda: own(batches), float(np.median(times)), energy, device)
         joules = None if each is None else steps * each

@@ -10,7 +10,7 @@ from itertools import product
 from operator import itemgetter
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from benchmarks.arguments import check_words, numbers, words
 from benchmarks.points import gpu_environment
@@ -22,9 +22,9 @@ from benchmarks.speed.recommend import mark
 from benchmarks.tables import Row, describe_row
 from dist_train.config import Compile, Head, Recipe
 from dist_train.data.manifest import read_manifest
-from dist_train.data.plan import micro_batch_of
 from dist_train.errors import UseError
 from dist_train.output import say
+from dist_train.ranges import AT_LEAST_1, NOT_NEGATIVE
 
 START_S, COMPILE_S = 12.0, 30.0  # of a measuring process, roughly; only the printed plan uses it
 RUN = ("backbone", "head", "image_size", "batch_size")  # what tells one training from another
@@ -53,25 +53,25 @@ class Arguments:
     """of the benchmark step; by default end_to_end, which loads what it trains on, with --accuracy, else synthetic"""
     compile: str | None = None
     """values of model.compile; by default none,graphs on a GPU, which shows what of a step is the host's, else none"""
-    micro_batch: int = 0
+    micro_batch: Annotated[int, NOT_NEGATIVE] = 0
     """measure each batch accumulated from this many, too"""
-    search: int = 0
+    search: Annotated[int, NOT_NEGATIVE] = 0
     """find the largest micro-batch that fits, up to this many"""
-    memory_gb: float = 0.0
+    memory_gb: Annotated[float, NOT_NEGATIVE] = 0.0
     """that a process may take"""
-    price_per_hour: float | None = None
+    price_per_hour: Annotated[float | None, NOT_NEGATIVE] = None
     """of the device, in any currency"""
     accuracy: bool = False
     """train to the end at each batch size, and end with a page that says which to take"""
-    seeds: int = 1
+    seeds: Annotated[int, AT_LEAST_1] = 1
     """trainings of each batch size with --accuracy, from the recipe's seed on; more can be added later"""
-    tolerance: float = 1.0
+    tolerance: Annotated[float, NOT_NEGATIVE] = 1.0
     """points of top-1 that the recommended, cheapest batch may be below the best"""
-    warmup: int = 2
+    warmup: Annotated[int, NOT_NEGATIVE] = 2
     """steps before those that are measured"""
-    steps: int = 10
+    steps: Annotated[int, AT_LEAST_1] = 10
     """steps measured"""
-    jobs: int = 1
+    jobs: Annotated[int, AT_LEAST_1] = 1
     """runs at a time, a GPU each if there are any"""
 
 
@@ -191,17 +191,9 @@ def with_seeds(recipes: Sequence[Recipe], seeds: int) -> list[Recipe]:
 
 def describe(recipe: Recipe) -> Row:
     """What tells one point from another."""
-    micro = micro_batch_of(recipe.train.batch_size, 1, recipe.train.micro_batch_size)
-    return {
-        "backbone": recipe.model.backbone,
-        "head": recipe.model.head,
-        "image_size": recipe.data.image_size,
-        "batch_size": recipe.train.batch_size,
-        "micro_batch": micro,
-        "accumulation": recipe.train.batch_size // micro,
-        "compile": recipe.model.compile,
-        "precision": recipe.deepspeed.precision,
-    }
+    row = step.describe(recipe, arm="")
+    row["accumulation"] = row["batch_size"] // row["micro_batch"]
+    return {key: row[key] for key in (*RUN, "micro_batch", "accumulation", "compile", "precision")}
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
@@ -212,11 +204,6 @@ def key_of(row: Row) -> tuple[Any, ...]:
 def run_of(row: Row) -> tuple[Any, ...]:
     """The training, whatever its seed, that a row is of."""
     return tuple(row[key] for key in RUN)
-
-
-def is_accumulated(recipe: Recipe) -> bool:
-    """Whether the batch is made of several micro-batches, which changes nothing in what is learnt."""
-    return recipe.train.micro_batch_size not in (0, recipe.train.batch_size)
 
 
 def measure_point(recipe: Recipe, sweep: Arguments, samples: int, environment: dict[str, str]) -> Row:
@@ -249,17 +236,18 @@ def search_micro_batches(rows: list[Row], recipes: list[Recipe], sweep: Argument
     for recipe in {model_of(describe(recipe)): recipe for recipe in recipes}.values():
         mine = [row for row in rows if model_of(row) == model_of(describe(recipe))]
         if any("largest_micro_batch" not in row for row in mine):
-            largest = largest_micro_batch(recipe, sweep.search, {}, int(sweep.memory_gb * 1e9))
+            largest = largest_micro_batch(recipe, sweep.search, int(sweep.memory_gb * 1e9))
             for row in mine:
                 row["largest_micro_batch"] = largest
             yield
 
 
 def samples_per_epoch(recipe: Recipe) -> int:
-    """Samples of the train split of the recipe's shard set, or the paper's where the set is not there."""
+    """Samples of the train split of the recipe's shard set, or the paper's where the set is not there, and says so."""
     try:
         return read_manifest(recipe.data.shards).split("train").samples
-    except UseError:
+    except UseError as error:
+        say(f"{error}. An epoch is taken to have the {step.PAPER_SAMPLES:,} samples of the paper's.")
         return step.PAPER_SAMPLES
 
 
@@ -275,6 +263,7 @@ def describe_plan(left: list[Recipe], total: int, sweep: Arguments, samples: int
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seconds = training = 0.0
     rates: dict[tuple[str, int], float] = {}
+    trained = set()  # in one of the ways that make a batch: they change nothing in what is learnt
     for recipe in left:
         model = (recipe.model.backbone, recipe.data.image_size)
         if model not in rates:
@@ -285,14 +274,14 @@ def describe_plan(left: list[Recipe], total: int, sweep: Arguments, samples: int
             rates[model] = UTILISATION * matmul_rate(device, compute_dtype(recipe.deepspeed)) / flops
         seconds += START_S + (COMPILE_S if recipe.model.compile != "none" else 0.0)
         seconds += (sweep.warmup + sweep.steps) * recipe.train.batch_size / rates[model]
-        if sweep.accuracy and not is_accumulated(recipe):
+        if sweep.accuracy and run_of(describe(recipe)) not in trained:
+            trained.add(run_of(describe(recipe)))
             training += sweep.seeds * recipe.train.epochs * samples / rates[model]
     searched = ", without the search for the largest micro-batch" if sweep.search else ""
-    lines = [f"{len(left)} of {total} points to measure, about {seconds / 60:.0f} minutes{searched}"]
+    lines = [f"{len(left)} of {total} points to measure, about {seconds / 60 / sweep.jobs:.0f} minutes{searched}"]
     if training:
-        lines.append(
-            f"training to the end at each batch size, about {training / 3600:.1f} hours where nothing is done yet"
-        )
+        hours = training / 3600 / sweep.jobs
+        lines.append(f"training to the end at each batch size, about {hours:.1f} hours where nothing is done yet")
     return "\n".join(lines)
 
 

@@ -100,6 +100,15 @@ def test_a_suite_that_is_killed_keeps_its_rows_and_the_same_command_measures_the
     assert not (REPOSITORY / "benchmarks/results/gpu/cut.json").exists()
 
 
+@pytest.mark.parametrize(("given", "seconds"), [("0100", 100), ("080", 80)])
+def test_a_budget_is_in_decimal(given: str, seconds: int, results: Path) -> None:
+    results.mkdir()
+    (results / "manifest.json").touch()
+    command = [str(REPOSITORY / "benchmarks/gpu_suite.sh"), "--shards", str(results), "--budget", given]
+    said = subprocess.run(command, env=os.environ | {"PYTHON": "echo"}, capture_output=True, text=True, check=True)
+    assert seconds - 5 <= int(said.stdout.split("--budget ")[1]) <= seconds
+
+
 def test_without_time_every_point_is_a_row_that_says_so(results: Path) -> None:
     assert main(["gpu", "--smoke", "--shards", "none", "--name", "a", "--budget", "0", "--results", str(results)]) == 0
     document = read(results, "a")
@@ -126,6 +135,9 @@ def test_the_exit_status_tells_failed_checks_from_other_failures(
     arguments = ["--smoke", "--shards", "none", "--results", str(results)]
     measured_by(monkeypatch, lambda kind, _: {"met": kind != "pixels"})
     assert main(["gpu", *arguments, "--name", "wrong"]) == 1
+    measured_by(monkeypatch, lambda kind, _: {"out_of_memory": True} if kind == "loss" else {"met": True})
+    assert main(["gpu", *arguments, "--name", "large"]) == 1
+    assert f"1 of 6 checks failed: {CHECKS[0]}" in capfd.readouterr().err
     broken = {"error": "broken"}
     measured_by(monkeypatch, lambda kind, _: broken if kind in ("steps", "loader") else {"met": True})
     assert main(["gpu", *arguments, "--name", "slow"]) == 0

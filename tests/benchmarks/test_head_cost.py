@@ -1,11 +1,13 @@
 """What a head costs on paper, held to what torch counts and to what the operators make."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.__main__ import main
-from benchmarks.speed import ifa_point
+from benchmarks.speed import ifa, ifa_point
 from benchmarks.speed.head_cost import (
     TRAINING,
     Size,
@@ -38,6 +40,18 @@ def test_the_products_of_a_step_are_those_that_torch_counts() -> None:
     model, _ = build_model(ModelConfig(backbone="vit_tiny_patch16"), 64, SMALL.classes)
     counted = training_flops_per_sample(model, torch.randn(1, 3, 64, 64))
     assert SMALL.batch * counted == step_flops(SMALL)
+    model, _ = build_model(ModelConfig(backbone="vit_tiny_patch16", text_tokens=8), 64, SMALL.classes, 50)
+    text = torch.ones(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.bool)
+    counted = training_flops_per_sample(model, torch.randn(1, 3, 64, 64), *text)
+    assert SMALL.batch * counted == step_flops(replace(SMALL, text=8))
+
+
+def test_text_makes_a_step_longer_and_a_head_no_larger() -> None:
+    point = {"backbone": "vit_base_patch16", "size": 128, "batch": 16, "classes": 1000}
+    alone, beside = (ifa.counted(point | {"text_tokens": text}, "ifa")["counted_percent_eager"] for text in (0, 32))
+    assert 0 < beside < alone
+    assert head_cost("attentive", Size(text=32)) == head_cost("attentive", Size())  # the average is of the patches
+    assert head_cost("stacked", Size(text=32)).bytes > head_cost("stacked", Size()).bytes
 
 
 def test_a_head_adds_at_most_a_hundredth_to_a_step_of_vit_b_16_but_for_many_classes() -> None:

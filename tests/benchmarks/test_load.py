@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from benchmarks import load, result
 from benchmarks.catalogue import BENCHMARKS
 from benchmarks.pages import Result
+from benchmarks.points import Child
 
 BURN = "import time\nend = time.process_time() + {0}\nwhile time.process_time() < end: pass\nprint(flush=True)\ninput()"
 
@@ -51,6 +53,28 @@ def test_the_time_of_own_processes_is_taken_off_while_they_run_and_when_they_hav
     with busy(0.6, child=True):
         assert before - load.seconds_of_others() > 0.5
     assert before - load.seconds_of_others() > 0.5
+
+
+def burn_in_a_process_of_its_own(point: dict[str, Any]) -> None:
+    """In a child: start a process that works, and leave it there."""
+    process = subprocess.Popen([sys.executable, "-c", BURN.format(point["s"])], stdin=subprocess.PIPE, stdout=-1)
+    assert process.stdout is not None
+    process.stdout.readline()
+
+
+def test_the_time_of_what_a_child_has_started_is_taken_off_when_the_child_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as the workers of a loader: the child is killed before it could have seen them end."""
+    machine = psutil.cpu_times()
+    monkeypatch.setattr(psutil, "cpu_times", lambda: machine)
+    before = load.seconds_of_others()
+    with Child("tests.benchmarks.test_load:burn_in_a_process_of_its_own") as child:
+        child.ask({"s": 0.6})
+        started = load.with_children(child.process.pid)[1:] if child.process else []
+        alone = before - load.seconds_of_others()
+    assert alone > 0.6 and before - load.seconds_of_others() == pytest.approx(alone, abs=0.3)
+    assert len(started) == 1 and not psutil.wait_procs(started, timeout=20)[1]
 
 
 def test_the_share_is_of_all_cores_since_the_start(

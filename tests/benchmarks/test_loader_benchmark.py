@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import report, result
 from benchmarks.__main__ import main
-from benchmarks.speed import scale
+from benchmarks.speed import loader, scale
 from benchmarks.speed.loader import CONTESTANTS, LIMITS, check_limits
 from benchmarks.speed.peers import dali_native, ffcv_loader, timm_loader
 from benchmarks.speed.peers.serve import note_of
@@ -65,6 +67,32 @@ def test_the_loader_benchmark_fails_by_name_where_host_work_or_the_first_batch_i
     for name, limit in LIMITS.items():
         with pytest.raises(WorkError, match=f"{name} .* is above {limit}"):
             check_limits(within | {name: limit * 1.01})
+
+
+def test_a_loader_that_fails_after_its_rounds_costs_the_others_nothing(
+    shard_set: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(result, "RESULTS", tmp_path / "results")
+    measure = loader._peak_memory
+
+    def fail(contestant: loader.Contestant, seconds: float) -> float:
+        if contestant.name == "ours":
+            raise WorkError("no memory left")
+        return measure(contestant, seconds)
+
+    monkeypatch.setattr(loader, "_peak_memory", fail)
+    arguments = f"--images {shard_set({'train': [40]}, baked=40)} --scratch {tmp_path} --name f --size 32 --margin 8"
+    arguments += " --batch 8 --threads 1 --rounds 1 --seconds 0.1 --only ours,bytes_only --check"
+    assert main(["loader", *arguments.split()]) == 1
+    assert "error: this project was not measured: ours: no memory left" in capsys.readouterr().err
+    ours, other = json.loads((tmp_path / "results/loader/f.json").read_bytes())["rows"]
+    assert ours["absent"] == "ours: no memory left" and other["images_per_s"] > 0 and other["peak_mb"] > 0
+
+
+def test_memory_is_counted_in_millions_of_bytes() -> None:
+    before = loader._resident_mb(os.getpid())
+    held = np.ones(200_000_000, np.uint8)
+    assert loader._resident_mb(os.getpid()) - before == pytest.approx(held.nbytes / 1e6, rel=0.02)
 
 
 def test_what_differs_is_said_of_the_augmentation_that_is_measured() -> None:

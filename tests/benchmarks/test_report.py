@@ -16,6 +16,7 @@ import pytest
 from benchmarks import pages, report, result
 from benchmarks.__main__ import main
 from benchmarks.catalogue import BENCHMARKS
+from benchmarks.speed.batch_charts import over_batches
 from benchmarks.speed.recommend import cheapest_ways
 from benchmarks.tables import Table
 from tests.benchmarks.test_report_study import study_rows
@@ -299,8 +300,11 @@ def test_missing_keys_leave_blanks(results: Path) -> None:
         ["FFCV", "not measured: No module named 'ffcv'"],
         ["timm", "5"],
     ]
-    rows = [{"batch_size": 64, "out_of_memory": True}, {"batch_size": 32, "step_ms": 2.0}]
+    rows = [{"batch_size": 64, "out_of_memory": True}, {"batch_size": 32, "step_ms": 2.0, "out_of_memory": 3}]
     assert tables_of("batch_size", {"rows": rows})[0].cells == [["64", "out of memory"], ["32", "2.0"]]
+    rows = [{"batch_size": size, "images_per_s": 9.0, "out_of_memory": size == 64 or 3} for size in (16, 32, 64)]
+    (throughput,) = over_batches(rows, "peak_mb")
+    assert list(throughput.draw.keywords["crosses"]) == [64]  # the others ran out and got what they needed after all
 
 
 def test_a_gpu_has_a_table_for_each_kind_of_point() -> None:

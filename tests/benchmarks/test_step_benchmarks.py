@@ -52,6 +52,10 @@ def test_a_point_is_measured_in_each_arm_and_printed(
     # ViT-Ti at 32 px: 12 blocks keep at least their inputs for 4 images of 5 tokens.
     assert rows["synthetic"]["saved_activations_mb"] > 12 * 4 * 5 * 192 * 4 / 1e6
     assert document["parameters"]["recipe"]["train"]["micro_batch_size"] == 4
+    recipe = document["parameters"]["recipe"]
+    assert recipe["model"]["compile"] == recipe["deepspeed"]["precision"] == "auto"  # and here is what that was
+    if not torch.cuda.is_available():
+        assert [rows["synthetic"][key] for key in ("compile", "precision")] == ["none", "float32"]
 
 
 @pytest.mark.parametrize(("pure", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
@@ -157,5 +161,6 @@ def test_the_host_arm_measures_whole_steps_of_every_stage(results: Path) -> None
     assert main("engine --arm host --name host --stages 0,3 --pairs 3 --seconds 0".split()) == 0
     rows = json.loads((results / "engine/host.json").read_bytes())["rows"]
     assert [(row["zero_stage"], row["turns"]) for row in rows] == [(0, 3), (3, 3)]
+    assert json.loads((results / "engine/host.json").read_bytes())["parameters"]["threads"] == 1
     # A third of a step is what DeepSpeed's engine costs at ZeRO 0; sharding costs several.
     assert rows[0]["ours_ratio"] < rows[1]["ours_ratio"]

@@ -34,7 +34,8 @@ from dist_train import machine
 from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError
-from dist_train.train import memory, micro_batch
+from dist_train.train import memory, meters, micro_batch
+from dist_train.train.settings import precision_of
 
 SMALL = (
     "--data.image_size 32 --data.crop_margin 8 --data.threads 1 --model.backbone vit_tiny_patch16 --model.dropout 0.1"
@@ -268,7 +269,7 @@ def test_the_search_begins_at_what_is_predicted(monkeypatch: pytest.MonkeyPatch)
     assert [recipe.train.batch_size for recipe in tried] == [44, 40]
     assert {recipe.train.micro_batch_size for recipe in tried} == {0}
 
-    def measure(tried: Recipe, arm: str, warmup: int, steps: int, *_: Any) -> dict[str, Any]:
+    def measure(tried: Recipe, arm: str, warmup: int, steps: int, memory_limit: int) -> dict[str, Any]:
         assert (arm, warmup, steps) == ("synthetic", 0, 2)
         # By PyTorch's own operators: nothing is compiled for each size.
         assert tried.model.compile == "none"
@@ -276,7 +277,7 @@ def test_the_search_begins_at_what_is_predicted(monkeypatch: pytest.MonkeyPatch)
 
     if not torch.cuda.is_available():
         monkeypatch.setattr(fit, "measure", measure)
-        assert largest_micro_batch(recipe, 64, {}, 30_000_000) == 40
+        assert largest_micro_batch(recipe, 64, 30_000_000) == 40
 
 
 @pytest.mark.launch
@@ -297,6 +298,7 @@ def test_each_batch_is_measured_in_each_mode_and_trained_in_the_fastest() -> Non
     ]
     rows = [sweep.describe(recipe) for recipe in recipes]
     assert len({sweep.key_of(row) for row in rows}) == 4
+    assert Recipe().deepspeed.precision == "auto" and rows[0]["precision"] == precision_of(Recipe().deepspeed)
     for row, ms in zip(rows, (9.0, 2.0, 10.0, 11.0), strict=True):
         row["step_ms"] = ms
     assert sweep.recipes_to_train(recipes, rows) == [recipes[1], recipes[2]]
@@ -304,11 +306,43 @@ def test_each_batch_is_measured_in_each_mode_and_trained_in_the_fastest() -> Non
     assert [line[table.headings.index("compiled")] for line in table.cells] == ["none", "graphs"] * 2
 
 
+def test_the_plan_counts_a_training_once_however_its_batch_is_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(meters, "matmul_rate", lambda *_: 1e12)
+    base = parse_recipe([*SMALL.split(), "--data.shards", "nowhere"])[0]
+    samples = sweep.samples_per_epoch(base)
+    assert samples == 322_947
+    assert "nowhere: no such shard set" in capsys.readouterr().out  # and not in silence
+
+    def hours(seeds: int = 1, jobs: int = 1, **ways: Any) -> float:
+        swept = Arguments("s", heads="cls", batches="16,32", accuracy=True, seeds=seeds, jobs=jobs, **ways)
+        recipes = list(sweep.points(base, swept))
+        said = sweep.describe_plan(recipes, len(recipes), swept, 100 * samples)
+        return float(said.partition("about ")[2].partition(" about ")[2].partition(" hours")[0])
+
+    once = hours(compile="none")
+    assert once > 1 and hours(compile="none,kernels") == once
+    assert hours(compile="none", micro_batch=8) == once
+    assert hours(compile="none", seeds=4, jobs=4) == once
+
+
+def test_a_begun_result_that_cannot_be_read_is_one_clear_line(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (results / "batch_size").mkdir(parents=True)
+    for content, said in (('{"rows": [', "not JSON"), ("{}", "not a benchmark result")):
+        (results / "batch_size/s.json").write_text(content)
+        assert main(["batch_size", "--name", "s", "--batches", "4"]) == 1
+        assert f"batch_size/s.json: {said}" in capsys.readouterr().err
+        assert (results / "batch_size/s.json").read_text() == content
+
+
 def test_a_mode_that_there_is_not_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["batch_size", "--name", "a", "--compile", "none,fast"]) == 2
     assert "--compile: no 'fast'; there are none, kernels, graphs" in capsys.readouterr().err
     assert main(["batch_size", "--name", "a", "--seeds", "2"]) == 2
-    assert "--seeds 2: a number of trainings, 1 or more, with --accuracy" in capsys.readouterr().err
+    assert "--seeds 2: a number of trainings, with --accuracy" in capsys.readouterr().err
 
 
 def test_the_largest_micro_batch_is_searched_once_for_each_model(monkeypatch: pytest.MonkeyPatch) -> None:

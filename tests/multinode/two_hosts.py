@@ -36,7 +36,7 @@ class Host:
 
     def command(self, *command: str) -> list[str]:
         """`command` to be run on the host, as if at its console."""
-        return inside(self.pid, *command)
+        return inside(self.pid, command)
 
     def run(self, *command: str) -> str:
         return subprocess.run(self.command(*command), check=True, capture_output=True, text=True).stdout
