@@ -230,8 +230,6 @@ def _adamw(remedy: str) -> bool:
 
 def recipe_of(run: Run, arguments: Arguments, batches: Sequence[int], rate: float, samples: int) -> Recipe:
     """The recipe of a run at a rate; samples: of the train split."""
-    from dist_train.train.setup import with_normalisation
-
     remedy, start, smallest = REMEDIES[run.remedy], HEADS[run.head], batches[0]
     epochs = arguments.epochs * (run.batch_size // smallest if remedy.steps else 1)
     steps = count_steps(epochs, samples, run.batch_size)
@@ -243,7 +241,7 @@ def recipe_of(run: Run, arguments: Arguments, batches: Sequence[int], rate: floa
         data = replace(plain, feature_cache=str(arguments.scratch / "features"))
     else:
         data = replace(plain, flip=True, crop="random_resized", crop_scale=(0.4, 1.0))
-    asked = Recipe(
+    return Recipe(
         data=data,
         model=ModelConfig(
             backbone=arguments.backbone,
@@ -274,7 +272,6 @@ def recipe_of(run: Run, arguments: Arguments, batches: Sequence[int], rate: floa
         ),
         deepspeed=DeepSpeedConfig(precision=arguments.precision),
     )
-    return with_normalisation(asked)  # as a run's own recipe has it, by which a finished one is known
 
 
 def remove_checkpoints(recipe: Recipe) -> None:

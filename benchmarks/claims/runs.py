@@ -108,13 +108,20 @@ def is_finished(recipe: Recipe) -> bool:
     run = Path(recipe.train.run)
     if not (run / "recipe.yaml").is_file():
         return False
-    if comparable(recipe_from_run(run)) != comparable(recipe):
+    theirs = recipe_from_run(run)
+    if recipe.train.micro_batch_size == "auto":  # what fitted when it was trained
+        recipe = replace(recipe, train=replace(recipe.train, micro_batch_size=theirs.train.micro_batch_size))
+    if comparable(theirs) != comparable(recipe):
         raise UseError(f"{run}: holds a run of another recipe; remove it, or name another folder for the runs")
     return _summary_of(recipe).is_file()
 
 
 def comparable(recipe: Recipe) -> dict[str, Any]:
-    """What decides the result of a run; what is `auto` in it, as it is on this machine."""
+    """What decides the result of a run; precision, mean and deviation that are `auto`, as they are in the run."""
+    if "auto" in (recipe.data.mean, recipe.data.std):
+        from dist_train.train.setup import with_normalisation
+
+        recipe = with_normalisation(recipe)
     values = asdict(recipe)
     values["deepspeed"]["precision"] = precision_of(recipe.deepspeed)
     for section, key in (
