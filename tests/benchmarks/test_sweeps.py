@@ -35,6 +35,7 @@ from dist_train.cli import parse_recipe
 from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError
 from dist_train.train import memory, micro_batch
+from tests.harness import write_shard_set
 
 SMALL = (
     "--data.image_size 32 --data.crop_margin 8 --data.threads 1 --model.backbone vit_tiny_patch16 --model.dropout 0.1"
@@ -107,6 +108,9 @@ def test_a_finished_run_is_known_by_a_recipe_whose_auto_it_has_resolved(
     assert train_point(asdict(recipe)) and is_finished(recipe)
     with pytest.raises(UseError, match="/run: holds a run of another recipe"):
         is_finished(replace(recipe, data=replace(recipe.data, mean=(0.1, 0.2, 0.3))))
+    write_shard_set(shards, {"train": [21], "val": [4], "test": [9]}, baked=40)
+    with pytest.raises(UseError, match=r"/run: trained on what .*/set was before"):
+        list(finish_runs([recipe, small(shards, tmp_path / "other")], 1, "runs"))
 
 
 @pytest.mark.launch
