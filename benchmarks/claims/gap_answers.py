@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.claims.gap_runs import FIXED, accuracies, diverged
-from benchmarks.claims.study_runs import Seeds, slope_per_doubling, with_spread
+from benchmarks.claims.study_runs import Seeds, share_of, slope_per_doubling, with_spread
 from benchmarks.tables import Row, by
 
 Answer = dict[str, str]
@@ -38,20 +38,12 @@ def gap(rows: Sequence[Row], head: str, batches: Sequence[int]) -> Seeds:
 
 def closed(rows: Sequence[Row], head: str, remedy: str, batches: Sequence[int]) -> Seeds:
     """Percent of the gap that a remedy wins back at the largest batch; empty where there is no gap, or none in the
-    seeds that have the remedy.
-
-    The mean is that of what is won over that of what was lost. What a seed adds to it is linear in both (the delta
-    method), so that the error is the ratio's: the runs at the largest batch are in both.
-    """
+    seeds that have the remedy."""
     lost = gap(rows, head, batches)
     if not lost or lost.sign <= 0:
         return Seeds()
     won = accuracies(rows, head, remedy, batches[-1]) - accuracies(rows, head, FIXED, batches[-1])
-    lost = Seeds({seed: lost[seed] for seed in sorted(won.keys() & lost.keys())})
-    if sum(lost.values()) <= 0:
-        return Seeds()
-    share = sum(won[seed] for seed in lost) / sum(lost.values())
-    return Seeds({seed: 100 * (share + (won[seed] - share * lost[seed]) / lost.mean) for seed in lost})
+    return Seeds({seed: 100 * share for seed, share in share_of(won, lost).items()})
 
 
 def closers(rows: Sequence[Row], batches: Sequence[int]) -> list[tuple[str, float]]:
