@@ -97,10 +97,12 @@ def _falls(rows: Sequence[Row], batches: Sequence[int]) -> Answer | None:
 
 def _closes(rows: Sequence[Row], remedy: str, batches: Sequence[int]) -> Answer | None:
     said, whole = [], []
-    for head in _losing(rows, batches):
+    losing = _losing(rows, batches)
+    for head in by(rows, "head"):
         if gone := diverged(rows, head, remedy, batches[-1]):
             said.append(f"{head}: {gone} runs diverged")
-            whole.append(False)
+            if head in losing:
+                whole.append(False)
         elif share := closed(rows, head, remedy, batches):
             short = accuracies(rows, head, remedy, batches[-1]) - accuracies(rows, head, FIXED, batches[0])
             said.append(f"{head}: {share} % ({short} points to batch {batches[0]})")
