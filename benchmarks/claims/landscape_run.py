@@ -170,6 +170,7 @@ def _measure_points(
             except (UseError, WorkError) as error:
                 note = f"no line, as the initial weights cannot be made again: {error}"
                 log.warning("%s: %s", run, note)
+                del values[len(plane) :]  # of a line that was begun
                 return note
             for t in line[len(values) - len(plane) :]:
                 move_to(t)

@@ -277,8 +277,19 @@ def test_what_cannot_be_measured_is_one_clear_line(
     assert not list(results.glob("*"))
 
 
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, points: int) -> None:
+    original, left = landscape_run.loss_and_top1, iter(range(points))
+
+    def counted(*arguments: Any) -> tuple[float, float]:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(landscape_run, "loss_and_top1", counted)
+
+
 def test_without_the_starting_weights_there_is_no_line_and_the_row_says_so(
-    shards: Path, tmp_path: Path, results: Path
+    shards: Path, tmp_path: Path, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = tmp_path / "start.safetensors"
     pretrained = train(shards, tmp_path / "pretrained")
@@ -289,6 +300,11 @@ def test_without_the_starting_weights_there_is_no_line_and_the_row_says_so(
     weights, recipe = read_weights(newest_checkpoint(pretrained)), recipe_from_run(run)
     initial = landscape_run.initial_weights(recipe, load_trained(run, recipe, "last", False))
     assert all((initial[name] == weights[name]).all() for name in weights)
+    interrupt_after(monkeypatch, 5 + 9 + 2)  # in the line, of which no more can be measured afterwards
+    with pytest.raises(KeyboardInterrupt):
+        measure([run], "without")
+    monkeypatch.undo()
+    monkeypatch.setattr(result, "RESULTS", results.parent)
     start.unlink()
     (row,) = measure([run], "without")["rows"]
     assert row["line"] is None and row["line_barrier"] is None and f"there is no file {start}" in row["line_note"]
