@@ -91,10 +91,17 @@ def features_of(arguments: Arguments, manifest: Manifest) -> tuple[Samples, Arra
     bias of the final norm, (2, D)), from the file where it has those of the same images and backbone."""
     what = f"{manifest.digest} {arguments.backbone} {file_sha256(arguments.weights)} {arguments.size}"
     if arguments.features is not None and arguments.features.is_file():
-        with np.load(arguments.features, allow_pickle=False) as file:
-            if str(file["what"]) != what:
-                raise UseError(f"--features: {arguments.features} is of other images, weights or sizes; name another")
-            return {split: (file[f"{split}_tokens"], file[f"{split}_labels"]) for split in SPLITS}, file["norm"]
+        try:
+            with np.load(arguments.features, allow_pickle=False) as file:
+                kept = dict(file)
+        except Exception as error:  # zip, zlib and numpy each have errors of their own
+            why = " ".join(str(error).split())
+            raise UseError(
+                f"--features: {arguments.features} cannot be read ({why}); remove it, or name another"
+            ) from None
+        if str(kept.get("what")) != what:
+            raise UseError(f"--features: {arguments.features} is of other images, weights or sizes; name another")
+        return {split: (kept[f"{split}_tokens"], kept[f"{split}_labels"]) for split in SPLITS}, kept["norm"]
     model: Any = frozen_vit(arguments.backbone, arguments.weights, arguments.size)
     norm = np.stack([parameter.detach().numpy() for parameter in (model.norm.weight, model.norm.bias)])
     samples = {split: tokens_of(model, arguments, manifest, split) for split in SPLITS}

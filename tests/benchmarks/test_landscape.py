@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from benchmarks.claims.surface import (
 from dist_train.cli import main, recipe_from_run
 from dist_train.data.draws import random_bits
 from dist_train.data.loader import EvalLoader
-from dist_train.data.manifest import read_manifest
+from dist_train.data.manifest import read_manifest, write_manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import build_model
 from dist_train.models.saved import newest_checkpoint, read_weights
@@ -154,6 +155,21 @@ def test_the_initial_weights_are_those_that_the_loop_began_with(shards: Path, tm
     assert (torch.random.get_rng_state() == before).all()
     weights = read_weights(newest_checkpoint(run))
     assert initial.keys() == weights.keys() and all((initial[name] == weights[name]).all() for name in weights)
+
+
+def test_a_classifier_of_other_classes_is_not_among_the_initial_weights(
+    shards: Path, tmp_path: Path, shard_set: Callable[..., Path]
+) -> None:
+    """As in a training, which leaves it out though its shape fits."""
+    pretrained = train(shards, tmp_path / "pretrained")
+    others = shard_set({"train": [24], "test": [5]}, "others", baked=40)
+    manifest = read_manifest(others)
+    renamed = tuple(replace(info, name=f"other {info.name}") for info in manifest.classes)
+    write_manifest(others, replace(manifest, classes=renamed))
+    run = train(others, tmp_path / "still", optim__lr=0, model__weights=pretrained)
+    recipe, weights = recipe_from_run(run), read_weights(newest_checkpoint(run))
+    initial = landscape_run.initial_weights(recipe, load_trained(run, recipe, "last", False))
+    assert [name for name in weights if not torch.equal(initial[name], weights[name])] == []
 
 
 def test_bad_samples_are_left_out_of_the_subset(

@@ -107,6 +107,10 @@ def test_the_features_are_the_blocks_tokens(
     assert json.loads((tmp_path / "results/probe/small.json").read_bytes())["rows"] == document["rows"]
     assert main([*words, "--size", "48"]) == 2
     assert "f.npz is of other images, weights or sizes; name another" in capfd.readouterr().err
+    for content in (b"no archive", (tmp_path / "f.npz").read_bytes()[:-100]):
+        (tmp_path / "f.npz").write_bytes(content)
+        assert main([*words, "--size", "32"]) == 2
+        assert "f.npz cannot be read (" in capfd.readouterr().err
 
 
 def test_what_a_probe_needs_is_said(tmp_path: Path, shard_set: Any, capfd: pytest.CaptureFixture[str]) -> None:
