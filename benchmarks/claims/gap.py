@@ -24,8 +24,7 @@ from benchmarks.claims.gap_runs import FIXED, HEADS, REMEDIES, Run, accuracies, 
 from benchmarks.claims.runs import finish_runs, is_finished, outcome, read_summary, threads_of
 from benchmarks.claims.study_runs import with_spread
 from benchmarks.result import begun_document, write_result
-from benchmarks.tables import FOLDED, Document, Row, by, having, table_of
-from benchmarks.tables import Table as ReportTable
+from benchmarks.tables import FOLDED, Document, Row, Table, by, having, table_of
 from dist_train.config import DataConfig, DeepSpeedConfig, ModelConfig, OptimConfig, Precision, Recipe, TrainConfig
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError, WorkError
@@ -325,7 +324,7 @@ def charts(document: Document) -> list[Chart]:
     return found
 
 
-def tables(document: Document) -> list[ReportTable]:
+def tables(document: Document) -> list[Table]:
     """All runs."""
     rows = document["rows"]
     return [table_of(f"All {len(rows)} runs", COLUMNS, rows, folded=len(rows) >= FOLDED)]

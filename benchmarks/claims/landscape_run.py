@@ -40,7 +40,7 @@ from benchmarks.tables import Row
 from dist_train.config import Recipe
 from dist_train.data.loader import Batch, EvalLoader
 from dist_train.data.manifest import Manifest
-from dist_train.errors import UseError, WorkError
+from dist_train.errors import UseError, WorkError, written
 from dist_train.files import write_atomically
 from dist_train.models.saved import CHECKSUMS_NAME, newest_checkpoint
 from dist_train.parse import recipe_from_run
@@ -293,10 +293,8 @@ def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     """Write a file of arrays. Raises WorkError where it cannot be."""
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, **arrays)
-    try:
+    with written(path, "make room, then start again"):
         write_atomically(path, content.getvalue())
-    except OSError as error:
-        raise WorkError(f"{path}: cannot be written ({error.strerror}); make room, then start again") from None
 
 
 def _number(value: float | None) -> float | None:

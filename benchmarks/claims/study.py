@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.arguments import check_words, numbers
-from benchmarks.benchmark import Benchmark, Chart
+from benchmarks.benchmark import Benchmark
 from benchmarks.claims import require
 from benchmarks.claims.questions import answer_questions
 from benchmarks.claims.runs import SUMMARY_NAME, finish_runs, outcome, read_summary, test_evaluation
@@ -344,11 +344,6 @@ def tables(document: Document) -> list[Table]:
     return [summary_table(rows), all_rows] if rows else [all_rows]
 
 
-def charts(document: Document) -> list[Chart]:
-    """Accuracy over batch sizes, and every experiment beside the runs it is compared with."""
-    return study_charts(document["rows"])
-
-
 COLUMNS = [
     ("experiment", "experiment", ""),
     ("data", "data", ""),
@@ -379,7 +374,7 @@ BENCHMARK = Benchmark(
     run,
     COLUMNS,
     headline,
-    charts,
+    study_charts,
     tables,
     pictured=True,
 )
