@@ -116,16 +116,25 @@ def features_of(arguments: Arguments, manifest: Manifest) -> tuple[Samples, Arra
 
 
 def frozen_vit(backbone: str, weights: Path, size: int) -> nn.Module:
-    """timm's model with the weights of the file, its positions resampled to the image size, in evaluation mode."""
+    """timm's model with the weights of the file, its positions resampled to the image size, in evaluation mode.
+
+    Raises UseError for a name that is no ViT's, a size that it cannot have, and weights of another model.
+    """
     import timm
 
-    model = timm.create_model(
-        backbone,
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(weights), "num_classes": 0},
-        num_classes=0,
-        img_size=size,
-    )
+    try:
+        model = timm.create_model(
+            backbone,
+            pretrained=True,
+            pretrained_cfg_overlay={"file": str(weights), "num_classes": 0},
+            num_classes=0,
+            img_size=size,
+        )
+    except Exception as error:  # each of these has errors of its own
+        why = " ".join(str(error).split())
+        raise UseError(f"--backbone {backbone}, --weights {weights}, --size {size}: timm says: {why:.200}") from None
+    if not getattr(model, "num_prefix_tokens", 0):
+        raise UseError(f"--backbone {backbone}: has no [CLS]; name a ViT that has")
     return model.eval()
 
 
