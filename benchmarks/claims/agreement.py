@@ -13,12 +13,25 @@ from benchmarks.claims.runs import comparable, is_finished, outcome, threads_of
 from benchmarks.points import Child
 from benchmarks.result import begun_document, write_result
 from benchmarks.tables import Document, Row
-from dist_train.config import Recipe, recipe_from_dict
+from dist_train.config import DataConfig, OptimConfig, Recipe, recipe_from_dict
 from dist_train.data.manifest import Manifest, read_manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.output import say
+from dist_train.train.settings import precision_of
 
 ARMS = ("ours", "plain")
+KNOWN = {
+    "data": "shards cache cache_gb digest image_size crop_scale crop_ratio eval_crop eval_crop_pct brightness contrast "
+    "saturation hue mean std streams shuffle_window device threads prefetch max_bad_samples max_pixels",
+    "model": "backbone weights drop_path freeze checkpoint_blocks compile",
+    "optim": "lr betas weight_decay layer_decay warmup_steps label_smoothing",
+    "train": "run seed epochs batch_size micro_batch_size eval_batch_size eval_every monitor log_every "
+    "keep_checkpoints timeout_s noise_every",
+    "deepspeed": "precision zero_stage",
+}
+"""Keys of a recipe that the plain loop heeds, or that change no more in a run than its random numbers and rounding."""
+PLAIN = Recipe(data=DataConfig(crop="random_resized"), optim=OptimConfig(name="adamw"))
+"""What all other keys must be."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +50,13 @@ class Arguments:
 def run(arguments: Arguments, base: Recipe) -> Path:
     """Train both with every seed, a seed after the other. Writes the result after each run.
 
-    Raises UseError where the result has runs of another recipe, before anything is trained.
+    Raises UseError where the result has runs of another recipe or the plain loop would train otherwise than the recipe
+    says, before anything is trained.
     """
+    check_known(base)
     parameters = {"recipe": asdict(base), "seeds": arguments.seeds}
     manifest = read_manifest(base.data.shards)
+    manifest.split("test")
     document = begun_document("agreement", arguments.name)
     rows: list[Row] = document.get("rows", [])
     there = {(row["arm"], row["seed"]) for row in rows}
@@ -74,6 +90,27 @@ def run(arguments: Arguments, base: Recipe) -> Path:
     return path
 
 
+def check_known(recipe: Recipe) -> None:
+    """Raise UseError, naming the key, where the plain loop would train otherwise than the recipe says."""
+    plain = asdict(PLAIN)
+    odd = {
+        f"{section}.{key}": value
+        for section, values in asdict(recipe).items()
+        for key, value in values.items()
+        if key not in KNOWN[section].split() and value != plain[section][key]
+    }
+    model, precision = recipe.model, precision_of(recipe.deepspeed)
+    if precision not in ("float32", "bf16_autocast"):
+        odd["deepspeed.precision"] = precision
+    if model.freeze != "none" and not model.freeze.isdecimal():
+        odd["model.freeze"] = model.freeze
+    if not (model.weights.endswith(".safetensors") and Path(model.weights).is_file()):
+        odd["model.weights"] = model.weights
+    if odd:
+        named = ", ".join(f"{key} {value}" for key, value in odd.items())
+        raise UseError(f"{named}: the plain loop does not know that; benchmarks/claims/plain_loop.py says what it does")
+
+
 def _ours(recipe: Recipe, threads: int) -> Row:
     if not is_finished(recipe):
         log = Path(f"{recipe.train.run}.log")
@@ -85,9 +122,13 @@ def _ours(recipe: Recipe, threads: int) -> Row:
 
 
 def _plain(recipe: Recipe, manifest: Manifest, threads: int) -> Row:
+    from dist_train.train.setup import with_normalisation
+
     root = Path(recipe.data.shards)
     splits = {name: [str(root / shard.file) for shard in split.shards] for name, split in manifest.splits.items()}
-    point = {"recipe": asdict(recipe), "splits": splits, "classes": len(manifest.classes)}
+    recipe = with_normalisation(recipe)
+    settings = asdict(recipe) | {"deepspeed": {"precision": precision_of(recipe.deepspeed)}}
+    point = {"recipe": settings, "splits": splits, "classes": len(manifest.classes)}
     with Child("benchmarks.claims.plain_loop:train_point", {"OMP_NUM_THREADS": str(threads)}) as child:
         return child.ask(point)
 

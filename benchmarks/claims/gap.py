@@ -19,13 +19,12 @@ from typing import Any, Literal
 from benchmarks.arguments import check_words, numbers, positive_numbers, words
 from benchmarks.benchmark import Benchmark, Chart
 from benchmarks.charts import bars, lines
-from benchmarks.claims.gap_answers import answer_questions, closers, table_rows
+from benchmarks.claims.gap_answers import answer_questions, closers, gap, table_rows
 from benchmarks.claims.gap_runs import FIXED, HEADS, REMEDIES, Run, accuracies, plan, searched_as, searches
-from benchmarks.claims.runs import finish_runs, is_finished, outcome, read_summary
+from benchmarks.claims.runs import finish_runs, is_finished, outcome, read_summary, threads_of
 from benchmarks.claims.study_runs import with_spread
 from benchmarks.result import begun_document, write_result
-from benchmarks.tables import FOLDED, Document, Row, by, having, table_of
-from benchmarks.tables import Table as ReportTable
+from benchmarks.tables import FOLDED, Document, Row, Table, by, having, table_of
 from dist_train.config import DataConfig, DeepSpeedConfig, ModelConfig, OptimConfig, Precision, Recipe, TrainConfig
 from dist_train.data.manifest import read_manifest
 from dist_train.errors import UseError, WorkError
@@ -34,7 +33,7 @@ from dist_train.recipe import check
 from dist_train.train.schedule import count_steps
 
 MOMENTUM = 0.9
-SEARCH_SEEDS = (100,)
+SEARCH_SEED = 100
 """Not among those of the runs that are compared."""
 NOT_OF_A_RUN = ("name", "jobs", "scratch", "keep_checkpoints", "heads", "seeds")
 """Arguments that change nothing in a row."""
@@ -86,12 +85,17 @@ class Arguments:
 
 def run(arguments: Arguments) -> Path:
     """Search the rates, train what is left and write the result after each run."""
-    heads, batches = words(arguments.heads), numbers("--batches", arguments.batches)
-    remedies = [FIXED, *words(arguments.remedies)]
+    heads, batches = list(dict.fromkeys(words(arguments.heads))), numbers("--batches", arguments.batches)
+    remedies = list(dict.fromkeys([FIXED, *words(arguments.remedies)]))
     check_words("--heads", "head", heads, tuple(HEADS))
     check_words("--remedies", "remedy", remedies, tuple(REMEDIES))
-    if batches != sorted(set(batches)) or len(batches) < 2:
+    if batches != sorted(set(batches)) or len(batches) < 2 or batches[0] < 1:
         raise UseError(f"--batches {arguments.batches}: name at least two, the smallest first")
+    if batches[-1] % batches[0] and (steps := [name for name in remedies if REMEDIES[name].steps]):
+        raise UseError(
+            f"--batches {arguments.batches}: for `{steps[0]}` the largest must be a multiple of the smallest; or leave "
+            "it out of --remedies"
+        )
     if arguments.train == "frozen" and (useless := [name for name in remedies if REMEDIES[name].of_backbone]):
         raise UseError(f"--remedies {useless[0]}: with --train frozen all of the backbone is")
     if arguments.freeze != "none" and (
@@ -100,6 +104,7 @@ def run(arguments: Arguments) -> Path:
         raise UseError(f"--freeze {arguments.freeze}: it goes with --train all, without the remedy frozen embedding")
     if not arguments.weights.is_file():
         raise UseError(f"--weights: there is no file {arguments.weights}")
+    threads_of(arguments.jobs)  # refuses what cannot be
     manifest = read_manifest(str(arguments.set))
     if missing := [split for split in ("train", "val", "test") if split not in manifest.splits]:
         raise UseError(f"{arguments.set}: has no split {missing[0]}")
@@ -128,12 +133,10 @@ def run(arguments: Arguments) -> Path:
     path = write()
     left = [run for run in plan(heads, remedies, batches, arguments.seeds) if run.name not in rows]
     say(f"{len(left)} runs are left")
-    recipes = {}
-    for each in left:
-        rate = chosen[each.head, *searched_as(each.remedy, batches)]
-        recipes[each.name] = recipe_of(each, arguments, batches, rate, samples)
-    by_folder = {recipe.train.run: each for each, recipe in zip(left, recipes.values(), strict=True)}
-    for recipe in ended(list(recipes.values()), arguments.jobs, "gap"):
+    rates = [chosen[each.head, *searched_as(each.remedy, batches)] for each in left]
+    recipes = [recipe_of(each, arguments, batches, rate, samples) for each, rate in zip(left, rates, strict=True)]
+    by_folder = {recipe.train.run: each for each, recipe in zip(left, recipes, strict=True)}
+    for recipe in ended(recipes, arguments.jobs, "gap"):
         each = by_folder[recipe.train.run]
         rows[each.name] = row_of(each, recipe)
         if not arguments.keep_checkpoints:
@@ -161,16 +164,14 @@ def search(
     rows: dict[str, Row],
 ) -> dict[tuple[str, str, int], float]:
     """The best rate by head, remedy and batch size. Adds the runs that it takes to `rows`."""
-    rates = positive_numbers("--rates", arguments.rates)
-    adamw_rates = positive_numbers("--adamw-rates", arguments.adamw_rates)
-    places = [(head, *place) for head in heads for place in searches(head, batches, remedies)]
-    runs = {
-        place: [
-            Run(*place, seed, rate) for rate in (adamw_rates if _adamw(place[1]) else rates) for seed in SEARCH_SEEDS
-        ]
-        for place in places
+    rates = {
+        "sgd": sorted(set(positive_numbers("--rates", arguments.rates))),
+        "adamw": sorted(set(positive_numbers("--adamw-rates", arguments.adamw_rates))),
     }
-    left = [each for its in runs.values() for each in its if each.name not in rows]
+    places = [(head, *place) for head in heads for place in searches(remedies, batches)]
+    tried = {place: rates[REMEDIES[place[1]].optimizer] for place in places}
+    wanted = [Run(*place, SEARCH_SEED, rate) for place in places for rate in tried[place]]
+    left = [each for each in wanted if each.name not in rows]
     recipes = [recipe_of(each, arguments, batches, each.rate, samples) for each in left]
     by_folder = {recipe.train.run: each for each, recipe in zip(left, recipes, strict=True)}
     first = first_readers(recipes) if arguments.train == "frozen" else []
@@ -180,21 +181,19 @@ def search(
         rows[each.name] = row_of(each, recipe)
         remove_checkpoints(recipe)
     chosen = best_rates(rows.values())
-    for place, its in runs.items():
-        tried = [each.rate for each in its]
-        if chosen[place] in (min(tried), max(tried)):
+    for place in places:
+        if chosen[place] in (tried[place][0], tried[place][-1]):
             say(f"note: {place[0]}, {place[1]}, batch {place[2]}: the best rate {chosen[place]:g} is at the edge")
     return chosen
 
 
 def best_rates(rows: Iterable[Row]) -> dict[tuple[str, str, int], float]:
     """Of all searches that the rows have, also those of earlier calls: the best rate by head, remedy and batch size."""
-    tried: dict[tuple[str, str, int], dict[float, list[Row]]] = {}
+    tried: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         if row["searched_rate"]:
-            place = (row["head"], row["remedy"], row["batch_size"])
-            tried.setdefault(place, {}).setdefault(row["lr"], []).append(row)
-    return {place: max(its, key=lambda rate: _merit(its[rate])) for place, its in tried.items()}
+            tried.setdefault((row["head"], row["remedy"], row["batch_size"]), []).append(row)
+    return {place: max(its, key=_merit)["lr"] for place, its in tried.items()}
 
 
 def first_readers(recipes: Sequence[Recipe]) -> list[Recipe]:
@@ -204,11 +203,9 @@ def first_readers(recipes: Sequence[Recipe]) -> list[Recipe]:
     return list({MODELS_HEADS[recipe.model.head].reads: recipe for recipe in reversed(recipes)}.values())
 
 
-def _merit(rows: Sequence[Row]) -> tuple[float, float]:
-    """Mean accuracy on val, then less loss; a run that diverged has none."""
-    if any(row["diverged"] for row in rows):
-        return -1.0, 0.0
-    return sum(row["val_top1"] for row in rows), -sum(row["val_loss"] for row in rows)
+def _merit(row: Row) -> tuple[float, float]:
+    """Accuracy on val, then less loss; a run that diverged has none."""
+    return (-1.0, 0.0) if row["diverged"] else (row["val_top1"], -row["val_loss"])
 
 
 def ended(recipes: Sequence[Recipe], jobs: int, what: str) -> Iterator[Recipe]:
@@ -224,14 +221,8 @@ def ended(recipes: Sequence[Recipe], jobs: int, what: str) -> Iterator[Recipe]:
         yield from failed
 
 
-def _adamw(remedy: str) -> bool:
-    return REMEDIES[remedy].optimizer == "adamw"
-
-
 def recipe_of(run: Run, arguments: Arguments, batches: Sequence[int], rate: float, samples: int) -> Recipe:
     """The recipe of a run at a rate; samples: of the train split."""
-    from dist_train.train.setup import with_normalisation
-
     remedy, start, smallest = REMEDIES[run.remedy], HEADS[run.head], batches[0]
     epochs = arguments.epochs * (run.batch_size // smallest if remedy.steps else 1)
     steps = count_steps(epochs, samples, run.batch_size)
@@ -243,7 +234,7 @@ def recipe_of(run: Run, arguments: Arguments, batches: Sequence[int], rate: floa
         data = replace(plain, feature_cache=str(arguments.scratch / "features"))
     else:
         data = replace(plain, flip=True, crop="random_resized", crop_scale=(0.4, 1.0))
-    asked = Recipe(
+    return Recipe(
         data=data,
         model=ModelConfig(
             backbone=arguments.backbone,
@@ -274,7 +265,6 @@ def recipe_of(run: Run, arguments: Arguments, batches: Sequence[int], rate: floa
         ),
         deepspeed=DeepSpeedConfig(precision=arguments.precision),
     )
-    return with_normalisation(asked)  # as a run's own recipe has it, by which a finished one is known
 
 
 def remove_checkpoints(recipe: Recipe) -> None:
@@ -306,15 +296,11 @@ def compared(document: Document) -> tuple[list[Row], list[int]]:
 def headline(document: Document) -> str:
     """What the largest batch loses and what wins back the most."""
     rows, batches = compared(document)
-    if len(batches) < 2:
-        return ""
-    heads, remedies = list(by(rows, "head")), [name for name in by(rows, "remedy") if name != FIXED]
-    lost = accuracies(rows, "cls", FIXED, batches[0]) - accuracies(rows, "cls", FIXED, batches[-1])
-    if not lost:
+    if len(batches) < 2 or not (lost := gap(rows, "cls", batches)):
         return ""
     points = with_spread(lost.mean, lost.error, ".1f")
     said = f"CLS loses {points} points from batch {batches[0]} to {batches[-1]} at one rate"
-    best = closers(rows, heads, remedies, batches)
+    best = closers(rows, batches)
     return said + (f"; `{best[0][0]}` wins back {best[0][1]:.0f} %, over the heads that lose" if best else "")
 
 
@@ -323,23 +309,22 @@ def charts(document: Document) -> list[Chart]:
     rows, batches = compared(document)
     if len(batches) < 2:
         return []
-    heads, remedies = list(by(rows, "head")), [name for name in by(rows, "remedy") if name != FIXED]
     series = {
         head: [(batch, its.mean) for batch in batches if (its := accuracies(rows, head, FIXED, batch))]
-        for head in heads
+        for head in by(rows, "head")
     }
     found = []
     if series := {head: points for head, points in series.items() if len(points) > 1}:
         caption = "Test top-1 over the batch size, at one rate for each head and equal epochs; mean over the seeds."
         found.append(Chart("", caption, partial(lines, series, "test top-1, %", zero=False)))
-    if best := closers(rows, heads, remedies, batches):
+    if best := closers(rows, batches):
         names, shares = zip(*best, strict=True)
         caption = f"Share of the gap between batch {batches[0]} and {batches[-1]} that each remedy wins back."
         found.append(Chart("closed", caption, partial(bars, names, shares, "% of the gap, mean over heads")))
     return found
 
 
-def tables(document: Document) -> list[ReportTable]:
+def tables(document: Document) -> list[Table]:
     """All runs."""
     rows = document["rows"]
     return [table_of(f"All {len(rows)} runs", COLUMNS, rows, folded=len(rows) >= FOLDED)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.claims.study_runs import Seeds
@@ -92,18 +92,16 @@ class Run:
         return f"search-{words}-{self.rate:g}" if self.rate else words
 
 
-def searches(head: str, batches: Sequence[int], remedies: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """(remedy, batch size) at which the rate of a head is searched: of each optimizer at the smallest batch, and at the
-    largest for those with a rate of their own."""
-    yield from ((name, batches[0]) for name in (FIXED, ADAMW) if name in remedies)
-    yield from ((name, batches[-1]) for name in remedies if REMEDIES[name].own_rate)
-
-
 def searched_as(remedy: str, batches: Sequence[int]) -> tuple[str, int]:
     """Whose search gives a remedy its rate."""
     if REMEDIES[remedy].own_rate:
         return remedy, batches[-1]
     return (ADAMW if REMEDIES[remedy].optimizer == "adamw" else FIXED), batches[0]
+
+
+def searches(remedies: Sequence[str], batches: Sequence[int]) -> list[tuple[str, int]]:
+    """(remedy, batch size) at which the rate of each head is searched, each once."""
+    return list(dict.fromkeys(searched_as(remedy, batches) for remedy in remedies))
 
 
 def plan(heads: Sequence[str], remedies: Sequence[str], batches: Sequence[int], seeds: int) -> list[Run]:
@@ -119,6 +117,14 @@ def plan(heads: Sequence[str], remedies: Sequence[str], batches: Sequence[int], 
 
 def accuracies(rows: Sequence[Row], head: str, remedy: str, batch_size: int) -> Seeds:
     """Test top-1 in percent by seed; none of runs that diverged."""
-    wanted = (head, remedy, batch_size)
-    its = [row for row in rows if (row["head"], row["remedy"], row["batch_size"]) == wanted]
+    its = _runs(rows, head, remedy, batch_size)
     return Seeds({row["seed"]: 100 * row["top1"] for row in its if row.get("top1") is not None})
+
+
+def diverged(rows: Sequence[Row], head: str, remedy: str, batch_size: int) -> int:
+    """Runs whose loss was not finite."""
+    return sum(bool(row.get("diverged")) for row in _runs(rows, head, remedy, batch_size))
+
+
+def _runs(rows: Sequence[Row], head: str, remedy: str, batch_size: int) -> list[Row]:
+    return [row for row in rows if (row["head"], row["remedy"], row["batch_size"]) == (head, remedy, batch_size)]

@@ -115,6 +115,8 @@ class Setting:
     """Of the branches' rates."""
     threads: int
     """Of each process."""
+    digest: str
+    """Of the shard set's manifest."""
 
     @property
     def folder(self) -> Path:
@@ -133,8 +135,8 @@ class Setting:
 
     @property
     def trained_by(self) -> dict[str, Any]:
-        """The trunk's recipe, without where its folder lies, as JSON has it."""
-        recipe = comparable(self.trunk)
+        """The trunk's recipe, without where its folder lies, and the shard set, as JSON has it."""
+        recipe = comparable(self.trunk) | {"manifest_digest": self.digest}
         del recipe["train"]["run"]
         return json.loads(json.dumps(recipe))
 
@@ -193,9 +195,18 @@ def plan(asked: Arguments, base: Recipe) -> Setting:
                 f"{base.optim.warmup_steps} and before the end"
             )
     scaling = {"sgd": "linear", "adamw": "sqrt"}[base.optim.name] if asked.scaling == "auto" else asked.scaling
-    label, in_branch = asked.setting or describe(base), asked.steps * batches[-1]
     return Setting(
-        label, trunk, batches, steps, rates, in_branch, scaling, asked.seeds, asked.factors, threads_of(asked.jobs)
+        asked.setting or describe(base),
+        trunk,
+        batches,
+        steps,
+        rates,
+        asked.steps * batches[-1],
+        scaling,
+        asked.seeds,
+        asked.factors,
+        threads_of(asked.jobs),
+        manifest.digest,
     )
 
 
@@ -263,7 +274,9 @@ def begin_folder(setting: Setting) -> None:
     note = setting.folder / "knee.json"
     mine = setting.trained_by
     if note.is_file() and not alike(json.loads(note.read_bytes()), mine):
-        raise UseError(f"{setting.folder}: holds branches of another recipe; remove it, or use another train.run")
+        raise UseError(
+            f"{setting.folder}: holds branches of another recipe or set; remove it, or use another train.run"
+        )
     setting.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(note, (json.dumps(mine, indent=1) + "\n").encode())
 
@@ -285,8 +298,7 @@ def predicted_batch(run: Path, step: int) -> Row:
     lines = map(json.loads, (run / METRICS_NAME).read_text(encoding="utf-8").splitlines())
     logged = [entry for entry in lines if "lr" in entry and entry["step"] <= step]
     last = logged[-1] if logged else {}
-    names = {"": "", "_low": "_low", "_high": "_high", "_norms": "_norms"}
-    return {f"predicted{ours}": last.get(f"noise_scale{theirs}") for ours, theirs in names.items()}
+    return {f"predicted{which}": last.get(f"noise_scale{which}") for which in ("", "_low", "_high", "_norms")}
 
 
 # ---------------------------------------------------------------------- the branches

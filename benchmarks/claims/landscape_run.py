@@ -38,17 +38,16 @@ from benchmarks.claims.surface import (
 )
 from benchmarks.tables import Row
 from dist_train.config import Recipe
-from dist_train.data.draws import Draw, random_bits
 from dist_train.data.loader import Batch, EvalLoader
 from dist_train.data.manifest import Manifest
-from dist_train.errors import UseError, WorkError
+from dist_train.errors import UseError, WorkError, written
 from dist_train.files import write_atomically
-from dist_train.models.build import build_model
 from dist_train.models.saved import CHECKSUMS_NAME, newest_checkpoint
 from dist_train.parse import recipe_from_run
 from dist_train.train.checkpoint import read_state
 from dist_train.train.evaluate import Forward
 from dist_train.train.inputs import read_shard_set
+from dist_train.train.setup import initial_model
 from dist_train.use.trained import TrainedModel, load_trained
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ if TYPE_CHECKING:
 
 LARGEST_RESIDUAL = 0.1
 """Of an eigenvalue that is reported; one with a larger residual was not reached."""
-_METHOD = 4  # of the numbers in a work file: another one makes old work files useless
+_METHOD = 5  # of the numbers in a work file: another one makes old work files useless
 log = logging.getLogger(__name__)
 
 
@@ -170,6 +169,7 @@ def _measure_points(
             except (UseError, WorkError) as error:
                 note = f"no line, as the initial weights cannot be made again: {error}"
                 log.warning("%s: %s", run, note)
+                del values[len(plane) :]  # of a line that was begun
                 return note
             for t in line[len(values) - len(plane) :]:
                 move_to(t)
@@ -237,8 +237,7 @@ def initial_weights(recipe: Recipe, trained: TrainedModel) -> dict[str, Tensor]:
     """
     vocab_size = trained.tokenizer.vocab_size if trained.tokenizer else 0
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(random_bits(recipe.train.seed, Draw.WEIGHTS) >> 1))
-        model, _ = build_model(recipe.model, recipe.data.image_size, len(trained.class_names), vocab_size)
+        model, _ = initial_model(recipe, trained.class_names, vocab_size)
     return model.state_dict()
 
 
@@ -294,10 +293,8 @@ def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     """Write a file of arrays. Raises WorkError where it cannot be."""
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, **arrays)
-    try:
+    with written(path, "make room, then start again"):
         write_atomically(path, content.getvalue())
-    except OSError as error:
-        raise WorkError(f"{path}: cannot be written ({error.strerror}); make room, then start again") from None
 
 
 def _number(value: float | None) -> float | None:

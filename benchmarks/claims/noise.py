@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, repeat
+from itertools import islice, product, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
-from benchmarks.arguments import numbers
+from benchmarks.arguments import check_words, numbers, words
 from benchmarks.benchmark import Benchmark
 from benchmarks.points import run_point
 from benchmarks.result import write_result
@@ -57,22 +57,23 @@ def run(arguments: Arguments, recipe: Recipe) -> Path:
     """Measure every stage and accumulation, say each row and write the result."""
     rows: list[Row] = []
     batch = recipe.train.batch_size
-    if arguments.samples % batch:
+    stages, accumulations = words(arguments.stages), numbers("--accumulations", arguments.accumulations)
+    check_words("--stages", "ZeRO stage", stages, [str(stage) for stage in get_args(ZeroStage)])
+    if arguments.samples < batch or arguments.samples % batch:
         raise UseError(f"--samples {arguments.samples}: must be a multiple of train.batch_size {batch}")
-    for stage in numbers("--stages", arguments.stages, least=0):
-        for accumulation in numbers("--accumulations", arguments.accumulations):
-            if accumulation < 1 or batch % accumulation:
-                raise UseError(f"--accumulations {accumulation}: must divide train.batch_size {batch}")
-            asked = replace(
-                recipe,
-                train=replace(recipe.train, micro_batch_size=batch // accumulation, noise_every=1),
-                deepspeed=replace(recipe.deepspeed, zero_stage=cast(ZeroStage, stage)),
-            )
-            point = {"recipe": recipe_to_dict(asked), "samples": arguments.samples}
-            point |= {"warm": arguments.warm, "steps": arguments.steps}
-            row = {"zero_stage": stage, "accumulation": accumulation, "micro_batch": batch // accumulation}
-            rows.append(row | run_point("benchmarks.claims.noise:measure", point))
-            say(describe_row(rows[-1], f"ZeRO {stage}, accumulation {accumulation}"))
+    if wrong := [accumulation for accumulation in accumulations if accumulation < 1 or batch % accumulation]:
+        raise UseError(f"--accumulations {wrong[0]}: must divide train.batch_size {batch}")
+    for stage, accumulation in product(map(int, stages), accumulations):
+        asked = replace(
+            recipe,
+            train=replace(recipe.train, micro_batch_size=batch // accumulation, noise_every=1),
+            deepspeed=replace(recipe.deepspeed, zero_stage=cast(ZeroStage, stage)),
+        )
+        point = {"recipe": recipe_to_dict(asked), "samples": arguments.samples}
+        point |= {"warm": arguments.warm, "steps": arguments.steps}
+        row = {"zero_stage": stage, "accumulation": accumulation, "micro_batch": batch // accumulation}
+        rows.append(row | run_point("benchmarks.claims.noise:measure", point))
+        say(describe_row(rows[-1], f"ZeRO {stage}, accumulation {accumulation}"))
     parameters = {"recipe": asdict(recipe), **asdict(arguments), "every": EVERY}
     return write_result("noise", arguments.name, parameters, rows)
 

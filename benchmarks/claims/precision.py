@@ -18,6 +18,7 @@ from benchmarks.claims.study_runs import Seeds
 from benchmarks.result import write_result
 from benchmarks.tables import Document, Row, having
 from dist_train.config import Precision, Recipe
+from dist_train.errors import UseError
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Arguments:
 
 def run(arguments: Arguments, base: Recipe) -> Path:
     """Train every precision with every seed. Writes the result after each run, and continues where it was stopped."""
-    names = words(arguments.precisions)
+    names = list(dict.fromkeys(words(arguments.precisions)))
     check_words("--precisions", "precision", names, get_args(Precision))
     precisions = cast(list[Precision], names)
     recipes = [
@@ -50,12 +51,14 @@ def run(arguments: Arguments, base: Recipe) -> Path:
     ]
     parameters = {"recipe": asdict(base), "precisions": precisions, "seeds": arguments.seeds}
     rows: list[Row] = []
-    path = write_result("precision", arguments.name, parameters, rows)
+    path = None
     for recipe in finish_runs(recipes, arguments.jobs, "precision"):
         rows.append({"precision": recipe.deepspeed.precision, "seed": recipe.train.seed, **outcome(recipe)})
         rows.sort(key=lambda row: (precisions.index(row["precision"]), row["seed"]))
         more = {"differences": differences(rows, precisions)}
         path = write_result("precision", arguments.name, parameters, rows, more)
+    if path is None:
+        raise UseError(f"--seeds: {arguments.seeds} is not at least 1")
     return path
 
 

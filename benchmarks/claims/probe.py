@@ -91,10 +91,17 @@ def features_of(arguments: Arguments, manifest: Manifest) -> tuple[Samples, Arra
     bias of the final norm, (2, D)), from the file where it has those of the same images and backbone."""
     what = f"{manifest.digest} {arguments.backbone} {file_sha256(arguments.weights)} {arguments.size}"
     if arguments.features is not None and arguments.features.is_file():
-        with np.load(arguments.features, allow_pickle=False) as file:
-            if str(file["what"]) != what:
-                raise UseError(f"--features: {arguments.features} is of other images, weights or sizes; name another")
-            return {split: (file[f"{split}_tokens"], file[f"{split}_labels"]) for split in SPLITS}, file["norm"]
+        try:
+            with np.load(arguments.features, allow_pickle=False) as file:
+                kept = dict(file)
+        except Exception as error:  # zip, zlib and numpy each have errors of their own
+            why = " ".join(str(error).split())
+            raise UseError(
+                f"--features: {arguments.features} cannot be read ({why}); remove it, or name another"
+            ) from None
+        if str(kept.get("what")) != what:
+            raise UseError(f"--features: {arguments.features} is of other images, weights or sizes; name another")
+        return {split: (kept[f"{split}_tokens"], kept[f"{split}_labels"]) for split in SPLITS}, kept["norm"]
     model: Any = frozen_vit(arguments.backbone, arguments.weights, arguments.size)
     norm = np.stack([parameter.detach().numpy() for parameter in (model.norm.weight, model.norm.bias)])
     samples = {split: tokens_of(model, arguments, manifest, split) for split in SPLITS}
@@ -109,16 +116,25 @@ def features_of(arguments: Arguments, manifest: Manifest) -> tuple[Samples, Arra
 
 
 def frozen_vit(backbone: str, weights: Path, size: int) -> nn.Module:
-    """timm's model with the weights of the file, its positions resampled to the image size, in evaluation mode."""
+    """timm's model with the weights of the file, its positions resampled to the image size, in evaluation mode.
+
+    Raises UseError for a name that is no ViT's, a size that it cannot have, and weights of another model.
+    """
     import timm
 
-    model = timm.create_model(
-        backbone,
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(weights), "num_classes": 0},
-        num_classes=0,
-        img_size=size,
-    )
+    try:
+        model = timm.create_model(
+            backbone,
+            pretrained=True,
+            pretrained_cfg_overlay={"file": str(weights), "num_classes": 0},
+            num_classes=0,
+            img_size=size,
+        )
+    except Exception as error:  # each of these has errors of its own
+        why = " ".join(str(error).split())
+        raise UseError(f"--backbone {backbone}, --weights {weights}, --size {size}: timm says: {why:.200}") from None
+    if not getattr(model, "num_prefix_tokens", 0):
+        raise UseError(f"--backbone {backbone}: has no [CLS]; name a ViT that has")
     return model.eval()
 
 

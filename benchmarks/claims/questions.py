@@ -8,8 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.claims.study_runs import BASE, DRAWN, HEADS, Seeds, accuracies, is_run, slope_per_doubling
-from benchmarks.tables import Row
+from benchmarks.claims.study_runs import (
+    BASE,
+    DRAWN,
+    HEADS,
+    Seeds,
+    accuracies,
+    is_run,
+    share_of,
+    slope_per_doubling,
+)
+from benchmarks.tables import Row, having
 
 Answer = dict[str, str]
 Changes = dict[str, dict[str, Any]]
@@ -24,7 +33,8 @@ FINER: dict[str, Any] = {"backbone": "vit_tiny_patch16"}
 
 
 def answer_questions(rows: Sequence[Row], surfaces: Sequence[Row] = ()) -> list[Answer]:
-    """Question, verdict and evidence, as far as the rows go. surfaces: rows of `benchmarks landscape` of such runs."""
+    """Question, verdict and evidence, as far as the rows go. surfaces: rows of `benchmarks landscape`, each with what
+    its run was."""
     answers = (
         _falls_with_the_batch(rows),
         _ifa_helps(rows),
@@ -137,14 +147,14 @@ def _scaling_closes_the_gap(rows: Sequence[Row]) -> Answer | None:
         small, fixed = _drawn(rows, batch_size=smallest), _drawn(rows, batch_size=batch)
         changed = _drawn(rows, batch_size=batch, **change)
         short, gained = changed - small, changed - fixed
-        if not short or not gained or (gap := small.mean - fixed.mean) <= 0:
+        regained = share_of(gained, small - fixed)
+        if not short or not regained:
             continue
-        regained = (changed.mean - fixed.mean) / gap
-        closed = regained >= CLOSED and gained.sign > 0
+        closed = regained.mean >= CLOSED and gained.sign > 0
         verdicts.append(CONFIRMED if closed else REFUTED if short.sign < 0 else UNDECIDED)
         evidence.append(
             f"{what}: {changed.mean:.1f} % at batch {batch} ({fixed.mean:.1f} % at the fixed rate, "
-            f"{small.mean:.1f} % at batch {smallest}): {regained:.0%} of the gap regained, "
+            f"{small.mean:.1f} % at batch {smallest}): {regained.mean:.0%} of the gap regained, "
             f"{short} points to batch {smallest}"
         )
     if not evidence:
@@ -165,7 +175,7 @@ def _equal_steps(rows: Sequence[Row]) -> Answer | None:
         return None
     return {
         "question": "At equal steps instead of equal epochs, is the largest batch size as good as the smallest?",
-        "verdict": REFUTED if gap.sign < 0 else CONFIRMED if gap.mean >= 0 else UNDECIDED,
+        "verdict": REFUTED if gap.sign < 0 else CONFIRMED if gap.mean >= 0 and len(gap) > 1 else UNDECIDED,
         "evidence": f"drawn, CLS: {large.mean:.1f} % at batch {batch}, {small.mean:.1f} % at {smallest}, {gap}",
     }
 
@@ -183,7 +193,7 @@ def _still_adds(rows: Sequence[Row], question: str, changes: Changes) -> Answer 
 # ---------------------------------------------------------------------- the model and its input
 def _initialisation(rows: Sequence[Row]) -> Answer | None:
     """The aggregation is what gains if IFA stays ahead under both common initialisations of the classifier."""
-    found = []
+    found, decisive = [], 2
     batch = _largest(rows, head="cls", head_init="default")
     for what, cls_init, ifa_init in (
         ("both at PyTorch's default", "default", "reference"),
@@ -195,10 +205,10 @@ def _initialisation(rows: Sequence[Row]) -> Answer | None:
         ifa = _drawn(rows, head="ifa", batch_size=batch, head_init=ifa_init)
         if gain := ifa - cls:
             found.append((gain, f"{what}: {gain} ({ifa.mean:.1f} % and {cls.mean:.1f} %)"))
-    if len(found) < 3:
-        return None
+        elif len(found) < decisive:
+            return None
     question = "Is IFA's gain the aggregation, and not the start of the classifier?"
-    return _answer(question, 1, found, f"drawn, batch {batch}, IFA minus CLS, ", decisive=2)
+    return _answer(question, 1, found, f"drawn, batch {batch}, IFA minus CLS, ", decisive)
 
 
 def _by_tokens(rows: Sequence[Row]) -> tuple[int | None, dict[int, Seeds]]:
@@ -244,9 +254,10 @@ def _beside(
 
 def _smoother(surfaces: Sequence[Row]) -> Answer | None:
     """The paper shows one surface each; here the sharpness of several runs of each head at the largest batch size."""
+    surfaces = [row for row in having(surfaces, "mean_excess_loss") if row["data"] == DRAWN]
     batch = max((row["batch_size"] for row in surfaces), default=None)
     cls, ifa = (
-        Seeds({r["seed"]: r["mean_excess_loss"] for r in surfaces if (r["head"], r["batch_size"]) == (head, batch)})
+        Seeds({row["seed"]: row["mean_excess_loss"] for row in surfaces if is_run(row, head=head, batch_size=batch)})
         for head in HEADS
     )
     if not (less := cls - ifa):

@@ -42,16 +42,24 @@ def finish_runs(recipes: Sequence[Recipe], jobs: int, what: str) -> Iterator[Rec
 
     On GPUs child i has GPU i mod their number; on the CPU the children share the cores. `what` is the progress bar's
     title. A run that fails is reported in a WorkError after all others. Where the caller stops, or Ctrl-C, no further
-    run begins. Raises UseError where a run folder holds a run of another recipe, where a shard set has no test split,
-    and as `threads_of` does.
+    run begins. Raises UseError where a run folder holds a run of another recipe, or of what a shard set was before the
+    runs that are left, where a shard set has no test split, and as `threads_of` does.
     """
     threads = threads_of(jobs)
     left = [recipe for recipe in recipes if not is_finished(recipe)]
+    finished = [recipe for recipe in recipes if recipe not in left]
     for shards in dict.fromkeys(recipe.data.shards for recipe in left):
-        if "test" not in read_manifest(shards).splits:
+        manifest = read_manifest(shards)
+        if "test" not in manifest.splits:
             raise UseError(f"{shards}: no test split, so its runs would have no accuracy to compare")
-    bar = tqdm(total=len(recipes), initial=len(recipes) - len(left), desc=what, disable=not sys.stderr.isatty())
-    yield from (recipe for recipe in recipes if recipe not in left)
+        for recipe in finished:
+            if recipe.data.shards == shards and read_summary(recipe)["manifest_digest"] != manifest.digest:
+                raise UseError(
+                    f"{recipe.train.run}: trained on what {shards} was before, so it cannot be compared with the runs "
+                    "that are left; remove it, or name another folder for the runs"
+                )
+    bar = tqdm(total=len(recipes), initial=len(finished), desc=what, disable=not sys.stderr.isatty())
+    yield from finished
     free: SimpleQueue[tuple[Child, Path]] = SimpleQueue()
     for number in range(min(jobs, len(left))):
         log = Path(left[0].train.run).parent / f"worker-{number}.log"
@@ -108,13 +116,20 @@ def is_finished(recipe: Recipe) -> bool:
     run = Path(recipe.train.run)
     if not (run / "recipe.yaml").is_file():
         return False
-    if comparable(recipe_from_run(run)) != comparable(recipe):
+    theirs = recipe_from_run(run)
+    if recipe.train.micro_batch_size == "auto":  # what fitted when it was trained
+        recipe = replace(recipe, train=replace(recipe.train, micro_batch_size=theirs.train.micro_batch_size))
+    if comparable(theirs) != comparable(recipe):
         raise UseError(f"{run}: holds a run of another recipe; remove it, or name another folder for the runs")
     return _summary_of(recipe).is_file()
 
 
 def comparable(recipe: Recipe) -> dict[str, Any]:
-    """What decides the result of a run; what is `auto` in it, as it is on this machine."""
+    """What decides the result of a run; precision, mean and deviation that are `auto`, as they are in the run."""
+    if "auto" in (recipe.data.mean, recipe.data.std):
+        from dist_train.train.setup import with_normalisation
+
+        recipe = with_normalisation(recipe)
     values = asdict(recipe)
     values["deepspeed"]["precision"] = precision_of(recipe.deepspeed)
     for section, key in (

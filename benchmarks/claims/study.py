@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks.arguments import check_words, numbers
-from benchmarks.benchmark import Benchmark, Chart
+from benchmarks.benchmark import Benchmark
 from benchmarks.claims import require
 from benchmarks.claims.questions import answer_questions
-from benchmarks.claims.runs import finish_runs, outcome, read_summary, test_evaluation
+from benchmarks.claims.runs import SUMMARY_NAME, finish_runs, outcome, read_summary, test_evaluation
 from benchmarks.claims.study_figures import study_charts, summary_table
 from benchmarks.claims.study_runs import DRAWN, HEADS, PHOTOS, Run
 from benchmarks.result import read_rows, write_result
 from benchmarks.tables import FOLDED, Document, Row, Table, by, table_of
 from dist_train.config import DataConfig, HeadInit, LrScaling, ModelConfig, OptimConfig, Recipe, TrainConfig
 from dist_train.data.manifest import MANIFEST_NAME, read_manifest
-from dist_train.errors import UseError
+from dist_train.errors import UseError, WorkError
 from dist_train.output import say
 from dist_train.train.schedule import count_steps
 
@@ -77,7 +77,14 @@ class Arguments:
     def __post_init__(self) -> None:
         """Raise UseError for values that cannot be, before anything is trained."""
         check_words("--experiments", "experiment", self.chosen, EXPERIMENTS)
-        _ = self.rates, self.epochs_on, self.batch_sizes
+        _ = self.rates
+        for option, value in (
+            ("--seeds", self.seeds),
+            ("--batches", self.batch_sizes[0]),
+            ("--epochs", min(self.epochs_on.values())),
+        ):
+            if value < 1:
+                raise UseError(f"{option}: {value} is not at least 1")
 
     @property
     def rates(self) -> dict[str, float]:
@@ -92,7 +99,7 @@ class Arguments:
     @property
     def batch_sizes(self) -> list[int]:
         """Ascending."""
-        return sorted(numbers("--batches", self.batches))
+        return sorted(set(numbers("--batches", self.batches)))
 
     @property
     def middle(self) -> int:
@@ -109,19 +116,18 @@ def run(arguments: Arguments) -> Path:
     """Make the data, pretrain, train every run that is not finished, and write the result after each."""
     require("scipy", "scipy")
     runs = plan(arguments)
+    if not runs:
+        raise UseError("no run in this study: name at least one experiment that has what it needs")
     say(f"{len(runs)} runs in {arguments.scratch}, {arguments.jobs} at a time")
     make_data(arguments)
     pretrain(arguments, sorted({run.backbone for run in runs}))
     recipes = [recipe_of(run, arguments) for run in runs]
     by_folder = {recipe.train.run: run for run, recipe in zip(runs, recipes, strict=True)}
     rows: list[Row] = []
-    path = None
     for recipe in finish_runs(recipes, arguments.jobs, "study"):
         rows.append(row_of(by_folder[recipe.train.run], recipe, arguments))
-        path = write_study(arguments, rows, runs)
-    if path is None:
-        raise UseError("no run in this study: name at least one experiment, batch size and seed")
-    return path
+        write_study(arguments, rows, runs)
+    return write_study(arguments, rows, runs)
 
 
 def write_study(study: Arguments, rows: list[Row], runs: list[Run]) -> Path:
@@ -140,9 +146,7 @@ def write_study(study: Arguments, rows: list[Row], runs: list[Run]) -> Path:
         "precision": "float32",
     }
     surfaces = [
-        row | {"seed": runs[order[row["run"]]].seed}
-        for row in read_rows("landscape", study.name)
-        if row["run"] in order
+        row | asdict(runs[order[row["run"]]]) for row in read_rows("landscape", study.name) if row["run"] in order
     ]
     return write_result("study", study.name, asked, rows, {"answers": answer_questions(rows, surfaces)})
 
@@ -177,7 +181,7 @@ def plan(study: Arguments) -> list[Run]:
 
 
 def make_data(study: Arguments) -> None:
-    """The shard sets, unless they are there."""
+    """The shard sets, unless they are there. Raises UseError where one of drawn characters is not what is asked for."""
     from shards.build import build_shard_set
     from shards.demo.records import demo_records
     from shards.plan import BuildOptions
@@ -192,6 +196,13 @@ def make_data(study: Arguments) -> None:
         if not (out / MANIFEST_NAME).exists():
             records = demo_records(characters, pictures, side, cast)
             build_shard_set(records, out, BuildOptions(size=side, seed=cast, ratios=ratios, workers=2))
+        manifest = read_manifest(out)
+        there = sum(split.samples for split in manifest.splits.values()), len(manifest.classes)
+        if there != (pictures, characters):
+            raise UseError(
+                f"{out}: has {there[0]:,} pictures of {there[1]} characters, not {pictures:,} of {characters}; remove "
+                f"{study.scratch}, or give another --scratch"
+            )
     out = study.scratch / "data" / PHOTOS
     if study.photos and not (out / MANIFEST_NAME).exists():
         source = read_source(study.photos, class_column=study.class_column)
@@ -199,14 +210,22 @@ def make_data(study: Arguments) -> None:
 
 
 def pretrain(study: Arguments, backbones: list[str]) -> None:
-    """Train ViTs on the pretraining cast and export their weights, unless that is done."""
+    """Train ViTs on the pretraining cast and export their weights, unless that is done.
+
+    Raises UseError where weights are of an earlier pretraining, as the runs that began from them are then too.
+    """
     from dist_train.cli import main
 
     recipes = [pretraining_recipe(study, backbone) for backbone in backbones]
     for recipe in finish_runs(recipes, study.jobs, "pretraining"):
-        weights = weights_file(study, recipe.model.backbone)
-        if not weights.exists():
-            main(["export", recipe.train.run, str(weights), "--checkpoint", "last"])
+        weights, ended = weights_file(study, recipe.model.backbone), Path(recipe.train.run) / SUMMARY_NAME
+        if weights.exists() and weights.stat().st_mtime < ended.stat().st_mtime:
+            raise UseError(
+                f"{weights}: is older than its pretraining; if that was trained again, remove it and "
+                f"{study.scratch / 'runs'}, which began from it; if both were only copied, touch it"
+            )
+        if not weights.exists() and main(["export", recipe.train.run, str(weights), "--checkpoint", "last"]):
+            raise WorkError(f"{recipe.train.run}: its weights could not be exported")
 
 
 def pretraining_recipe(study: Arguments, backbone: str) -> Recipe:
@@ -325,11 +344,6 @@ def tables(document: Document) -> list[Table]:
     return [summary_table(rows), all_rows] if rows else [all_rows]
 
 
-def charts(document: Document) -> list[Chart]:
-    """Accuracy over batch sizes, and every experiment beside the runs it is compared with."""
-    return study_charts(document["rows"])
-
-
 COLUMNS = [
     ("experiment", "experiment", ""),
     ("data", "data", ""),
@@ -360,7 +374,7 @@ BENCHMARK = Benchmark(
     run,
     COLUMNS,
     headline,
-    charts,
+    study_charts,
     tables,
     pictured=True,
 )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.benchmark import Chart
 from benchmarks.charts import GREY, HEAD_COLOURS, HEAD_MARKERS, HEIGHT, batch_axis, legend, new_axes, plain
 from benchmarks.claims.study_runs import BASE, Seeds, is_run, with_spread
-from benchmarks.tables import Row, Table, by, short_backbone, text_of
+from benchmarks.tables import Document, Row, Table, by, short_backbone, text_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,10 +95,10 @@ def summary_table(rows: Sequence[Row]) -> Table:
 
 
 # ---------------------------------------------------------------------- the figures
-def study_charts(rows: Sequence[Row]) -> list[Chart]:
+def study_charts(document: Document) -> list[Chart]:
     """For each data set the accuracy over batch sizes, and each experiment beside the runs it is compared with."""
     charts = []
-    rows = [row for row in finished(rows) if row.get("data") and row.get("batch_size")]
+    rows = [row for row in finished(document["rows"]) if row.get("data") and row.get("batch_size")]
     for data, its in sorted(by(rows, "data").items()):
         slug = re.sub(r"[^A-Za-z0-9]+", "-", data).strip("-").lower() or "data"
         over_batches = over_batch_sizes(its)

@@ -88,6 +88,19 @@ def with_spread(mean: float, spread: float, form: str) -> str:
     return f"{mean:{form}}" + ("" if math.isnan(spread) else f" ± {spread:{form.lstrip('+')}}")
 
 
+def share_of(won: Seeds, lost: Seeds) -> Seeds:
+    """What is won as a share of what was lost, in the seeds that have both; empty where nothing was lost in them.
+
+    The mean is that of what is won over that of what was lost. What a seed adds to it is linear in both (the delta
+    method), so that the error is that of the ratio of paired numbers.
+    """
+    lost = Seeds({seed: lost[seed] for seed in sorted(won.keys() & lost.keys())})
+    if sum(lost.values()) <= 0:
+        return Seeds()
+    share = sum(won[seed] for seed in lost) / sum(lost.values())
+    return Seeds({seed: share + (won[seed] - share * lost[seed]) / lost.mean for seed in lost})
+
+
 def is_run(row: Row, **conditions: Any) -> bool:
     """Whether the row's run meets the conditions and is BASE in everything else."""
     return all(row.get(key) == value for key, value in (BASE | conditions).items())

@@ -118,6 +118,29 @@ def test_a_result_of_another_recipe_is_neither_continued_nor_overwritten(recipe:
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("data", "mixup", 0.2),
+        ("data", "crop", "squash"),
+        ("model", "head", "ifa"),
+        ("model", "freeze", "backbone"),
+        ("model", "weights", "none"),
+        ("optim", "name", "sgd"),
+        ("optim", "clip_norm", 1.0),
+        ("train", "ema", 0.99),
+        ("deepspeed", "precision", "fp16"),
+    ],
+)
+def test_a_recipe_that_the_plain_loop_would_train_otherwise_is_refused(
+    recipe: Recipe, results: Path, section: str, key: str, value: object
+) -> None:
+    other = replace(recipe, **{section: replace(getattr(recipe, section), **{key: value})})
+    with pytest.raises(UseError, match=rf"^{section}\.{key} {value}: the plain loop does not know that"):
+        run(Arguments("tiny", seeds=1), other)
+    assert not results.exists()
+
+
 def test_the_difference_has_the_error_of_both_arms() -> None:
     rows = [
         {"arm": arm, "seed": seed, "top1": top1}

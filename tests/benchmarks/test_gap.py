@@ -67,9 +67,11 @@ def test_every_run_has_a_rate_that_was_searched_for_its_optimizer_and_is_planned
     assert len({run.name for run in runs}) == len(runs) == 2 * len(HEADS) * (len(BATCHES) + len(remedies))
     for run in runs:
         place = searched_as(run.remedy, BATCHES)
-        assert place in list(searches(run.head, BATCHES, remedies))
+        assert place in searches(remedies, BATCHES)
         assert REMEDIES[place[0]].optimizer == REMEDIES[run.remedy].optimizer
         assert place[1] == (256 if "own rate" in run.remedy else 16)
+    alone = [FIXED, "adamw + square root"]  # without the remedy whose rate it scales
+    assert searches(alone, BATCHES) == [(FIXED, 16), ("adamw", 16)]
 
 
 def test_the_best_rates_are_of_all_searches_whichever_call_made_them() -> None:
@@ -113,7 +115,7 @@ def test_the_share_of_the_gap_is_what_a_remedy_wins_back_and_a_head_without_a_ga
     assert accuracies_of(rows, "cls", FIXED, 16) == {0: 80.0, 1: 81.0, 2: 82.0}
     assert closed(rows, "cls", "linear", BATCHES).mean == pytest.approx(100 * (9.5 + 10 + 10) / 3 / 10)
     assert not closed(rows, "ifa", "linear", BATCHES)
-    assert closers(rows, ["cls", "ifa"], ["own rate", "linear"], BATCHES)[0][0] == "linear"
+    assert closers(rows, BATCHES)[0][0] == "linear"
     answers = {answer["question"]: answer["verdict"] for answer in answer_questions(rows, BATCHES)}
     assert answers["Does `linear` win back what batch 256 loses?"] == "yes"
     assert answers["Does `own rate` win back what batch 256 loses?"] == "no"
@@ -135,7 +137,7 @@ def test_one_seed_or_a_head_without_its_runs_decides_nothing() -> None:
     def ask(equal_steps: dict[str, list[float]]) -> tuple[dict[str, str], list[str]]:
         rows = rows_of(levels | {(head, "equal steps", 256): its for head, its in equal_steps.items()})
         verdicts = {answer["question"]: answer["verdict"] for answer in answer_questions(rows, BATCHES)}
-        named = [name for name, _ in closers(rows, ["cls", "ifa"], ["own rate", "equal steps"], BATCHES)]
+        named = [name for name, _ in closers(rows, BATCHES)]
         return {word: next(its for asked, its in verdicts.items() if word in asked) for word in ("equal", "95")}, named
 
     both = ask({"cls": [80.0, 81.0, 82.1], "ifa": [81.0, 82.0, 81.5]})
@@ -143,6 +145,45 @@ def test_one_seed_or_a_head_without_its_runs_decides_nothing() -> None:
     undecided = ({"equal": "undecided", "95": "undecided"}, ["own rate"])
     assert ask({"cls": [80.0, 81.0, 82.1]}) == undecided
     assert ask({"cls": [80.0, 81.0, 82.1], "ifa": [81.0]}) == undecided
+
+
+def test_only_runs_at_the_largest_batch_of_heads_that_lose_decide_what_wins_it_back() -> None:
+    levels = {
+        ("cls", FIXED, 16): [80.0, 81.0, 82.0],
+        ("cls", FIXED, 256): [70.0, 71.0, 72.0],
+        ("cls", "adamw", 256): [80.0, 81.0, 82.1],
+        ("ifa", FIXED, 16): [80.0, 82.0, 81.0],
+        ("ifa", "adamw", 256): [80.0, 82.0, 81.0],
+    }
+    gone = {"seed": 3, "diverged": True}
+    rows = [*rows_of(levels), gone | {"head": "cls", "remedy": "adamw", "batch_size": 16}]
+    rows += [gone | {"head": "ifa", "remedy": "adamw", "batch_size": 256}]  # a head without a gap
+    answers = {answer["question"]: answer["verdict"] for answer in answer_questions(rows, BATCHES)}
+    assert answers["Does `adamw` win back what batch 256 loses?"] == "yes"
+    assert not [asked for asked in answers if "at the fixed rate?" in asked]  # IFA has no such run at batch 256
+
+
+def test_a_seed_that_lost_nothing_has_no_share_of_its_own() -> None:
+    levels = {("cls", FIXED, 16): [80.0] * 4, ("cls", FIXED, 256): [80.0, 77.0, 77.0, 77.0]}
+    assert not closed(rows_of(levels | {("cls", "linear", 256): [80.0]}), "cls", "linear", BATCHES)
+    assert closed(rows_of(levels | {("cls", "linear", 256): [80.0, 80.0]}), "cls", "linear", BATCHES)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--batches=0,16", "--batches 0,16: name at least two"),
+        ("--batches=16,40", "for `equal steps` the largest must be a multiple of the smallest"),
+        ("--jobs=0", "--jobs: 0 is not at least 1"),
+    ],
+)
+def test_what_cannot_be_is_said_before_a_run_begins(
+    more: str, said: str, tmp_path: Path, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = write_shard_set(tmp_path / "set", {"train": [4], "val": [4], "test": [4]}, baked=16)
+    (tmp_path / "w.safetensors").touch()
+    assert main(["gap", str(shards), f"--weights={tmp_path / 'w.safetensors'}", "--name=x", more]) == 2
+    assert said in capsys.readouterr().err and not results.exists()
 
 
 def test_the_error_of_a_share_is_that_of_a_ratio_of_paired_runs() -> None:
@@ -165,7 +206,7 @@ def test_a_small_one_searches_trains_answers_and_continues(
     weights = {f"{name.removeprefix('backbone.')}": tensor for name, tensor in model.state_dict().items()}
     save_file({name: its for name, its in weights.items() if not name.startswith("head")}, tmp_path / "w.safetensors")
     words = ["gap", str(shards), f"--weights={tmp_path / 'w.safetensors'}", "--name=x", "--backbone=vit_tiny_patch16"]
-    words += ["--size=16", "--heads=cls", "--batches=4,8", "--remedies=own rate", "--rates=0.01", "--epochs=1"]
+    words += ["--size=16", "--heads=cls", "--batches=4,8", "--remedies=own rate,fixed", "--rates=0.01", "--epochs=1"]
     words.append(f"--scratch={tmp_path / 'scratch'}")
     assert main([*words, "--seeds=1"]) == 0
     document = json.loads((results / "gap/x.json").read_bytes())

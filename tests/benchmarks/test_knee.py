@@ -37,7 +37,7 @@ from dist_train.parse import parse_recipe
 from dist_train.place import Place
 from dist_train.train.inputs import train_loader
 from dist_train.train.loop import train
-from tests.harness import REPOSITORY, evaluations
+from tests.harness import REPOSITORY, evaluations, write_shard_set
 
 BATCHES = [8, 16, 32, 64, 128, 256]
 SIZES = np.array(BATCHES, float)
@@ -265,6 +265,14 @@ def test_branches_are_measured_once_and_reported(
         knee.run(asked, other)
     with pytest.raises(UseError, match="holds branches of another recipe"):
         knee.run(replace(asked, setting="two"), other)
+    write_shard_set(Path(recipe.data.shards), {"train": [30, 19], "val": [7]}, baked=20)
+    elsewhere = replace(recipe, train=replace(recipe.train, run=f"{recipe.train.run}-2"))
+    for base, setting, said in (
+        (elsewhere, "one", "was measured with another recipe"),
+        (recipe, "two", "recipe or set"),
+    ):
+        with pytest.raises(UseError, match=said):
+            knee.run(replace(asked, setting=setting), base)
 
 
 @pytest.mark.slow

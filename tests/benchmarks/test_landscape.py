@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from benchmarks.claims.surface import (
 from dist_train.cli import main, recipe_from_run
 from dist_train.data.draws import random_bits
 from dist_train.data.loader import EvalLoader
-from dist_train.data.manifest import read_manifest
+from dist_train.data.manifest import read_manifest, write_manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.models.build import build_model
 from dist_train.models.saved import newest_checkpoint, read_weights
@@ -156,6 +157,21 @@ def test_the_initial_weights_are_those_that_the_loop_began_with(shards: Path, tm
     assert initial.keys() == weights.keys() and all((initial[name] == weights[name]).all() for name in weights)
 
 
+def test_a_classifier_of_other_classes_is_not_among_the_initial_weights(
+    shards: Path, tmp_path: Path, shard_set: Callable[..., Path]
+) -> None:
+    """As in a training, which leaves it out though its shape fits."""
+    pretrained = train(shards, tmp_path / "pretrained")
+    others = shard_set({"train": [24], "test": [5]}, "others", baked=40)
+    manifest = read_manifest(others)
+    renamed = tuple(replace(info, name=f"other {info.name}") for info in manifest.classes)
+    write_manifest(others, replace(manifest, classes=renamed))
+    run = train(others, tmp_path / "still", optim__lr=0, model__weights=pretrained)
+    recipe, weights = recipe_from_run(run), read_weights(newest_checkpoint(run))
+    initial = landscape_run.initial_weights(recipe, load_trained(run, recipe, "last", False))
+    assert [name for name in weights if not torch.equal(initial[name], weights[name])] == []
+
+
 def test_bad_samples_are_left_out_of_the_subset(
     runs: dict[str, Path], shards: Path, shard_set: Callable[..., Path]
 ) -> None:
@@ -277,8 +293,19 @@ def test_what_cannot_be_measured_is_one_clear_line(
     assert not list(results.glob("*"))
 
 
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, points: int) -> None:
+    original, left = landscape_run.loss_and_top1, iter(range(points))
+
+    def counted(*arguments: Any) -> tuple[float, float]:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(landscape_run, "loss_and_top1", counted)
+
+
 def test_without_the_starting_weights_there_is_no_line_and_the_row_says_so(
-    shards: Path, tmp_path: Path, results: Path
+    shards: Path, tmp_path: Path, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = tmp_path / "start.safetensors"
     pretrained = train(shards, tmp_path / "pretrained")
@@ -289,6 +316,11 @@ def test_without_the_starting_weights_there_is_no_line_and_the_row_says_so(
     weights, recipe = read_weights(newest_checkpoint(pretrained)), recipe_from_run(run)
     initial = landscape_run.initial_weights(recipe, load_trained(run, recipe, "last", False))
     assert all((initial[name] == weights[name]).all() for name in weights)
+    interrupt_after(monkeypatch, 5 + 9 + 2)  # in the line, of which no more can be measured afterwards
+    with pytest.raises(KeyboardInterrupt):
+        measure([run], "without")
+    monkeypatch.undo()
+    monkeypatch.setattr(result, "RESULTS", results.parent)
     start.unlink()
     (row,) = measure([run], "without")["rows"]
     assert row["line"] is None and row["line_barrier"] is None and f"there is no file {start}" in row["line_note"]

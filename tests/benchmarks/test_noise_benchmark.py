@@ -34,6 +34,22 @@ def test_true_scales_are_those_of_all_samples_gradients(monkeypatch: pytest.Monk
         assert found[kind] == pytest.approx(trace / (float(flat.mean(dim=0).square().sum()) - trace / 6), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--stages=0,7", "--stages: no ZeRO stage '7'; there are 0, 1, 2, 3"),
+        ("--samples=0", "--samples 0: must be a multiple of train.batch_size 12"),
+        ("--accumulations=1,5", "--accumulations 5: must divide train.batch_size 12"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_measured(
+    more: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(tmp_path / "no set", tmp_path / "run")
+    assert main(["noise", "--name=small", "--samples=12", more, *words]) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
 def test_a_small_one_has_the_cost_and_both_scales(tmp_path: Path, results: Path) -> None:
     shards = write_shard_set(tmp_path / "set", {"train": [24]}, baked=20)
     words = arguments(shards, tmp_path / "run", model__head="ifa", model__head_init="mean")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import yaml
 
 from benchmarks.__main__ import main
-from benchmarks.claims import paper
+from benchmarks.claims import paper, study
 from benchmarks.claims.paper import row_of, table_cells
+from dist_train.errors import UseError, WorkError
 
 PRINTED = {  # the paper's "Difference", relative percent, in the order of its tables
     "3": [2.57, 6.78, 8.19, 20.78, 2.96, 7.63, 6.19, 17.15],
@@ -69,6 +71,41 @@ def test_a_cell_of_the_paper_runs_small_and_is_printed_beside_the_papers(
 def test_a_cell_that_a_table_has_not_is_named(capsys: Any) -> None:
     assert main(["paper", "--table", "5", "--cells", "vit-b8"]) == 2
     assert "table 5 has no cell 'vit-b8'; it has vit-b16-daf" in capsys.readouterr().err
+
+
+def test_pictures_that_are_there_are_those_that_the_study_asks_for(tmp_path: Path) -> None:
+    asked = study.Arguments("s", tmp_path, pictures=30, characters=4, pretraining_pictures=30, pretraining_characters=4)
+    study.make_data(asked)
+    study.make_data(asked)
+    with pytest.raises(UseError, match="pretraining: has 30 pictures of 4 characters, not 40 of 4; remove"):
+        study.make_data(replace(asked, pretraining_pictures=40))
+
+
+def test_weights_of_an_earlier_pretraining_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = study.Arguments("s", tmp_path, pictures=30, characters=4, pretraining_pictures=30, pretraining_characters=4)
+    study.make_data(asked)
+    weights, summary = (tmp_path / f"pretraining-vit_tiny_patch32{end}" for end in (".safetensors", "/summary.json"))
+    summary.parent.mkdir()
+    monkeypatch.setattr(study, "finish_runs", lambda recipes, *_: recipes)
+    for file, time in ((summary, 1000), (weights, 1001)):
+        file.touch()
+        os.utime(file, (time, time))
+    study.pretrain(asked, ["vit_tiny_patch32"])
+    os.utime(summary, (1002, 1002))
+    with pytest.raises(UseError, match=r"patch32\.safetensors: is older than its pretraining"):
+        study.pretrain(asked, ["vit_tiny_patch32"])
+    weights.unlink()
+    with pytest.raises(WorkError, match="its weights could not be exported"):  # there is no checkpoint
+        study.pretrain(asked, ["vit_tiny_patch32"])
+
+
+@pytest.mark.parametrize("more", ["--batches=0,16", "--epochs=0", "--seeds=0"])
+def test_a_study_that_cannot_be_is_refused_before_its_data_are_made(more: str, tmp_path: Path, capsys: Any) -> None:
+    assert main(["study", "--name", "s", f"--scratch={tmp_path / 'study'}", more]) == 2
+    assert f"error: {more.partition('=')[0]}: 0 is not at least 1" in capsys.readouterr().err
+    assert main(["study", "--name", "s", f"--scratch={tmp_path / 'study'}", "--experiments=text"]) == 2
+    assert "no run in this study" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
 
 
 @pytest.mark.launch

@@ -107,6 +107,27 @@ def test_the_features_are_the_blocks_tokens(
     assert json.loads((tmp_path / "results/probe/small.json").read_bytes())["rows"] == document["rows"]
     assert main([*words, "--size", "48"]) == 2
     assert "f.npz is of other images, weights or sizes; name another" in capfd.readouterr().err
+    for content in (b"no archive", (tmp_path / "f.npz").read_bytes()[:-100]):
+        (tmp_path / "f.npz").write_bytes(content)
+        assert main([*words, "--size", "32"]) == 2
+        assert "f.npz cannot be read (" in capfd.readouterr().err
+
+
+def test_a_backbone_that_cannot_be_is_one_line(
+    tmp_path: Path, shard_set: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shards = shard_set({"train": [4], "val": [4], "test": [4]})
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "w.safetensors")
+    for backbone, size, said in (
+        ("no_such", 32, "Unknown model"),
+        ("resnet10t", 32, "img_size"),
+        ("vit_tiny_patch16_224", 32, "loading state_dict"),
+        ("test_vit", -3, "positive image size"),
+    ):
+        words = ["probe", str(shards), f"--weights={tmp_path / 'w.safetensors'}", "--name=x", f"--size={size}"]
+        assert main([*words, f"--backbone={backbone}"]) == 2
+        error = capfd.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: --backbone {backbone}, --weights ") and said in error
 
 
 def test_what_a_probe_needs_is_said(tmp_path: Path, shard_set: Any, capfd: pytest.CaptureFixture[str]) -> None:

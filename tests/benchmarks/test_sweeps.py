@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from benchmarks import points, result
 from benchmarks.__main__ import main
 from benchmarks.claims import runs
-from benchmarks.claims.runs import finish_runs
+from benchmarks.claims.runs import finish_runs, is_finished, train_point
 from benchmarks.pages import tables_of
 from benchmarks.report import benchmark_of
 from benchmarks.speed import fit, sweep
@@ -36,6 +36,7 @@ from dist_train.config import Recipe
 from dist_train.errors import UseError, WorkError
 from dist_train.train import memory, meters, micro_batch
 from dist_train.train.settings import precision_of
+from tests.harness import write_shard_set
 
 SMALL = (
     "--data.image_size 32 --data.crop_margin 8 --data.threads 1 --model.backbone vit_tiny_patch16 --model.dropout 0.1"
@@ -98,6 +99,19 @@ def test_a_commit_is_marked_where_the_code_has_changes_not_where_a_result_has(
     assert commit() == clean != ""
     code.write_text("after")
     assert commit() == f"{clean}+"
+
+
+@pytest.mark.parametrize("auto", ["--data.mean=auto --data.std=auto", "--train.micro_batch_size=auto"])
+def test_a_finished_run_is_known_by_a_recipe_whose_auto_it_has_resolved(
+    shards: Path, tmp_path: Path, auto: str
+) -> None:
+    recipe = small(shards, tmp_path / "run", *auto.split())
+    assert train_point(asdict(recipe)) and is_finished(recipe)
+    with pytest.raises(UseError, match="/run: holds a run of another recipe"):
+        is_finished(replace(recipe, data=replace(recipe.data, mean=(0.1, 0.2, 0.3))))
+    write_shard_set(shards, {"train": [21], "val": [4], "test": [9]}, baked=40)
+    with pytest.raises(UseError, match=r"/run: trained on what .*/set was before"):
+        list(finish_runs([recipe, small(shards, tmp_path / "other")], 1, "runs"))
 
 
 @pytest.mark.launch
