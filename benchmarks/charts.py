@@ -6,10 +6,9 @@ This module is imported without matplotlib, which only drawing needs.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from benchmarks.benchmark import Chart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +32,15 @@ HEAD_COLOURS = {
     **{"mean": "#009e73", "last_n": "#cc79a7", "all_layers": "#e69f00", "attentive": "#56b4e9"},
 }
 HEAD_MARKERS = {"cls": "o", "ifa": "s", "stacked": "^"}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure of the report: name (of its file, "" for the result's own), what it shows in a sentence, its drawing."""
+
+    name: str
+    caption: str
+    draw: Callable[[], Figure]
 
 
 def png(chart: Chart, text_size: float = 10) -> bytes:

@@ -10,10 +10,10 @@ from typing import Any
 from urllib.parse import quote
 
 from benchmarks import result
-from benchmarks.benchmark import Benchmark, no_result
+from benchmarks.benchmark import Benchmark, Result, no_result
 from benchmarks.catalogue import BENCHMARKS
 from benchmarks.charts import png
-from benchmarks.pages import Result, everything, render, require_page
+from benchmarks.pages import everything, render, require_page
 from dist_train.files import write_atomically
 from dist_train.output import say
 

@@ -31,20 +31,23 @@ def is_for_types(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test).rpartition(".")[2] == "TYPE_CHECKING"
 
 
-def statements(tree: ast.AST, everywhere: bool) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The imports of a module; everywhere: those within functions too, which run later, or never."""
+def statements(tree: ast.AST, everywhere: bool, types: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports of a module. everywhere: those within functions too, which run later, or never. types: and those of
+    what is only named in types."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
         elif everywhere or not (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
-            if not is_for_types(node):
-                yield from statements(node, everywhere)
+            if types or not is_for_types(node):
+                yield from statements(node, everywhere, types)
 
 
 def imported(module: str, everywhere: bool) -> set[str]:
     """The project's modules that a module imports by name, without those that come along as their packages."""
     found = set()
-    for node in statements(ast.parse(MODULES[module].read_text(encoding="utf-8")), everywhere):
+    path = MODULES[module]
+    types = path.name != "__init__.py"  # a package names for type checkers what it imports when it is asked for it
+    for node in statements(ast.parse(path.read_text(encoding="utf-8")), everywhere, types):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif node.module:

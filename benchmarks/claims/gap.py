@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.arguments import check_words, numbers, positive_numbers, words
-from benchmarks.benchmark import Benchmark, Chart
-from benchmarks.charts import bars, lines
+from benchmarks.benchmark import Benchmark
+from benchmarks.charts import Chart, bars, lines
 from benchmarks.claims.gap_answers import answer_questions, closers, gap, table_rows
 from benchmarks.claims.gap_runs import FIXED, HEADS, REMEDIES, Run, accuracies, plan, searched_as, searches
 from benchmarks.claims.runs import finish_runs, is_finished, outcome, read_summary, threads_of

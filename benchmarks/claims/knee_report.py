@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.benchmark import Chart
-from benchmarks.charts import COLOURS, GREY, MARKERS, batch_axis, legend, new_axes, plain
+from benchmarks.charts import COLOURS, GREY, MARKERS, Chart, batch_axis, legend, new_axes, plain
 from benchmarks.claims.knee_fit import Floats, Found, better_than_smallest, excess, find_knee, fit_critical
 from benchmarks.tables import Document, Row, having, span
 

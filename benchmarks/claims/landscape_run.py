@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from benchmarks.claims.landscape_arguments import Arguments
 from benchmarks.claims.sharpness import excess_losses, hessian_eigenvalue, mean_excess, sample_losses
 from benchmarks.claims.surface import (
     Floats,
@@ -49,9 +50,6 @@ from dist_train.train.evaluate import Forward
 from dist_train.train.inputs import read_shard_set
 from dist_train.train.setup import initial_model
 from dist_train.use.trained import TrainedModel, load_trained
-
-if TYPE_CHECKING:
-    from benchmarks.claims.landscape import Arguments
 
 LARGEST_RESIDUAL = 0.1
 """Of an eigenvalue that is reported; one with a larger residual was not reached."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from benchmarks.arguments import words
-from benchmarks.benchmark import Benchmark, Chart
-from benchmarks.charts import COLOURS, GREY, HEIGHT, MARKERS, legend, new_axes, plain
+from benchmarks.benchmark import Benchmark
+from benchmarks.charts import COLOURS, GREY, HEIGHT, MARKERS, Chart, legend, new_axes, plain
 from benchmarks.claims import landscape
 from benchmarks.claims.runs import finish_runs, is_finished, test_evaluation, trained_at
 from benchmarks.result import write_result

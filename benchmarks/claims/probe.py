@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.benchmark import Benchmark, Chart
-from benchmarks.charts import GREY, OURS, bars
+from benchmarks.benchmark import Benchmark
+from benchmarks.charts import GREY, OURS, Chart, bars
 from benchmarks.result import write_result
 from benchmarks.tables import Document, Row, describe_row, having, text_of
 from dist_train.config import DataConfig

@@ -10,8 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.benchmark import Chart
-from benchmarks.charts import GREY, HEAD_COLOURS, HEAD_MARKERS, HEIGHT, batch_axis, legend, new_axes, plain
+from benchmarks.charts import GREY, HEAD_COLOURS, HEAD_MARKERS, HEIGHT, Chart, batch_axis, legend, new_axes, plain
 from benchmarks.claims.study_runs import BASE, Seeds, is_run, with_spread
 from benchmarks.tables import Document, Row, Table, by, short_backbone, text_of
 

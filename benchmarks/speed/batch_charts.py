@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.benchmark import Chart
-from benchmarks.charts import COLOURS, GREY, MARKERS, RED, bars, legend, lines, new_axes, plain
+from benchmarks.charts import COLOURS, GREY, MARKERS, RED, Chart, bars, legend, lines, new_axes, plain
 from benchmarks.speed.recommend import COSTS, cheapest_ways, front
 from benchmarks.tables import Row, having, short_backbone
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.benchmark import Benchmark, Chart
-from benchmarks.pages import Result, require_page
+from benchmarks.benchmark import Benchmark, Result
+from benchmarks.charts import Chart
+from benchmarks.pages import require_page
 from benchmarks.speed.batch_charts import of_accuracies, over_batches
 from benchmarks.speed.profile import advice, write_page
 from benchmarks.speed.sweep import Arguments, measure_batch_sizes

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tqdm import tqdm
 
 from benchmarks.arguments import numbers
-from benchmarks.benchmark import Benchmark, Chart
-from benchmarks.charts import COLOURS, legend, new_axes
+from benchmarks.benchmark import Benchmark
+from benchmarks.charts import COLOURS, Chart, legend, new_axes
 from benchmarks.points import run_point
 from benchmarks.result import write_result
 from benchmarks.tables import Document, Row, by, describe_row, figures, having, span, text_of

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from benchmarks.arguments import check_words, numbers, words
-from benchmarks.benchmark import Benchmark, Chart
-from benchmarks.charts import GREY, HEAD_COLOURS, bars
+from benchmarks.benchmark import Benchmark
+from benchmarks.charts import GREY, HEAD_COLOURS, Chart, bars
 from benchmarks.points import run_point
 from benchmarks.result import write_result
 from benchmarks.speed.head_cost import STEP_SECONDS, Size, share_of_step

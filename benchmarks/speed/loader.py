@@ -21,8 +21,8 @@ import psutil
 from tqdm import tqdm
 
 from benchmarks.arguments import check_words, words
-from benchmarks.benchmark import Benchmark, Chart
-from benchmarks.charts import GREY, LIGHT, OURS, bars
+from benchmarks.benchmark import Benchmark
+from benchmarks.charts import GREY, LIGHT, OURS, Chart, bars
 from benchmarks.load import seconds_of, with_children
 from benchmarks.points import Child
 from benchmarks.result import write_result

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import Result, render
+from benchmarks.benchmark import Result
+from benchmarks.pages import render
 from benchmarks.speed.knee import measured_knee
 from benchmarks.speed.recommend import COSTS, cheapest_ways, seeds_of
 from benchmarks.tables import (

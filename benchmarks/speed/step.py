@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from benchmarks.arguments import check_words, words
-from benchmarks.benchmark import Benchmark, Chart
+from benchmarks.benchmark import Benchmark
+from benchmarks.charts import Chart
 from benchmarks.points import ChildEnded, run_point
 from benchmarks.result import write_result
 from benchmarks.speed.batch_charts import over_batches

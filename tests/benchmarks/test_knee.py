@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import points, result
+from benchmarks.benchmark import tables_of
 from benchmarks.charts import png
 from benchmarks.claims import knee, knee_run
 from benchmarks.claims.knee_fit import (
@@ -28,7 +29,6 @@ from benchmarks.claims.knee_fit import (
     fit_critical,
 )
 from benchmarks.claims.knee_report import headline, in_words, knee_of, losses_of
-from benchmarks.pages import tables_of
 from benchmarks.report import benchmark_of
 from dist_train.config import Recipe
 from dist_train.data.manifest import read_manifest

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from benchmarks import load, result
+from benchmarks.benchmark import Result
 from benchmarks.catalogue import BENCHMARKS
-from benchmarks.pages import Result
 from benchmarks.points import Child
 
 BURN = "import time\nend = time.process_time() + {0}\nwhile time.process_time() < end: pass\nprint(flush=True)\ninput()"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks import result
-from benchmarks.pages import Result
+from benchmarks.benchmark import Result
 from benchmarks.speed.batch_size import BENCHMARK
 from benchmarks.speed.knee import predicted_knee
 from benchmarks.speed.profile import advice, choices, missing, render_profile, tables, write_page

@@ -6,8 +6,8 @@ import math
 import statistics
 from typing import Any
 
+from benchmarks.benchmark import tables_of
 from benchmarks.claims.study_figures import comparison, over_batch_sizes
-from benchmarks.pages import tables_of
 from benchmarks.report import benchmark_of
 
 

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from benchmarks import points, result
 from benchmarks.__main__ import main
+from benchmarks.benchmark import tables_of
 from benchmarks.claims import runs
 from benchmarks.claims.runs import finish_runs, is_finished, train_point
-from benchmarks.pages import tables_of
 from benchmarks.report import benchmark_of
 from benchmarks.speed import fit, sweep
 from benchmarks.speed.fit import largest_micro_batch
