@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.benchmark import Result
+from benchmarks.load import BUSY
 from benchmarks.pages import render
 from benchmarks.speed.knee import measured_knee
 from benchmarks.speed.recommend import COSTS, cheapest_ways, seeds_of
@@ -71,7 +72,11 @@ def advice(document: Document) -> list[str]:
     if chosen is None:
         return []
     name = namer(rows)
-    return [_what_to_do(document, rows, chosen, name), how_sure(rows, chosen, name), _what_it_costs(document, chosen)]
+    return [
+        _what_to_do(document, rows, chosen, name),
+        how_sure(document, rows, chosen, name),
+        _what_it_costs(document, chosen),
+    ]
 
 
 def _what_to_do(document: Document, rows: Sequence[Row], chosen: Row, name: Callable[[Row], str]) -> str:
@@ -90,7 +95,7 @@ def _what_to_do(document: Document, rows: Sequence[Row], chosen: Row, name: Call
     )
 
 
-def how_sure(rows: Sequence[Row], chosen: Row, name: Callable[[Row], str]) -> str:
+def how_sure(document: Document, rows: Sequence[Row], chosen: Row, name: Callable[[Row], str]) -> str:
     """How sure the recommendation by time is, by the seeds that there are."""
     seeds = min(len(seeds_of(row)) for row in rows)
     if seeds < 2:
@@ -105,6 +110,11 @@ def how_sure(rows: Sequence[Row], chosen: Row, name: Callable[[Row], str]) -> st
     said += "".join(f", {name(row)} in {percent(row['recommended_share'])}" for row in others)
     if seeds < FEW_SEEDS:
         return f"How sure that is: a hint, as {seeds} seeds are few and understate the doubt; {said}."
+    if (taken := document.get("busy_elsewhere") or 0.0) >= BUSY:
+        return (
+            f"How sure that is: open, as other processes took {percent(taken)} of the processor, so that the step "
+            f"times, which decide with the seeds, are not to be relied on; {said}."
+        )
     return f"How sure that is: {verdict}; {said}."
 
 

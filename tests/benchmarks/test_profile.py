@@ -74,6 +74,14 @@ def test_four_seeds_give_advice_with_its_certainty_and_cost() -> None:
     assert cost == "The steps of such a training take 45 minutes; energy was not measured."
 
 
+def test_nothing_is_settled_by_times_of_a_machine_that_had_other_work() -> None:
+    rows = [row(16, [0.6, 0.61, 0.6, 0.61], 90.0), row(64, [0.81, 0.8, 0.81, 0.8], 45.0)]
+    assert advice(result_of(rows, busy_elsewhere=0.05).document)[1].startswith("How sure that is: settled; batch 64")
+    sure = advice(result_of(rows, busy_elsewhere=0.4).document)[1]
+    assert sure.startswith("How sure that is: open, as other processes took 40 % of the processor")
+    assert sure.endswith("batch 64 is recommended in 100 % of resamples of the 4 seeds and step times.")
+
+
 def test_little_evidence_is_said_to_be_little() -> None:
     one_seed = [row(16, [0.9], 9.0), row(64, [0.7], 5.0)]
     what, sure, _ = advice(result_of(one_seed).document)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import pages, report, result
+from benchmarks import benchmark, pages, report, result
 from benchmarks.__main__ import main
 from benchmarks.catalogue import BENCHMARKS
 from benchmarks.speed.batch_charts import over_batches
@@ -31,7 +31,7 @@ YES_OR_NO = {"pareto", "recommended", "identical_weights", "each_sample_once", "
 
 
 def tables_of(bench: str, document: dict[str, Any]) -> list[Table]:
-    return pages.tables_of(report.benchmark_of(bench), document)
+    return benchmark.tables_of(report.benchmark_of(bench), document)
 
 
 def headline(bench: str, document: dict[str, Any]) -> str:
@@ -325,7 +325,7 @@ def test_a_gpu_has_a_table_for_each_kind_of_point() -> None:
     assert tables[2].cells[1][-1] == "broken" and tables[3].cells == [["loader: a", "30,000", "1.010"]]
     assert tables[4].cells == [["another", "7"]]
     for some, more in ((rows, True), (rows[4:5], False), (rows[5:], False)):
-        one = pages.Result(KNOWN["gpu"], Path("x"), {"rows": some})
+        one = benchmark.Result(KNOWN["gpu"], Path("x"), {"rows": some})
         assert (pages.everything(one)[-1].title == "Everything measured") is more
 
 

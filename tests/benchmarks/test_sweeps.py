@@ -26,7 +26,6 @@ from benchmarks.claims import runs
 from benchmarks.claims.runs import finish_runs, is_finished, train_point
 from benchmarks.report import benchmark_of
 from benchmarks.speed import fit, sweep
-from benchmarks.speed.fit import largest_micro_batch
 from benchmarks.speed.recommend import mark
 from benchmarks.speed.step import measure
 from benchmarks.speed.sweep import Arguments
@@ -291,7 +290,7 @@ def test_the_search_begins_at_what_is_predicted(monkeypatch: pytest.MonkeyPatch)
 
     if not torch.cuda.is_available():
         monkeypatch.setattr(fit, "measure", measure)
-        assert largest_micro_batch(recipe, 64, 30_000_000) == 40
+        assert fit.largest_micro_batch(recipe, 64, 30_000_000) == 40
 
 
 @pytest.mark.launch
