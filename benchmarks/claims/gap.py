@@ -89,7 +89,7 @@ def run(arguments: Arguments) -> Path:
     remedies = list(dict.fromkeys([FIXED, *words(arguments.remedies)]))
     check_words("--heads", "head", heads, tuple(HEADS))
     check_words("--remedies", "remedy", remedies, tuple(REMEDIES))
-    if batches != sorted(set(batches)) or len(batches) < 2 or batches[0] < 1:
+    if batches != sorted(set(batches)) or len(batches) < 2:
         raise UseError(f"--batches {arguments.batches}: name at least two, the smallest first")
     if batches[-1] % batches[0] and (steps := [name for name in remedies if REMEDIES[name].steps]):
         raise UseError(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from benchmarks.arguments import check_words, numbers
 from benchmarks.benchmark import Benchmark
@@ -26,6 +26,7 @@ from dist_train.config import DataConfig, HeadInit, LrScaling, ModelConfig, Opti
 from dist_train.data.manifest import MANIFEST_NAME, read_manifest
 from dist_train.errors import UseError, WorkError
 from dist_train.output import say
+from dist_train.ranges import AT_LEAST_1
 from dist_train.train.schedule import count_steps
 
 T = TypeVar("T", int, float)
@@ -55,7 +56,7 @@ class Arguments:
     """learning rate of fine-tuning, or drawn=RATE,photos=RATE"""
     experiments: str = ",".join(EXPERIMENTS)
     """only these, separated by commas"""
-    seeds: int = 3
+    seeds: Annotated[int, AT_LEAST_1] = 3
     """of each run"""
     batches: str = "16,32,64,128,256"
     """batch sizes, separated by commas"""
@@ -77,14 +78,9 @@ class Arguments:
     def __post_init__(self) -> None:
         """Raise UseError for values that cannot be, before anything is trained."""
         check_words("--experiments", "experiment", self.chosen, EXPERIMENTS)
-        _ = self.rates
-        for option, value in (
-            ("--seeds", self.seeds),
-            ("--batches", self.batch_sizes[0]),
-            ("--epochs", min(self.epochs_on.values())),
-        ):
-            if value < 1:
-                raise UseError(f"{option}: {value} is not at least 1")
+        _ = self.rates, self.batch_sizes
+        if min(self.epochs_on.values()) < 1:
+            raise UseError(f"--epochs: {min(self.epochs_on.values())} is not at least 1")
 
     @property
     def rates(self) -> dict[str, float]:

@@ -172,7 +172,7 @@ def test_a_seed_that_lost_nothing_has_no_share_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ("--batches=0,16", "--batches 0,16: name at least two"),
+        ("--batches=0,16", "--batches: numbers from 1 on"),
         ("--batches=16,40", "for `equal steps` the largest must be a multiple of the smallest"),
         ("--jobs=0", "--jobs: 0 is not at least 1"),
     ],

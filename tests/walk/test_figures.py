@@ -125,7 +125,10 @@ def test_what_bf16_costs_is_that_of_the_committed_results() -> None:
         for precision in ("bf16_autocast", "bf16")
     }
     assert [which for which, sign in signs.items() if sign] == [("demo", "bf16_autocast")]
-    assert "the four pairs of `bf16_autocast` on a CPU show a loss; the others neither show one" in text
+    assert "the four pairs of `bf16_autocast` from scratch on a CPU show a loss; the others from scratch" in text
+    photos = against("photos", "bf16_autocast")
+    assert len(photos) == 12 and photos.sign == 1 and min(photos.values()) > -0.5
+    assert f"by {statistics.mean(photos.values()):+.2f} ± {photos.error:.2f} points on a CPU (twelve pairs" in text
 
 
 def test_the_grocery_recipe_says_how_many_images_it_shows() -> None:

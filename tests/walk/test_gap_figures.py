@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from benchmarks.claims.gap_answers import closed, closers
 from benchmarks.claims.gap_runs import accuracies
 from benchmarks.claims.study_runs import Seeds
-from benchmarks.tables import by
 from dist_train.train.schedule import count_steps
 from tests.walk.documents import result, text_in_one_line, text_of
 
@@ -62,9 +61,7 @@ def test_what_is_said_of_large_batches_and_heads_is_what_the_runs_say() -> None:
         first, second, third = (f"{number:{form}}" for number in numbers)
         return f"{first}, {second} and {third}"
 
-    heads = {place: list(by(rows, "head")) for place, rows in compared.items()}
-    remedies = ["equal steps", "adamw + own rate", "own rate", "square root", "momentum by samples"]
-    won = {place: dict(closers(rows, heads[place], remedies, batches)) for place, rows in compared.items()}
+    won = {place: dict(closers(rows, batches)) for place, rows in compared.items()}
     assert f"As many steps win back {list_of(its['equal steps'] for its in won.values())} % of the loss" in text
     assert f"rate of its own wins back {list_of(its['adamw + own rate'] for its in won.values())} %" in text
     assert f"searched at batch 256 wins back {list_of(its['own rate'] for its in won.values())} %" in text
