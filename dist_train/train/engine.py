@@ -44,6 +44,12 @@ def init_process_group(timeout_s: float = 1800) -> Place:
     _describe_ranks()
     gpu = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"])
+    if gpu and local_rank >= (count := torch.cuda.device_count()):
+        raise UseError(
+            f"rank {os.environ['RANK']} is number {local_rank + 1} of its host, but sees {count} "
+            f"GPU{'s' * (count != 1)}; start a rank for each GPU, and let each see all of its host's: no "
+            "CUDA_VISIBLE_DEVICES of its own, under SLURM --gpus-per-node in place of --gpus-per-task"
+        )
     if gpu:
         torch.cuda.set_device(local_rank)
     if not torch.distributed.is_initialized():

@@ -23,6 +23,7 @@ from dist_train.cli import main, parse_recipe, run_training
 from dist_train.data.loader import Batch
 from dist_train.data.manifest import read_manifest
 from dist_train.data.plan import EpochPlan
+from dist_train.errors import UseError
 from dist_train.models.build import build_model
 from dist_train.models.saved import newest_checkpoint
 from dist_train.place import Place
@@ -238,6 +239,21 @@ def test_a_rank_without_the_rest_of_its_place_is_told_what_to_do(
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert harness.train(shards, tmp_path / "run") == 2
     assert "but not LOCAL_RANK, WORLD_SIZE, MASTER_PORT; unset RANK" in harness.error_line(capsys.readouterr().err)
+
+
+def test_more_ranks_than_gpus_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UseError, match="rank 1 is number 2 of its host, but sees 1 GPU; start a rank for each GPU"):
+        init_process_group()
 
 
 # ---------------------------------------------------------------------- the run folder's disk
