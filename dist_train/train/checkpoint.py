@@ -21,7 +21,7 @@ import logging
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ class RunState:
 
     Of the best evaluation on val: best_step, -1 before any; best_top1, its top-1, or the mAP of a model that predicts
     tags; best_value, of what train.monitor names, which is in `monitor` without `auto`. evaluations_since_best: how
-    many have followed it. evaluation_due: whether val is still to be evaluated at this step.
+    many have followed it. evaluation_due: whether val is still to be evaluated at this step. seconds: that the run's
+    processes took up to this step; what one of them took after its last checkpoint is not in it.
     """
 
     step: int
@@ -90,6 +91,7 @@ class RunState:
     best_value: float | None = None
     evaluations_since_best: int = 0
     evaluation_due: bool = False
+    seconds: float = field(default=0.0, compare=False)
 
     @classmethod
     def at_start(cls, recipe: Recipe, manifest: Manifest, world_size: int) -> RunState:

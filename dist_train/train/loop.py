@@ -194,6 +194,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.run = Path(self.recipe.train.run)
+        self.started -= self.state.seconds  # of the processes before this one
         self.meter = self.train_step.meter
         self.dtype = compute_dtype(self.recipe.deepspeed)
         self.samples = self.manifest.split("train").samples
@@ -306,6 +307,7 @@ class _Run:
         """Write a checkpoint, and evaluate on val where that is asked for: in this order, as that may take long."""
         state = self.state
         averaged = None if self.average is None else self.average.state()
+        state.seconds = round(time.perf_counter() - self.started, 1)
         self.writer.save(self.train_step.engine, state, averaged)
         if evaluate and state.evaluation_due:
             self.evaluate()

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import socket
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,15 +122,20 @@ def test_stopped_and_resumed_runs_end_with_bit_identical_weights(
     shards: Path, tmp_path: Path, overrides: dict[str, object]
 ) -> None:
     assert train(shards, tmp_path / "straight", **overrides) == 0
+    seconds = [0.0]
     for step in (3, 4):  # within an epoch, and where one ends
+        began = time.perf_counter()
         assert train(shards, tmp_path / "stopped", train__stop_after_steps=step, resume="auto", **overrides) == 0
-        assert read_state(newest_checkpoint(tmp_path / "stopped")).step == step
+        state = read_state(newest_checkpoint(tmp_path / "stopped"))
+        assert state.step == step and seconds[-1] < state.seconds <= seconds[-1] + time.perf_counter() - began + 0.1
+        seconds.append(state.seconds)
     assert train(shards, tmp_path / "stopped", resume="auto", **overrides) == 0
     assert same(*(newest_weights(tmp_path / name) for name in ("straight", "stopped")))
     one, other = (
         [(e["step"], e["loss"], e["lr"]) for e in logged_steps(tmp_path / name)] for name in ("straight", "stopped")
     )
     assert one == other
+    assert read_summary(tmp_path / "stopped")["seconds"] > seconds[-1], "of all of its processes"
 
 
 def test_two_ranks_with_accumulation_train_as_one_does(finished: Path, shards: Path, tmp_path: Path) -> None:
