@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dist_train.config import ModelConfig
 from dist_train.errors import UseError
-from dist_train.models.abilities import Abilities
+from dist_train.models.abilities import Abilities, check_patches
 from dist_train.ranges import check_section
 
 CNNS = {"resnet18": 8, "resnet50": 16, "efficientnet_b0": 16}
@@ -106,18 +106,11 @@ def check_image_size(backbone: str, image_size: int) -> None:
     a side exactly."""
     patch = re.search(r"_patch([1-9][0-9]*)", backbone)
     side = int(patch[1]) if patch else 1
-    if image_size % side == 0:
-        return
-    below = image_size // side * side
-    sizes = " or ".join(str(size) for size in (below, below + side) if size > 0)
     own = ""
     if vit_shape(backbone) is not None:
         patches = ", ".join(str(patch) for patch in range(2, image_size + 1) if image_size % patch == 0)
         own = f", or one of the patch sizes {patches}"
-    raise UseError(
-        f"model.backbone: {backbone} has patches of {side} pixels, which do not divide data.image_size "
-        f"{image_size}; an image size of {sizes} would do{own}"
-    )
+    check_patches(backbone, side, image_size, own)
 
 
 def check_weights(source: str) -> None:

@@ -24,7 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
 from dist_train.errors import UseError
-from dist_train.models.abilities import Abilities
+from dist_train.models.abilities import Abilities, check_patches
 from dist_train.models.cls_token import take_cls, take_cls_and_average
 from dist_train.models.heads import Features
 
@@ -202,7 +202,10 @@ def inspect(backbone: str, image_size: int) -> Traits:
     fraction of a second; no random number is drawn. Raises UseError for a size that it does not take."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = create(backbone, image_size).train()
-        _check_patches(model, backbone, image_size)
+        patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+        side = patch[0] if isinstance(patch, tuple | list) else patch
+        if isinstance(side, int):
+            check_patches(backbone, side, image_size)
         blocks = getattr(model, "blocks", None)
         sequence = list(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else []
         seen: list[tuple[Any, Any]] = []
@@ -238,19 +241,6 @@ def inspect(backbone: str, image_size: int) -> Traits:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         dim = tokens[0].shape[2] if tokens else 0
         return Traits(can, pooled.shape[1], dim, len(tokens), parameters, idle)
-
-
-def _check_patches(model: nn.Module, backbone: str, image_size: int) -> None:
-    """Raise UseError where patches would leave a margin of the image out, silently."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
-    side = patch[0] if isinstance(patch, tuple | list) else patch
-    if isinstance(side, int) and image_size % side:
-        below = image_size // side * side
-        sizes = " or ".join(str(size) for size in (below, below + side) if size > 0)
-        raise UseError(
-            f"model.backbone: {backbone} has patches of {side} pixels, which do not divide data.image_size "
-            f"{image_size}; an image size of {sizes} would do"
-        )
 
 
 def _patches(model: nn.Module) -> int:
