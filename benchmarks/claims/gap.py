@@ -85,7 +85,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> Path:
     """Search the rates, train what is left and write the result after each run."""
-    heads, batches = list(dict.fromkeys(words(arguments.heads))), numbers("--batches", arguments.batches)
+    heads, batches = words(arguments.heads), numbers("--batches", arguments.batches)
     remedies = list(dict.fromkeys([FIXED, *words(arguments.remedies)]))
     check_words("--heads", "head", heads, tuple(HEADS))
     check_words("--remedies", "remedy", remedies, tuple(REMEDIES))

@@ -61,7 +61,7 @@ def run(arguments: Arguments, recipe: Recipe) -> Path:
     check_words("--stages", "ZeRO stage", stages, [str(stage) for stage in get_args(ZeroStage)])
     if arguments.samples < batch or arguments.samples % batch:
         raise UseError(f"--samples {arguments.samples}: must be a multiple of train.batch_size {batch}")
-    if wrong := [accumulation for accumulation in accumulations if accumulation < 1 or batch % accumulation]:
+    if wrong := [accumulation for accumulation in accumulations if batch % accumulation]:
         raise UseError(f"--accumulations {wrong[0]}: must divide train.batch_size {batch}")
     for stage, accumulation in product(map(int, stages), accumulations):
         asked = replace(

@@ -37,7 +37,7 @@ class Arguments:
 
 def run(arguments: Arguments, base: Recipe) -> Path:
     """Train every precision with every seed. Writes the result after each run, and continues where it was stopped."""
-    names = list(dict.fromkeys(words(arguments.precisions)))
+    names = words(arguments.precisions)
     check_words("--precisions", "precision", names, get_args(Precision))
     precisions = cast(list[Precision], names)
     recipes = [

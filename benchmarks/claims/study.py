@@ -95,7 +95,7 @@ class Arguments:
     @property
     def batch_sizes(self) -> list[int]:
         """Ascending."""
-        return sorted(set(numbers("--batches", self.batches)))
+        return sorted(numbers("--batches", self.batches))
 
     @property
     def middle(self) -> int:

@@ -26,16 +26,10 @@ from tests.harness import (
     read_summary,
     steps_done,
     wait_for,
-    write_shard_set,
 )
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
 arguments = partial(harness.arguments, optim__lr=0.01, train__epochs=1)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shard_set(tmp_path_factory.mktemp("sets") / "set", {"train": [30, 18]}, baked=20)
 
 
 def supervise(*options: str) -> list[str]:
