@@ -9,6 +9,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+if ! python -c 'import psutil, jsonargparse' 2>/dev/null; then
+  echo "error: multinode.sh: $(command -v python || echo python) lacks this project's packages; source .venv/bin/activate" >&2
+  exit 2
+fi
+
 # The launcher passes on hardly any variables; it reads the others from this file.
 DS_ENV_FILE=$(mktemp)
 export DS_ENV_FILE
