@@ -81,6 +81,18 @@ def test_without_a_hostfile_the_use_is_told(words: list[str]) -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: use: launch/multinode.sh HOSTFILE --config")
 
 
+def test_a_shell_without_the_environment_is_told_to_activate_it(tmp_path: Path) -> None:
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\necho No module named psutil >&2\nexit 1\n")
+    other.chmod(0o755)
+    command = [REPOSITORY / "launch" / "multinode.sh", "hosts", "--config", "demo"]
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    said = f"error: multinode.sh: {other} lacks this project's packages; source .venv/bin/activate\n"
+    assert done.stderr == said
+
+
 def test_an_argument_that_a_remote_shell_would_run_is_refused(tmp_path: Path) -> None:
     done, file = write_environment(tmp_path, "--train.run=runs/$(id)")
     assert done.returncode == 2 and "runs/$(id)" in done.stderr and not file.exists()
