@@ -12,10 +12,12 @@ from typing import Any, Protocol
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 from dist_train.config import Compile, OptimConfig, Recipe
 from dist_train.errors import UseError, WorkError
+from dist_train.models.backbones import blocks_of
 from dist_train.models.build import Classifier, compile_blocks, compile_parts
 from dist_train.models.parameter_groups import is_decayed, layers_of, never_decayed
 from dist_train.models.timm_models import TokenReader
@@ -215,6 +217,8 @@ def build_engine(model: Classifier, recipe: Recipe, place: Place, micro_batch: i
             clip_norm=recipe.optim.clip_norm,
             world_size=place.world_size,
         )
+    if recipe.deepspeed.zero_stage == 3:
+        _gather_whole_blocks(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     settings = deepspeed_settings(recipe, place.world_size, micro_batch, parameters)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -224,3 +228,17 @@ def build_engine(model: Classifier, recipe: Recipe, place: Place, micro_batch: i
         # One process has nothing to reduce, but DeepSpeed would copy all gradients into one buffer and back.
         engine.enable_backward_allreduce = False
     return engine
+
+
+def _gather_whole_blocks(model: Classifier) -> None:
+    """Let ZeRO 3 gather and free the parameters of a block together, as one of DeepSpeed's "leaf modules": its hooks on
+    every layer take more of the host's time than all else in a step.
+
+    DeepSpeed reduces such a block's gradients when those of its output and of its input have been seen. The first that
+    is trained may have an input without one (all before it is frozen), and the last may have an output that nothing
+    reads (`timm_models.TokenReader` has taken its [CLS] before): the gradients of these two are reduced one by one.
+    """
+    blocks = blocks_of(model.backbone)
+    first = next((block for block in blocks if any(parameter.requires_grad for parameter in block.parameters())), None)
+    for block in blocks[:-1]:
+        set_z3_leaf_module(block, block is not first)

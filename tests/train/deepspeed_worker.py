@@ -23,6 +23,7 @@ from tests.train.forked_ranks import run_on
 STEPS, BATCH = 50, 8
 NARROW = (64, 2, 2)  # channels, blocks and heads that vit_tiny has here, so that thousands of steps take minutes
 TAGS = ["red", "hair", "cat", "ears", "smile"]
+DEEPER = (32, 5, 2)  # and vit_small, where it matters what lies between the first and the last block
 MODELS = {"cls": [], "ifa": ["--model.head=ifa"], "vilt": ["--model.text_tokens=4"]}
 
 Jobs = dict[str, list[str]]  # by a name of the test's own: arguments of `dist-train train`
@@ -87,7 +88,7 @@ def run_job(recipe: Recipe, place: Place, steps: int) -> list[float]:
 
 def train_jobs(shards: Path, jobs: Jobs, steps: int, output: Path) -> None:
     """What each rank does."""
-    VIT_SIZES["tiny"] = NARROW
+    VIT_SIZES["tiny"], VIT_SIZES["small"] = NARROW, DEEPER
     place = init_process_group()
     losses = {name: run_job(recipe_of(shards, arguments), place, steps) for name, arguments in jobs.items()}
     if place.rank == 0:

@@ -30,13 +30,15 @@ from dist_train.train.meters import StepMeter
 from dist_train.train.settings import deepspeed_settings
 from dist_train.train.step import TrainStep, make_forward
 from tests.harness import CLASSES, environment, write_shard_set
-from tests.train.deepspeed_worker import BATCH, NARROW, losses_through_deepspeed, recipe_of
+from tests.train.deepspeed_worker import BATCH, DEEPER, NARROW, losses_through_deepspeed, recipe_of
 
 STEPS = 10
 ADAMW = ["--optim.name=adamw", "--optim.lr=0.0005", "--optim.weight_decay=0.05"]
 IFA = ["--model.head=ifa"]
 LAYERS = ["--optim.layer_decay=0.5", "--model.freeze=1"]
 LORA = ["--model.lora=2", "--optim.layer_decay=0.5", "--optim.name=adamw", "--optim.lr=0.005"]
+DEEP = ["--model.backbone=vit_small_patch16", *ADAMW]
+TIMM = ["--model.backbone=test_vit", "--model.head=ifa", *ADAMW]
 MIXED = ["--data.mixup=0.4", "--data.cutmix=1.0", "--optim.label_smoothing=0.1", "--optim.class_weights=effective"]
 
 # What one process trains, in float32 under ZeRO 0; and, of that, what two ranks train in another way.
@@ -46,6 +48,13 @@ ALONE = {
     "layers": [*LAYERS, *ADAMW],
     "head": ["--model.freeze=backbone", *ADAMW],
     "lora": LORA,
+    "deep": DEEP,
+    "deep-ifa": [*DEEP, *IFA],
+    "deep-layers": [*DEEP, *IFA, "--model.freeze=2"],
+    "deep-lora": [*DEEP, *LORA],
+    "deep-vilt": [*DEEP, "--model.text_tokens=4"],
+    "timm": TIMM,
+    "timm-layers": [*TIMM, "--model.freeze=2"],
     "mixed": [*MIXED, *ADAMW],
 }
 SAME = {
@@ -62,6 +71,12 @@ SAME = {
     },
     **{f"head zero {stage}": [] for stage in (0, 3)},
     **{f"lora zero {stage}": [] for stage in (0, 1, 2, 3)},
+    **{
+        f"{name} {way} zero 3": options
+        for name in ("deep", "deep-ifa", "deep-layers", "deep-lora", "deep-vilt", "timm", "timm-layers")
+        for way, options in (("at once", []), ("checkpoint_blocks", ["--model.checkpoint_blocks=true"]))
+    },
+    "deep-ifa in micro-batches of 2 zero 3": ["--train.micro_batch_size=2"],
     **{f"mixed in micro-batches of {size} zero 0": [f"--train.micro_batch_size={size}"] for size in (2, 4)},
 }
 NEAR = {f"ifa bf16 zero {stage}": ["--deepspeed.precision=bf16"] for stage in (0, 1, 2, 3)}
@@ -73,8 +88,10 @@ BETWEEN = (
     *(f"{name} checkpoint_blocks zero 2" for name in ("layers", "head", "lora")),
     *(f"lora zero {stage}" for stage in (1, 2)),
     *(f"ifa bf16 zero {stage}" for stage in (1, 2)),
+    *(f"{name} at once zero 3" for name in ("deep", "deep-ifa", "timm")),
+    *(f"{name} checkpoint_blocks zero 3" for name in ("deep", "deep-layers", "deep-lora", "deep-vilt", "timm-layers")),
 )
-"""Stages whose neighbours are in the usual run of the tests."""
+"""Ways whose neighbours are in the usual run of the tests."""
 
 
 def named(ways: dict[str, list[str]]) -> list[Any]:
@@ -85,7 +102,7 @@ def named(ways: dict[str, list[str]]) -> list[Any]:
 def losses(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """By name, of one process and of two; of what the tests that were asked for compare."""
     folder = tmp_path_factory.mktemp("precision")
-    shards = write_shard_set(folder / "set", {"train": [11, 8, 5]}, baked=36)
+    shards = write_shard_set(folder / "set", {"train": [11, 8, 5]}, baked=36, text=True)
     asked = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
     names = {call.params["name"] for call in asked if "name" in call.params}
     divided = {
@@ -101,6 +118,21 @@ def losses(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("name", named(SAME))
 def test_two_ranks_have_the_losses_of_one_process(losses: dict[str, list[float]], name: str) -> None:
     assert losses[name] == pytest.approx(losses[name.split()[0]], rel=1e-4 if "compile" in name else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "whole"),
+    [([], [1, 2, 3]), (["--model.freeze=2"], [0, 1, 3]), (["--model.freeze=backbone"], [0, 1, 2, 3])],
+)
+def test_zero_3_gathers_blocks_as_wholes(options: list[str], whole: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's hooks on every layer are most of what it takes of the host's time."""
+    monkeypatch.setitem(VIT_SIZES, "small", DEEPER)
+    recipe = recipe_of(Path(), [*DEEP, *options, "--deepspeed.zero_stage=3"])
+    engine = build_engine(build_model(recipe.model, 32, CLASSES, 0)[0], recipe, init_process_group(), BATCH)
+    blocks = engine.module.backbone.blocks
+    assert [number for number, block in enumerate(blocks) if not block.attn.qkv._forward_hooks] == whole
+    assert all(block._forward_hooks for block in blocks)
+    engine.destroy()
 
 
 @pytest.mark.launch
