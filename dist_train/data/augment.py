@@ -89,13 +89,15 @@ def draw_augmentation(
     """
     rarer = bool(config.grey or config.blur or config.erasing)
     numbers = _ERASING + 1 if rarer else _ALWAYS_DRAWN
+    if (epochs == epochs[:1]).all():
+        epochs = epochs[:1]  # mixed once
     drawn = uniform(seed, Draw.AUGMENTATION, epochs, samples, np.arange(numbers)[:, None])  # (numbers, B), all at once
 
     def factor(what: int, strength: float) -> NDArray[np.float64]:
         return 1 + strength * (2 * drawn[what] - 1)
 
     some: dict[str, NDArray[Any]] = {
-        "crop": (drawn[[_CROP_Y, _CROP_X]] * (config.crop_margin + 1)).astype(np.int32).T,
+        "crop": (drawn[_CROP_Y : _CROP_X + 1] * (config.crop_margin + 1)).astype(np.int32).T,
         "flip": (drawn[_FLIP] < 0.5) & config.flip,
         "brightness": factor(_BRIGHTNESS, config.brightness),
         "contrast": factor(_CONTRAST, config.contrast),

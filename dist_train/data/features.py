@@ -205,12 +205,9 @@ class FeatureTrainLoader(_FeatureLoader):
         self.start = samples_consumed
 
     def _make(self, stopped: IsStopped) -> Generator[Batch, None, None]:
-        consumed = self.start
-        while True:
-            samples = self.plan.batch(consumed, self.place.rank, self.place.world_size).sample
-            for first in range(0, len(samples), self.batch_size):
-                yield self._batch(samples[first : first + self.batch_size])
-            consumed += self.plan.batch_size
+        for step in self.plan.batches(self.start, self.place.rank, self.place.world_size):
+            for first in range(0, len(step), self.batch_size):
+                yield self._batch(step.sample[first : first + self.batch_size])
 
 
 class FeatureEvalLoader(_FeatureLoader):

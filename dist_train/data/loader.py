@@ -308,9 +308,8 @@ class TrainLoader(_Loader):
 
     def _positions(self) -> Iterator[Positions]:
         consumed = self.start
-        while True:
+        for step in self.plan.batches(self.start, self.place.rank, self.place.world_size):
             self.fetcher.advance(consumed)
-            step = self.plan.batch(consumed, self.place.rank, self.place.world_size)
             for first in range(0, len(step), self.batch_size):
                 yield step[first : first + self.batch_size]
             consumed += self.plan.batch_size

@@ -28,7 +28,7 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 from dist_train.config import DataConfig
-from dist_train.data.augment import Augmentation, blur_kernels, colour_parameters, needs_sizes
+from dist_train.data.augment import Augmentation, blur_kernels, colour_parameters, has_operations, needs_sizes
 from dist_train.data.auto_augment import affine_maps
 from dist_train.data.crops import Regions, regions_of_boxes, regions_of_centres
 from dist_train.data.graph import cpu_graph, crop_input, gpu_graph, region_inputs
@@ -109,7 +109,8 @@ class ImagePipeline:
         self._by_size = needs_sizes(config, train)
         self._cut_only = not self._by_size and baked == (self._square if train else self._size)
         self._fed = 0
-        self._under_way: deque[tuple[Augmentation, Regions | None]] = deque()
+        self._has_operations = train and has_operations(config)
+        self._under_way: deque[tuple[Augmentation, NDArray[np.float32], Regions | None]] = deque()
         self._workers = threads
         self._threads = ThreadPoolExecutor(threads, "augment")
         self._memory = _Memory((batch_size, 3, self._size, self._size), depth + config.prefetch)
@@ -147,7 +148,7 @@ class ImagePipeline:
                 self._pipeline.feed_input(name, TensorListCPU(values))
         elif self.train:
             self._pipeline.feed_input("crop", TensorListCPU(crop_input(augmentation, self._cut_only)))
-        self._under_way.append((augmentation, regions))
+        self._under_way.append((augmentation, colour_parameters(augmentation), regions))
         self._fed += 1
         if self._fed >= self.depth:  # DALI's first schedule_run starts `depth` batches at once
             with _undecodable():
@@ -173,17 +174,17 @@ class ImagePipeline:
         stream = torch.cuda.current_stream(device)
         with _undecodable():
             (output,) = self._pipeline.share_outputs(cuda_stream=stream)
-        augmentation, _ = self._under_way.popleft()
-        parameters = torch.from_numpy(colour_parameters(augmentation))
+        augmentation, colours, _ = self._under_way.popleft()
+        operations, last = self._operations(augmentation)
         pixels = torch.from_dlpack(output.as_tensor())
-        if operations := _operation_parameters(augmentation, self._size):
+        if operations:
             pixels = operations_torch.apply_operations(pixels, *operations)
         tensor = fastest_colour_change(device, self._size)(
             pixels,
-            parameters.pin_memory().to(device, non_blocking=True),
+            torch.from_numpy(colours).pin_memory().to(device, non_blocking=True),
             *(tuple(values.tolist()) for values in self._normalise),
         )
-        if last := _last_parameters(augmentation):
+        if last:
             operations_torch.blur_and_erase(tensor, *last)
         # DALI does not say in which order with the stream's work its memory is used again. Only the thread that makes
         # batches waits here.
@@ -198,9 +199,9 @@ class ImagePipeline:
 
         with _undecodable():
             outputs = self._pipeline.share_outputs()
-        augmentation, regions = self._under_way.popleft()
-        batch = len(augmentation.flip)
-        parameters, target = colour_parameters(augmentation), self._memory.take(batch)
+        augmentation, colours, regions = self._under_way.popleft()
+        batch = len(colours)
+        target = self._memory.take(batch)
         if self._cut_only:
             pixels = np.asarray(outputs[0].as_tensor())
         else:
@@ -210,7 +211,7 @@ class ImagePipeline:
                 start, length, origin, full = regions.start, regions.length, regions.origin, regions.full
             else:
                 start, length, origin, full = self._regions(decoded, augmentation, outputs[1:])
-        operations, last = _operation_parameters(augmentation, self._size), _last_parameters(augmentation)
+        operations, last = self._operations(augmentation)
         if operations or last:
             from dist_train.data.operations import apply_operations, blur_and_erase
         if operations and self._cut_only:
@@ -223,7 +224,7 @@ class ImagePipeline:
             some = slice(first, end)
             if operations:
                 apply_operations(pixels[some], *(values[some] for values in operations))
-            change_colours(pixels[some], parameters[some], *self._normalise, target[some])
+            change_colours(pixels[some], colours[some], *self._normalise, target[some])
             if last:
                 blur_and_erase(target[some], *(values[some] for values in last))
 
@@ -232,6 +233,13 @@ class ImagePipeline:
             done.result()
         self._pipeline.release_outputs()
         return torch.from_numpy(target)
+
+    def _operations(self, augmentation: Augmentation) -> tuple[tuple[NDArray[Any], ...], tuple[NDArray[Any], ...]]:
+        """What `apply_operations` and `blur_and_erase` take beside the images, (B, ...) each; empty if there is nothing
+        to do."""
+        if not self._has_operations:
+            return (), ()
+        return _operation_parameters(augmentation, self._size), _last_parameters(augmentation)
 
     def _regions_by_size(self, augmentation: Augmentation, sizes: NDArray[np.int32] | None) -> Regions:
         if self.train:
@@ -253,7 +261,6 @@ class ImagePipeline:
 
 
 def _operation_parameters(augmentation: Augmentation, side: int) -> tuple[NDArray[Any], ...]:
-    """What `apply_operations` takes beside the images, (B, ...) each; empty if there is nothing to do."""
     operations, magnitudes = augmentation.operations, augmentation.magnitudes
     if not operations.size:
         return ()
@@ -261,7 +268,6 @@ def _operation_parameters(augmentation: Augmentation, side: int) -> tuple[NDArra
 
 
 def _last_parameters(augmentation: Augmentation) -> tuple[NDArray[Any], ...]:
-    """What `blur_and_erase` takes beside the images, (B, ...) each; empty if there is nothing to do."""
     blurred = augmentation.blur > 0
     if not blurred.any() and not augmentation.erased.any():
         return ()

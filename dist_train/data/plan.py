@@ -30,6 +30,7 @@ from dist_train.errors import UseError
 FEWEST_AUTO_STREAMS = 64
 SAMPLES_PER_AUTO_STREAM = 8
 _SHUFFLED_AT_ONCE = 2**20  # samples, to keep intermediate results small
+_LOCATED_AT_ONCE = 4096  # samples of a rank: of small batches several, which take hardly longer than one
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,17 @@ class EpochPlan:
         """
         return self._locate(*self._share(consumed, rank, world_size))
 
+    def batches(self, consumed: int, rank: int = 0, world_size: int = 1) -> Iterator[Positions]:
+        """What `batch` gives for the global batch after `consumed` samples of the run, and for each after it."""
+        share = rank_batch(self.batch_size, world_size)
+        steps = max(1, _LOCATED_AT_ONCE // share)
+        while True:
+            shares = [self._share(consumed + step * self.batch_size, rank, world_size) for step in range(steps)]
+            located = self._locate(*(np.concatenate(part) for part in zip(*shares, strict=True)))
+            for first in range(0, len(located), share):
+                yield located[first : first + share]
+            consumed += steps * self.batch_size
+
     def shards_ahead(self, consumed: int, rank: int = 0, world_size: int = 1, ranks: int = 1) -> Iterator[Need]:
         """Which shards the batches after `consumed` samples of the run touch, without end; positions are in samples.
 
@@ -198,8 +210,7 @@ class EpochPlan:
     def _locate(self, epochs: NDArray[np.int64], positions: NDArray[np.int64]) -> Positions:
         shard = np.empty_like(positions)
         place = np.empty_like(positions)
-        for epoch in _distinct(epochs):
-            chosen = epochs == epoch
+        for epoch, chosen in _by_number(epochs):
             order, starts = self._line(epoch)
             line = self._line_places(epoch, positions[chosen])
             turn = np.searchsorted(starts, line, side="right") - 1
@@ -231,8 +242,7 @@ class EpochPlan:
         begin, _ = self._stream_range(stream)
         window, offset = np.divmod(turn, self.window)
         places = begin + window * self.window
-        for number in _distinct(window):  # all streams are in one window, or on their way into the next
-            chosen = window == number
+        for number, chosen in _by_number(window):  # all streams are in one window, or on their way into the next
             shuffled = self._shuffled(epoch, number, stream[chosen])
             places[chosen] += shuffled[stream[chosen], offset[chosen]]
         return places
@@ -263,9 +273,13 @@ class EpochPlan:
         return shuffled
 
 
-def _distinct(numbers: NDArray[np.int64]) -> list[int]:
-    """As np.unique, faster for the few numbers of a batch."""
-    return sorted(set(numbers.tolist()))
+def _by_number(numbers: NDArray[np.int64]) -> Iterator[tuple[int, slice | NDArray[np.bool_]]]:
+    """Each number that there is, ascending, and where it stands. Most often it is one."""
+    if (numbers == numbers[0]).all():
+        yield int(numbers[0]), slice(None)
+        return
+    for number in np.unique(numbers).tolist():
+        yield number, numbers == number
 
 
 def evaluation_batches(shard_samples: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[Positions]:

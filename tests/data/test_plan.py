@@ -87,6 +87,28 @@ def test_global_batches_do_not_depend_on_world_size_or_on_where_the_run_was_resu
     assert again == straight[resumed * 12 :]
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    shards=st.lists(st.integers(0, 60), min_size=1, max_size=8).filter(lambda counts: sum(counts) > 0),
+    consumed=st.integers(0, 400),
+    batch=st.sampled_from([1, 3, 12, 60]),
+    window=st.integers(1, 20),
+    together=st.integers(1, 500),
+)
+def test_batches_one_after_the_other_are_those_asked_for_alone(
+    shards: list[int], consumed: int, batch: int, window: int, together: int
+) -> None:
+    """Whatever number of them is located at once: within a window, over windows, over epochs."""
+    plan, alone = (EpochPlan(shards, batch, seed=3, shuffle_window=window) for _ in range(2))
+    for rank in range(world_size := 3 if batch % 3 == 0 else 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dist_train.data.plan._LOCATED_AT_ONCE", together)
+            for step, got in zip(range(60), plan.batches(consumed, rank, world_size), strict=False):
+                expected = alone.batch(consumed + step * batch, rank, world_size)
+                for name, values in vars(expected).items():
+                    assert np.array_equal(getattr(got, name), values), (rank, step, name)
+
+
 def test_the_order_follows_the_written_definition() -> None:
     """Brute force: build the whole epoch from the module's four sentences, with lists."""
     from dist_train.data.draws import permutation

@@ -21,10 +21,8 @@ def encoded_batches(task: Task) -> Iterator[list[Any]]:
     split = manifest.split("train")
     fetcher = ShardFetcher(task.shards, split, len(manifest.classes))
     plan = EpochPlan(split.shard_samples, task.batch_size, seed=0)
-    consumed = 0
-    while True:
-        yield fetcher.fetch(plan.batch(consumed), with_text=False).images
-        consumed += task.batch_size
+    for positions in plan.batches(0):
+        yield fetcher.fetch(positions, with_text=False).images
 
 
 def batches(task: Task) -> Iterator[Any]:
