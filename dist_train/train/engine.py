@@ -8,6 +8,7 @@ import shutil
 import socket
 import warnings
 from datetime import timedelta
+from itertools import takewhile
 from typing import Any, Protocol
 
 import deepspeed
@@ -222,7 +223,7 @@ def build_engine(model: Classifier, recipe: Recipe, place: Place, micro_batch: i
     parameters = sum(parameter.numel() for parameter in model.parameters())
     settings = deepspeed_settings(recipe, place.world_size, micro_batch, parameters)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    if isinstance(reader := getattr(getattr(model, "backbone", None), "token_reader", None), TokenReader):
+    if (reader := _token_reader(model)) is not None:
         reader.go_last()  # behind DeepSpeed's hooks
     if place.world_size == 1 and recipe.deepspeed.zero_stage == 0:
         # One process has nothing to reduce, but DeepSpeed would copy all gradients into one buffer and back.
@@ -234,11 +235,23 @@ def _gather_whole_blocks(model: Classifier) -> None:
     """Let ZeRO 3 gather and free the parameters of a block together, as one of DeepSpeed's "leaf modules": its hooks on
     every layer take more of the host's time than all else in a step.
 
-    DeepSpeed reduces such a block's gradients when those of its output and of its input have been seen. The first that
-    is trained may have an input without one (all before it is frozen), and the last may have an output that nothing
-    reads (`timm_models.TokenReader` has taken its [CLS] before): the gradients of these two are reduced one by one.
+    DeepSpeed reduces such a block's gradients when it has seen those of the block's output and input. The first that is
+    trained may have an input without one, where what comes before is frozen. The last may have an output that nothing
+    reads, where `TokenReader` has taken its [CLS] before. The gradients of these are reduced one by one.
     """
-    blocks = blocks_of(model.backbone)
+    blocks, apart = blocks_of(model.backbone), set()
     first = next((block for block in blocks if any(parameter.requires_grad for parameter in block.parameters())), None)
-    for block in blocks[:-1]:
-        set_z3_leaf_module(block, block is not first)
+    if first is not None:
+        begin = next(first.parameters())
+        before = takewhile(lambda parameter: parameter is not begin, model.backbone.parameters())
+        if not all(parameter.requires_grad for parameter in before):
+            apart.add(first)
+    if _token_reader(model) is not None:
+        apart.add(blocks[-1])
+    for block in blocks:
+        set_z3_leaf_module(block, block not in apart)
+
+
+def _token_reader(model: Classifier) -> TokenReader | None:
+    reader = getattr(getattr(model, "backbone", None), "token_reader", None)
+    return reader if isinstance(reader, TokenReader) else None

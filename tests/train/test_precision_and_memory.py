@@ -122,12 +122,17 @@ def test_two_ranks_have_the_losses_of_one_process(losses: dict[str, list[float]]
 
 @pytest.mark.parametrize(
     ("options", "whole"),
-    [([], [1, 2, 3]), (["--model.freeze=2"], [0, 1, 3]), (["--model.freeze=backbone"], [0, 1, 2, 3])],
+    [
+        (DEEP, [0, 1, 2, 3, 4]),
+        ([*DEEP, "--model.freeze=2"], [0, 1, 3, 4]),
+        ([*DEEP, "--model.freeze=backbone"], [0, 1, 2, 3, 4]),
+        (TIMM, [0, 1, 2, 3, 4]),
+    ],
 )
 def test_zero_3_gathers_blocks_as_wholes(options: list[str], whole: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed's hooks on every layer are most of what it takes of the host's time."""
     monkeypatch.setitem(VIT_SIZES, "small", DEEPER)
-    recipe = recipe_of(Path(), [*DEEP, *options, "--deepspeed.zero_stage=3"])
+    recipe = recipe_of(Path(), [*options, "--deepspeed.zero_stage=3"])
     engine = build_engine(build_model(recipe.model, 32, CLASSES, 0)[0], recipe, init_process_group(), BATCH)
     blocks = engine.module.backbone.blocks
     assert [number for number, block in enumerate(blocks) if not block.attn.qkv._forward_hooks] == whole
