@@ -31,7 +31,14 @@ from dist_train.models.backbones import TokenTransformer, ViTShape
 from dist_train.models.build import Classifier, build_model
 from dist_train.models.heads import CLSHead
 from dist_train.place import Place
-from dist_train.train.engine import build_engine, build_optimizer, deepspeed_settings, init_process_group, torch_device
+from dist_train.train.engine import (
+    build_engine,
+    build_optimizer,
+    deepspeed_settings,
+    gather_whole_blocks,
+    init_process_group,
+    torch_device,
+)
 from dist_train.train.losses import Objective
 from dist_train.train.meters import StepMeter
 from dist_train.train.step import TrainStep, make_forward
@@ -236,11 +243,18 @@ def changed_engine(
     micro_batch: int,
     changes: dict[str, Any],
     optimizer: torch.optim.Optimizer | None = None,
+    *,
+    whole_blocks: bool = True,
 ) -> deepspeed.DeepSpeedEngine:
-    """DeepSpeed with our settings but for these of ZeRO's, and with our optimizer unless another is given."""
+    """DeepSpeed with our settings but for these of ZeRO's, and with our optimizer unless another is given.
+
+    whole_blocks: whether ZeRO 3 gathers the parameters of a block together, as in our engine.
+    """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     settings = deepspeed_settings(recipe, world_size, micro_batch, parameters)
     settings["zero_optimization"] |= changes
+    if recipe.deepspeed.zero_stage == 3 and whole_blocks:
+        gather_whole_blocks(model)
     optimizer = optimizer or build_optimizer(recipe.optim, model)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 

@@ -91,8 +91,9 @@ def contestants(point: dict[str, Any]) -> tuple[dict[str, AnyStep], int]:
         torch.manual_seed(0)
         return build_model(recipe(0).model, point["size"], CLASSES, 0)[0]
 
-    def engine(stage: ZeroStage, **changes: Any) -> Step:
-        return engine_loop(changed_engine(model(), recipe(stage), 2, point["micro_batch"], changes))
+    def engine(stage: ZeroStage, whole_blocks: bool = True, **changes: Any) -> Step:
+        changed = changed_engine(model(), recipe(stage), 2, point["micro_batch"], changes, whole_blocks=whole_blocks)
+        return engine_loop(changed)
 
     gradient_bytes = sum(parameter.nbytes for parameter in model().parameters())
     flat = torch.zeros(gradient_bytes // 4)
@@ -111,6 +112,8 @@ def contestants(point: dict[str, Any]) -> tuple[dict[str, AnyStep], int]:
         for what, changes in ZERO_SETTINGS.items() if stage and point["set"] == "settings" else ():
             if not (stage == 3 and "contiguous_gradients" in changes):  # which ZeRO 3 needs
                 loops[f"ZeRO {stage}, {what}"] = engine(stage, **changes)
+        if stage == 3 and point["set"] == "settings":
+            loops["ZeRO 3, layer by layer"] = engine(stage, whole_blocks=False)
     return loops, gradient_bytes
 
 

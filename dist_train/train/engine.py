@@ -219,7 +219,7 @@ def build_engine(model: Classifier, recipe: Recipe, place: Place, micro_batch: i
             world_size=place.world_size,
         )
     if recipe.deepspeed.zero_stage == 3:
-        _gather_whole_blocks(model)
+        gather_whole_blocks(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     settings = deepspeed_settings(recipe, place.world_size, micro_batch, parameters)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -231,7 +231,7 @@ def build_engine(model: Classifier, recipe: Recipe, place: Place, micro_batch: i
     return engine
 
 
-def _gather_whole_blocks(model: Classifier) -> None:
+def gather_whole_blocks(model: Classifier) -> None:
     """Let ZeRO 3 gather and free the parameters of a block together, as one of DeepSpeed's "leaf modules": its hooks on
     every layer take more of the host's time than all else in a step.
 

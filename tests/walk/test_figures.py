@@ -131,6 +131,16 @@ def test_what_bf16_costs_is_that_of_the_committed_results() -> None:
     assert f"by {statistics.mean(photos.values()):+.2f} ± {photos.error:.2f} points on a CPU (twelve pairs" in text
 
 
+def test_what_zero_3_takes_is_that_of_the_committed_results() -> None:
+    (host,) = (row for row in result("engine/host-cpu")["rows"] if row["zero_stage"] == 3)
+    cable = {row["contestant"]: row for row in result("exchange/vit-s-zero-settings")["rows"]}
+    whole, layers = (cable[name]["step_over_ddp"] for name in ("ZeRO 3", "ZeRO 3, layer by layer"))
+    text = text_in_one_line("docs/training.md")
+    assert f"a step is {host['ours_ratio']:.1f} times a bare loop's where computing takes no time" in text
+    assert f"with DeepSpeed's defaults {host['default_ratio']:.1f} (" in text
+    assert f"{whole:.2f} of the step of torch's DDP, {layers:.2f} layer by layer" in text
+
+
 def test_the_grocery_recipe_says_how_many_images_it_shows() -> None:
     assert f"# {yaml.safe_load(GROCERY)['train']['epochs'] * GROCERY_TRAIN:,} images" in GROCERY
 
