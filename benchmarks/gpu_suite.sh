@@ -46,8 +46,9 @@ budget=$((10#$budget)) # or 0480 would be octal
 # What is relative is so to where the user is.
 [[ -z $results ]] || results=$(realpath -m -- "$results")
 [[ -z $shards ]] || shards=$(realpath -m -- "$shards")
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
+[[ $python != */* ]] || python=$(realpath -ms -- "$python") # not where a link leads: a venv's would leave the venv
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ -n ${PYTHON:-} || ! -x .venv/bin/python ]] || python=.venv/bin/python
 
 if [[ -n $smoke ]]; then

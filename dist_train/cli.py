@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from dist_train import __version__
 from dist_train.config import Recipe
@@ -195,8 +196,8 @@ def _add_uses_of_a_run(commands: Any) -> None:
     evaluate.add_argument(
         "--csv",
         type=Path,
-        help="per-class or per-tag table (default: RUN/evaluation_SPLIT.csv); for classes the confusion matrix, its "
-        "picture and the most confused pairs are written beside it",
+        help="per-class or per-tag table (default: RUN/evaluation_SPLIT.csv, with _CHECKPOINT, _ema and _SET where "
+        "they are asked for); for classes the confusion matrix, its picture and the most confused pairs are beside it",
     )
     evaluate.add_argument("--batch-size", type=_number, help="samples of one pass (default: the run's)")
 
@@ -356,9 +357,21 @@ def _export(trained: TrainedModel, options: argparse.Namespace) -> None:
         say(push_to_hub(trained, options.hub, options.licence, options.public))
 
 
+def _name_of_evaluation(options: argparse.Namespace) -> str:
+    """With other weights or another set than the run's own its files have names of their own."""
+    parts = ["evaluation", options.split]
+    if options.checkpoint != "auto":
+        parts.append(Path(options.checkpoint).name)
+    if options.ema:
+        parts.append("ema")
+    if options.shards:
+        parts.append(Path(urlsplit(options.shards).path).name)
+    return "_".join(parts)
+
+
 def _say_evaluation(figures: dict[str, Any], files: dict[str, bytes], options: argparse.Namespace) -> int:
     """Print the figures, also where the files cannot be written: that is an error only if --csv asked for them."""
-    table = options.csv or options.run / f"evaluation_{options.split}.csv"
+    table = options.csv or options.run / f"{_name_of_evaluation(options)}.csv"
     unwritten = None
     paths = {}
     try:

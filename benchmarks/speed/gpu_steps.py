@@ -72,7 +72,8 @@ def _steps(point: Row, let_go: ExitStack) -> Row:
     forget_peak_memory(device)
     timed(lambda _: own(loaded if point["loaded"] else batches), 0, 2, device)
     row |= memory_figures(device)
-    row.pop("out_of_memory", None)  # how often it was in this process so far, in other points
+    for count in ("allocation_retries", "out_of_memory"):  # of this process so far, of other points too
+        row.pop(count, None)
     own_mb = peak_mb(lambda: own(batches), device, base)
 
     contestants: Contestants = {"own": lambda _: own(batches)}

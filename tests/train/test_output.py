@@ -56,6 +56,11 @@ def test_the_output_of_evaluate_is_json_and_that_of_predict_and_grid_their_lines
     evaluated = command("dist_train.cli", "evaluate", run)
     figures = json.loads(evaluated.stdout)
     assert figures["samples"] == 6 and figures["csv"] == str(run / "evaluation_test.csv")
+    own = (run / "evaluation_test.csv").read_bytes()
+    other = write_shard_set(tmp_path / "other", {"test": [9]}, baked=20)
+    assert main(["evaluate", str(run), "--checkpoint", "last", "--shards", str(other)]) == 0
+    assert json.loads(capsys.readouterr().out)["csv"] == str(run / "evaluation_test_last_other.csv")
+    assert (run / "evaluation_test.csv").read_bytes() == own != (run / "evaluation_test_last_other.csv").read_bytes()
     assert main(["predict", str(run), str(run.parent / "image.jpg"), "--top", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[0] == str(run.parent / "image.jpg") and lines[1].startswith("  0.")
