@@ -54,7 +54,7 @@ class Arguments:
     compile: str | None = None
     """values of model.compile; by default none,graphs on a GPU, which shows what of a step is the host's, else none"""
     micro_batch: Annotated[int, NOT_NEGATIVE] = 0
-    """measure each batch accumulated from this many, too"""
+    """measure each batch accumulated from this many, too (by default the recipe's train.micro_batch_size)"""
     search: Annotated[int, NOT_NEGATIVE] = 0
     """find the largest micro-batch that fits, up to this many"""
     memory_gb: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -143,6 +143,9 @@ def points(base: Recipe, sweep: Arguments) -> Iterator[Recipe]:
     """The recipe of every point. Raises UseError for words that name none."""
     folder = Path(base.train.run)
     heads, compiled = words(sweep.heads), words(sweep.compile or default_compile())
+    accumulated = sweep.micro_batch or base.train.micro_batch_size
+    if accumulated == "auto":
+        raise UseError("train.micro_batch_size auto: which is fastest is what is measured; give --micro-batch a number")
     check_words("--heads", "head", heads, get_args(Head))
     check_words("--compile", "", compiled, COMPILE)
     for backbone in words(sweep.backbones or base.model.backbone):
@@ -150,10 +153,11 @@ def points(base: Recipe, sweep: Arguments) -> Iterator[Recipe]:
             for size in numbers("--sizes", sweep.sizes or str(base.data.image_size)):
                 for batch in numbers("--batches", sweep.batches):
                     run = folder / f"{backbone}-{head}-{size}px-batch{batch}"
-                    micros = (0, sweep.micro_batch) if 0 < sweep.micro_batch < batch else (0,)
+                    micros = (0, accumulated) if 0 < accumulated < batch else (0,)
                     for micro, compile in product(micros, cast(list[Compile], compiled)):
                         if micro and batch % micro:
-                            raise UseError(f"--micro-batch {micro} does not divide the batch size {batch}")
+                            what = "--micro-batch" if sweep.micro_batch else "train.micro_batch_size"
+                            raise UseError(f"{what} {micro} does not divide the batch size {batch}")
                         yield replace(
                             base,
                             data=replace(base.data, image_size=size),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.arguments import numbers, parse, words
 from benchmarks.claims.precision import BENCHMARK
+from benchmarks.speed import sweep
 from dist_train.errors import UseError
+from dist_train.parse import parse_recipe
 
 
 def test_a_misspelt_option_of_a_benchmark_is_not_looked_for_in_the_recipe() -> None:
@@ -45,3 +48,20 @@ def test_a_number_that_cannot_be_is_refused_before_anything_is_measured(
 def test_what_is_named_twice_is_measured_once() -> None:
     assert words("cls,ifa,cls") == ["cls", "ifa"]
     assert numbers("--batches", "16,32,16,016") == [16, 32]
+
+
+def test_a_sweep_accumulates_from_the_recipes_micro_batch_unless_it_is_given_another() -> None:
+    recipe, _ = parse_recipe(["--train.micro_batch_size", "8"])
+
+    def ways(**asked: Any) -> list[tuple[int, Any]]:
+        asked = {"heads": "cls", "batches": "8,16", "compile": "none"} | asked
+        points = sweep.points(recipe, sweep.Arguments("s", **asked))
+        return [(point.train.batch_size, point.train.micro_batch_size) for point in points]
+
+    assert ways() == [(8, 0), (16, 0), (16, 8)]
+    assert ways(micro_batch=4) == [(8, 0), (8, 4), (16, 0), (16, 4)]
+    with pytest.raises(UseError, match=r"train\.micro_batch_size 8 does not divide the batch size 20"):
+        ways(batches="20")
+    recipe, _ = parse_recipe(["--train.micro_batch_size", "auto"])
+    with pytest.raises(UseError, match=r"train\.micro_batch_size auto: .* give --micro-batch a number"):
+        ways()
