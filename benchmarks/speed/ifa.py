@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from benchmarks.arguments import check_words, numbers, words
 from benchmarks.benchmark import Benchmark
@@ -16,9 +16,9 @@ from benchmarks.result import write_result
 from benchmarks.speed.head_cost import STEP_SECONDS, Size, share_of_step
 from benchmarks.speed.step import PAPER_SAMPLES
 from benchmarks.tables import Document, Row, Table, describe_row, figures, having, short_backbone, span, table_of
-from dist_train.config import Head
+from dist_train.config import Head, ModelConfig
 from dist_train.errors import UseError, WorkError
-from dist_train.models.names import vit_shape
+from dist_train.models.names import check_model, vit_shape
 from dist_train.output import say
 from dist_train.ranges import AT_LEAST_1
 
@@ -70,6 +70,11 @@ def run(arguments: Arguments) -> Path:
         raise UseError(f"--heads: the others are compared with cls; use cls,{arguments.heads}")
     rows = []
     tokens_of = numbers("--text-tokens", arguments.text_tokens, least=0)
+    for backbone in words(arguments.backbones):
+        for which in heads:  # the reference `stacked` reads what ifa reads
+            head: Head = "ifa" if which == "stacked" else cast(Head, which)
+            model = ModelConfig(backbone=backbone, head=head, head_init="default", text_tokens=max(tokens_of))
+            check_model(model, arguments.size)
     shared: Row = {"classes": arguments.classes, "precision": arguments.precision}
     for backbone in words(arguments.backbones):
         for tokens in tokens_of:

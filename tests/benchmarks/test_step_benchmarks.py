@@ -93,6 +93,8 @@ def test_what_cannot_be_measured_is_one_clear_line(capfd: pytest.CaptureFixture[
     assert "no arm 'real'; there are synthetic, loader, end_to_end" in capfd.readouterr().err
     assert main(["step", "--name", "a", "--arms", "loader", "--data.shards", str(tmp_path / "none")]) == 2
     assert "no such shard set" in capfd.readouterr().err
+    assert main(["ifa", "--name", "a", "--backbones", "vit_tiny_patch16,resnet18"]) == 2
+    assert capfd.readouterr().err.startswith("error: model.head: ifa needs the [CLS] token of every block")
 
 
 def test_running_out_of_memory_is_a_result() -> None:

@@ -88,8 +88,9 @@ BETWEEN = (
     *(f"{name} checkpoint_blocks zero 2" for name in ("layers", "head", "lora")),
     *(f"lora zero {stage}" for stage in (1, 2)),
     *(f"ifa bf16 zero {stage}" for stage in (1, 2)),
-    *(f"{name} at once zero 3" for name in ("deep", "deep-ifa", "timm")),
+    *(f"{name} at once zero 3" for name in ("deep", "deep-ifa", "deep-vilt", "timm")),
     *(f"{name} checkpoint_blocks zero 3" for name in ("deep", "deep-layers", "deep-lora", "deep-vilt", "timm-layers")),
+    "deep-ifa in micro-batches of 2 zero 3",
 )
 """Ways whose neighbours are in the usual run of the tests."""
 
