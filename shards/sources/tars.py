@@ -13,7 +13,7 @@ from typing import BinaryIO
 from dist_train.data.images import SIGNATURE_BYTES, format_by_content
 from dist_train.data.tags import tag_line
 from dist_train.data.tarindex import IMAGE_EXTENSIONS, Member, TarSample, index_tar
-from dist_train.errors import UseError, WorkError, name_some
+from dist_train.errors import UseError, name_some
 from shards.records import FileContent, LeftOut, Record, check_class_names, file_identity
 from shards.sources.shared import read_text
 from shards.splits import split_in_name
@@ -69,7 +69,7 @@ def _read_sample(
             try:
                 texts[kind] = read_member(file, text[1]).decode("utf-8-sig").strip()
             except UnicodeDecodeError:
-                raise WorkError(f"{tar}: {sample.key}.{text[0]} is not UTF-8 text") from None
+                return LeftOut(name, "text is not UTF-8", f"{sample.key}.{text[0]}")
     try:
         class_name = _class_of(texts, class_key, names)
     except ValueError as error:

@@ -175,6 +175,19 @@ def test_dotted_keys_are_the_samples_they_were_meant_as_or_each_is_counted(
     assert left_out == {"no class": 4} and sum(isinstance(item, Record) for item in found) == 1
 
 
+def test_a_sample_whose_text_is_not_utf_8_is_left_out_alone(tmp_path: Path) -> None:
+    latin = ("1.txt", "café".encode("latin-1"))
+    plain_tar(tmp_path / "0.tar", *sample("0", 0), *sample("1", 1), latin, *sample("2", 2), ("2.txt", "café".encode()))
+    found = read_source(tmp_path)
+    assert [(item.name, item.reason, item.detail) for item in found if isinstance(item, LeftOut)] == [
+        ("0.tar:1", "text is not UTF-8", "1.txt")
+    ]
+    assert [(item.name, item.tags) for item in found if isinstance(item, Record)] == [
+        ("0.tar:0", None),
+        ("0.tar:2", "café"),
+    ]
+
+
 def test_members_without_an_images_ending_are_images_by_their_content(tmp_path: Path) -> None:
     plain_tar(
         tmp_path / "0.tar", ("0.jpg_large", jpeg_bytes(0)), ("0.cls", b"3"), ("1.image", png_bytes(1)), ("1.cls", b"3")
