@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -59,7 +61,7 @@ def rehearsal(recipe: Recipe) -> Iterator[Rehearsal]:
     start_console_log(place.rank)
     done = False
     try:
-        with _temporary_run(recipe, place) as temporary:
+        with _ending_at_sigterm(), _temporary_run(recipe, place) as temporary:
             manifest = read_manifest(recipe.data.shards)
             check_same_set(manifest, recipe.data.shards, place)
             check(temporary, place.world_size, torch_device(place).type, manifest)
@@ -97,6 +99,23 @@ def _built(recipe: Recipe, place: Place, manifest: Manifest) -> Rehearsal:
         count_steps(recipe.train.epochs, manifest.split("train").samples, recipe.train.batch_size),
         outputs,
     )
+
+
+@contextmanager
+def _ending_at_sigterm() -> Iterator[None]:
+    """SIGTERM ends the process as Ctrl-C does: with nothing left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -6,6 +6,9 @@ import csv
 import itertools
 import math
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from dist_train.errors import UseError
 from dist_train.parse import parse_recipe, parse_training
 from dist_train.train.dry_run import Estimate, count_evaluations
 from dist_train.train.lr_range import RangeTest, ramp, running_means
-from tests.harness import arguments, logged_steps, train, write_shard_set
+from tests.harness import arguments, environment, logged_steps, train, wait_for, write_shard_set
 from tests.train.forked_ranks import train_on
 
 
@@ -89,6 +92,18 @@ def test_a_batch_larger_than_the_split_is_evaluated_after_once(
     epochs = [step * batch_size // 48 // every for step in range(steps + 1)]
     due = [after > before or step == steps - 1 for step, (before, after) in enumerate(itertools.pairwise(epochs))]
     assert count_evaluations(recipe, read_manifest(shards), steps) == {"val": sum(due), "test": 1}
+
+
+@pytest.mark.launch
+def test_a_dry_run_that_is_told_to_end_leaves_nothing_either(shards: Path, tmp_path: Path) -> None:
+    words = [*arguments(shards, tmp_path / "run", model__backbone="vit_base_patch4"), "--dry-run"]
+    command = [sys.executable, "-m", "dist_train.cli", "train", *words]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: list(tmp_path.glob(".rehearsal-*")), "the temporary run folder")
+    process.terminate()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in said, said
+    assert contents(tmp_path) == set()
 
 
 def test_a_dry_run_is_refused_what_a_run_would_be(
