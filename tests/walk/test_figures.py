@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scipy import stats
 
 from benchmarks.claims.histogram import colour_histogram_accuracy
 from benchmarks.claims.knee_fit import excess
@@ -116,19 +117,19 @@ def against_float32(name: str, precision: str) -> str:
 
 def test_what_bf16_costs_is_that_of_the_committed_results() -> None:
     text = text_in_one_line("docs/training.md")
-    cpu, gpu = ([against_float32(name, which) for which in ("bf16_autocast", "bf16")] for name in ("demo", "demo-h100"))
-    assert f"by {cpu[0]} points with `bf16_autocast` and {cpu[1]} with `bf16` on a CPU" in text
-    assert f"by {gpu[0]} and {gpu[1]} points on an H100" in text
-    signs = {
-        (name, precision): against(name, precision).sign
-        for name in ("demo", "demo-h100")
-        for precision in ("bf16_autocast", "bf16")
-    }
-    assert [which for which, sign in signs.items() if sign] == [("demo", "bf16_autocast")]
-    assert "the four pairs of `bf16_autocast` from scratch on a CPU show a loss; the others from scratch" in text
     photos = against("photos", "bf16_autocast")
     assert len(photos) == 12 and photos.sign == 1 and min(photos.values()) > -0.5
     assert f"by {statistics.mean(photos.values()):+.2f} ± {photos.error:.2f} points on a CPU (twelve pairs" in text
+    new, before = against("demo-pairs", "bf16_autocast"), against("demo", "bf16_autocast")
+    assert f"differs by {against_float32('demo-pairs', 'bf16_autocast')} points over twelve pairs" in text
+    assert f"The four pairs before, {against_float32('demo', 'bf16_autocast')} (" in text and len(before) == 4
+    together = Seeds(enumerate([*new.values(), *before.values()]))
+    most = stats.t.ppf(0.95, len(together) - 1) * together.error - together.mean
+    assert f"all sixteen together are {together}, which excludes a loss above {most:.1f} points" in text
+    assert (len(new), len(together)) == (12, 16)
+    for precision, said in (("bf16_autocast", "seven pairs have {}"), ("bf16", "{} over six on the H100")):
+        assert said.format(against_float32("demo-h100", precision)) in text
+    assert f"{against_float32('demo', 'bf16')} over three pairs on a CPU" in text
 
 
 def test_what_zero_3_takes_is_that_of_the_committed_results() -> None:
