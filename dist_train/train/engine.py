@@ -239,11 +239,12 @@ def gather_whole_blocks(model: Classifier) -> None:
     trained may have an input without one, where what comes before is frozen. The last may have an output that nothing
     reads, where `TokenReader` has taken its [CLS] before. The gradients of these are reduced one by one.
     """
-    blocks, apart = blocks_of(model.backbone), set()
+    backbone: nn.Module = getattr(model, "backbone", model)
+    blocks, apart = blocks_of(backbone), set()
     first = next((block for block in blocks if any(parameter.requires_grad for parameter in block.parameters())), None)
     if first is not None:
         begin = next(first.parameters())
-        before = takewhile(lambda parameter: parameter is not begin, model.backbone.parameters())
+        before = takewhile(lambda parameter: parameter is not begin, backbone.parameters())
         if not all(parameter.requires_grad for parameter in before):
             apart.add(first)
     if _token_reader(model) is not None:
