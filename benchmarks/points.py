@@ -171,8 +171,8 @@ def run_point(function: str, point: Point, environment: Mapping[str, str] | None
 
 def environment_of_one_process() -> dict[str, str]:
     """The environment without a launcher's or an earlier run's description of ranks, for a measured process."""
-    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    ranks.add("SLURM_STEP_NUM_TASKS")  # where this process is one of a step's tasks
+    # The last where this process is one of a SLURM step's tasks.
+    ranks = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_STEP_NUM_TASKS".split()
     return {name: value for name, value in os.environ.items() if name not in ranks}
 
 

@@ -365,7 +365,7 @@ def _name_of_evaluation(options: argparse.Namespace) -> str:
     if options.ema:
         parts.append("ema")
     if options.shards:
-        parts.append(Path(urlsplit(options.shards).path).name)
+        parts.append(Path(urlsplit(options.shards).path).absolute().name)
     return "_".join(parts)
 
 

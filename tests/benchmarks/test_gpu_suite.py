@@ -109,6 +109,18 @@ def test_a_budget_is_in_decimal(given: str, seconds: int, results: Path) -> None
     assert seconds - 5 <= int(said.stdout.split("--budget ")[1]) <= seconds
 
 
+def test_the_interpreter_may_be_named_from_where_the_user_is(results: Path, tmp_path: Path) -> None:
+    results.mkdir()
+    (results / "manifest.json").touch()
+    (tmp_path / "own").write_text('#!/bin/sh\necho "$0"\n')
+    (tmp_path / "own").chmod(0o755)
+    (tmp_path / "link").symlink_to("own")
+    command = [str(REPOSITORY / "benchmarks/gpu_suite.sh"), "--shards", str(results)]
+    environment = os.environ | {"PYTHON": "./link"}
+    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout == f"{tmp_path / 'link'}\n"
+
+
 def test_without_time_every_point_is_a_row_that_says_so(results: Path) -> None:
     assert main(["gpu", "--smoke", "--shards", "none", "--name", "a", "--budget", "0", "--results", str(results)]) == 0
     document = read(results, "a")

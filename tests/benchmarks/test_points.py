@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.points import Child, ChildEnded, ChildError, run_point
+from benchmarks.points import Child, ChildEnded, ChildError, environment_of_one_process, run_point
 from dist_train.errors import UseError, WorkError
 
 
@@ -69,3 +69,10 @@ def test_a_child_is_kept_as_long_as_it_is_of_use(tmp_path: Path) -> None:
         assert child.ask({"what": "echo"})["pid"] != second["pid"]
     assert child.process is None
     assert "a library says something" in (tmp_path / "logs" / "child.log").read_text()
+
+
+def test_a_child_is_no_rank_of_the_launchers_nor_a_task_of_slurms(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"):
+        monkeypatch.setenv(name, "2")
+    left = environment_of_one_process()
+    assert {"RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"}.isdisjoint(left) and left["SLURM_JOB_ID"] == "2"

@@ -22,8 +22,8 @@ from tests.train.forked_ranks import run_on
 
 STEPS, BATCH = 50, 8
 NARROW = (64, 2, 2)  # channels, blocks and heads that vit_tiny has here, so that thousands of steps take minutes
+DEEPER = (32, 5, 2)  # and vit_small, where it matters what lies between the first block and the last
 TAGS = ["red", "hair", "cat", "ears", "smile"]
-DEEPER = (32, 5, 2)  # and vit_small, where it matters what lies between the first and the last block
 MODELS = {"cls": [], "ifa": ["--model.head=ifa"], "vilt": ["--model.text_tokens=4"]}
 
 Jobs = dict[str, list[str]]  # by a name of the test's own: arguments of `dist-train train`
